@@ -1,0 +1,64 @@
+# make train DATA=tiny.txt    trains a GPT on a text; see `make help` for the rest.
+#
+# Every target makes the environment it needs, in .venv, and does nothing that is already done.
+
+PYTHON ?= python3
+DATA ?= tiny.txt
+OUT ?= model.npz
+ARGS ?=
+
+ifeq ($(OS),Windows_NT)
+VENV_BIN := .venv/Scripts
+else
+VENV_BIN := .venv/bin
+endif
+PIP := $(VENV_BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help train test lint gradcheck data venv clean
+.DEFAULT_GOAL := help
+
+help: ## show this list
+	@echo "make train DATA=tiny.txt [OUT=model.npz] [ARGS=\"--steps 500 --lr 1e-3\"]"
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 18
+
+train: .venv/.core ## train on DATA (a path, or a name under data/), write OUT
+	@data="$(DATA)"; [ -e "$$data" ] || [ ! -e "data/$$data" ] || data="data/$$data"; \
+	exec $(VENV_BIN)/python -m npgpt train "$$data" --out "$(OUT)" $(ARGS)
+
+test: .venv/.test ## run all tests
+	$(VENV_BIN)/python -m pytest -n auto
+
+lint: .venv/.dev ## check style and types
+	$(VENV_BIN)/python -m ruff check .
+	$(VENV_BIN)/python -m ruff format --check .
+	$(VENV_BIN)/python -m mypy
+
+gradcheck: .venv/.core ## hold every gradient of a small GPT against finite differences
+	$(VENV_BIN)/python -m npgpt gradcheck $(ARGS)
+
+data: ## fetch tiny Shakespeare into data/ (needs a network)
+	$(PYTHON) data/fetch.py
+
+venv: .venv/.core ## make .venv with what the commands in bin/ need
+
+clean: ## remove .venv and what tests and tools leave behind
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One stamp per set of dependencies; a change in setup.py makes them stale.
+.venv/.made:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "npgpt needs Python 3.10 or later, this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/.core: .venv/.made setup.py pyproject.toml
+	$(PIP) -e .
+	@touch $@
+
+.venv/.test: .venv/.core
+	$(PIP) -e ".[test]"
+	@touch $@
+
+.venv/.dev: .venv/.test
+	$(PIP) -e ".[dev]"
+	@touch $@

@@ -1,0 +1,47 @@
+"""npgpt: a GPT built from NumPy, with its own automatic differentiation.
+
+The package reads from the bottom up: kernels (what each operation computes, there and back), tensor and
+ops (the engine), nn, optim and gpt (the model and its training step), tokenizer and data, checkpoint,
+train, evaluate and generate, and the command line on top.
+"""
+
+from npgpt import ops
+from npgpt.checkpoint import Checkpoint, CheckpointError, load, save
+from npgpt.config import GenerateConfig, GPTConfig, RequestError, TrainConfig
+from npgpt.data import Dataset, read_text
+from npgpt.evaluate import evaluate
+from npgpt.generate import generate
+from npgpt.gpt import GPT
+from npgpt.gradcheck import GradientError, gradcheck
+from npgpt.optim import AdamW, clip_grad_norm, learning_rate
+from npgpt.tensor import Tensor, no_grad
+from npgpt.tokenizer import CharTokenizer
+from npgpt.train import Trainer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GPT",
+    "AdamW",
+    "CharTokenizer",
+    "Checkpoint",
+    "CheckpointError",
+    "Dataset",
+    "GPTConfig",
+    "GenerateConfig",
+    "GradientError",
+    "RequestError",
+    "Tensor",
+    "TrainConfig",
+    "Trainer",
+    "clip_grad_norm",
+    "evaluate",
+    "generate",
+    "gradcheck",
+    "learning_rate",
+    "load",
+    "no_grad",
+    "ops",
+    "read_text",
+    "save",
+]

@@ -1,0 +1,143 @@
+"""Which array module and which kernels serve an array: the only place that knows devices exist.
+
+`backend_of(array)` reads it off the array itself, so there is no global switch and arrays of two
+devices can live side by side. No mathematics here. CuPy is imported when, and only when, somebody asks
+for a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import importlib.util
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from npgpt.kernels.reference import Array, Kernels
+
+
+class DeviceError(RuntimeError):
+    """The device asked for cannot be used here; the message says what is missing."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A device: its array module `xp` and the kernels that compute on it."""
+
+    name: str  # "cpu" or "cuda"
+    xp: Any
+    kernels: Kernels
+
+    def asarray(self, array: Any, dtype: Any = None) -> Array:
+        """The same numbers on this device (no copy when they are there already)."""
+        if self.xp is np:
+            array = to_numpy(array)
+        return self.xp.asarray(array, dtype=dtype)
+
+    def generator(self, seed: int, stream: Stream, *counters: int) -> Any:
+        """A random generator of this device, a pure function of its arguments. See `Stream`."""
+        if self.xp is np:
+            return generator(seed, stream, *counters)
+        return self.xp.random.default_rng(int(_seed_sequence(seed, stream, *counters).generate_state(1)[0]))
+
+
+class Stream(enum.IntEnum):
+    """What random numbers are for. Streams never share numbers, so drawing more of one (a longer
+    sample, another evaluation) changes nothing in another."""
+
+    INIT = 0
+    BATCH = 1
+    DROPOUT = 2
+    SAMPLE = 3
+
+
+def _seed_sequence(seed: int, stream: Stream, *counters: int) -> np.random.SeedSequence:
+    return np.random.SeedSequence(entropy=seed, spawn_key=(int(stream), *counters))
+
+
+def generator(seed: int, stream: Stream, *counters: int) -> np.random.Generator:
+    """A NumPy generator that depends on (seed, stream, counters) alone: step 7 of a run draws the same
+    numbers whether or not step 6 was computed in the same process."""
+    return np.random.Generator(np.random.SFC64(_seed_sequence(seed, stream, *counters)))
+
+
+CPU = Backend("cpu", np, Kernels(np))
+
+_backends: dict[type, Backend] = {np.ndarray: CPU}
+
+
+def backend_of(*arrays: Array) -> Backend:
+    """The backend the arrays live on.
+
+    Raises TypeError when they live on different devices, or one is no array this library knows.
+    """
+    found: Backend | None = None
+    for array in arrays:
+        backend = _backends.get(type(array)) or _backend_by_subclass(array)
+        if found is not None and backend is not found:
+            raise TypeError(
+                f"one operation needs its inputs on one device, got some on {found.name!r} and some on "
+                f"{backend.name!r}; move one with backend.asarray(...)"
+            )
+        found = backend
+    if found is None:
+        raise TypeError("backend_of needs at least one array")
+    return found
+
+
+def _backend_by_subclass(array: Array) -> Backend:
+    for kind, backend in _backends.items():
+        if isinstance(array, kind):  # a view such as numpy.memmap
+            return backend
+    raise TypeError(f"expected a NumPy array (or a CuPy array after select('cuda')), got {type(array).__name__}")
+
+
+def select(name: str = "auto") -> Backend:
+    """The backend by name: "cpu", "cuda", or "auto" (a GPU when one is usable, else the CPU).
+
+    Raises DeviceError when "cuda" cannot be used, ValueError for any other name.
+    """
+    if name == "cpu":
+        return CPU
+    if name == "auto":
+        return CPU if _why_no_cuda() else _cuda()
+    if name == "cuda":
+        missing = _why_no_cuda()
+        if missing:
+            raise DeviceError(f"device 'cuda' cannot be used: {missing}")
+        return _cuda()
+    raise ValueError(f"device must be 'auto', 'cpu' or 'cuda', got {name!r}")
+
+
+def to_numpy(array: Array) -> np.ndarray:
+    """The array in host memory (itself when it is there already)."""
+    get = getattr(array, "get", None)  # cupy.ndarray.get copies from the device
+    return get() if get is not None else np.asarray(array)
+
+
+def _why_no_cuda() -> str | None:
+    """What keeps CUDA from being used, in words with the remedy; None when nothing does.
+
+    Asks the driver directly, which takes milliseconds, before CuPy is imported, which takes longer.
+    """
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return "no NVIDIA driver was found; install one, or use --device cpu"
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value < 1:
+        return "the NVIDIA driver reports no usable GPU; use --device cpu"
+    if importlib.util.find_spec("cupy") is None:
+        return "CuPy is not installed; pip install 'npgpt[cuda13]' (or 'npgpt[cuda12]' for a CUDA 12 driver)"
+    return None
+
+
+def _cuda() -> Backend:
+    import cupy
+
+    if cupy.ndarray not in _backends:
+        _backends[cupy.ndarray] = Backend("cuda", cupy, Kernels(cupy))
+    return _backends[cupy.ndarray]

@@ -1,0 +1,446 @@
+"""`npgpt NAME ...`: the commands, and everything that is printed to people.
+
+Generated text and asked-for reports go to stdout, progress and messages to stderr. Exit status: 0 done,
+1 the work failed, 2 the request was wrong, 130 and 143 interrupted. A wrong request is answered in one
+line. Nothing here is needed by a user of the library.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+import numpy as np
+
+import npgpt
+from npgpt import ops
+from npgpt.backend import DeviceError, Stream, generator, select
+from npgpt.checkpoint import load
+from npgpt.config import GenerateConfig, GPTConfig, RequestError, TrainConfig, add_flags, given
+from npgpt.data import Dataset, read_text
+from npgpt.evaluate import evaluate
+from npgpt.generate import generate_text
+from npgpt.gpt import GPT
+from npgpt.gradcheck import GradientError, check_tensors
+from npgpt.tokenizer import CharTokenizer
+from npgpt.train import (
+    End,
+    Evaluation,
+    Outcome,
+    Step,
+    Trainer,
+    last_path,
+    log_path,
+    memory_advice,
+)
+
+# ---------------------------------------------------------------- train
+
+
+def train_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "train",
+        "Train a GPT on the characters of a text file.",
+        ["bin/train data/tiny.txt --steps 500", "bin/train mytext.txt --out mine.npz --n-embd 128 --dropout 0.2"],
+    )
+    parser.add_argument("text", metavar="DATA", help="a UTF-8 text file")
+    parser.add_argument("--out", default="model.npz", metavar="FILE", help="the checkpoint to write (default: model.npz)")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="continue a run: from its last state (the .last.npz beside --out), or from FILE",
+    )
+    add_flags(parser, TrainConfig)
+    add_flags(parser, GPTConfig, skip=("vocab_size",))
+    return parser
+
+
+def train(args: argparse.Namespace) -> int:
+    out = _checkpoint_path(args.out)
+    text = read_text(args.text)
+    tokenizer = CharTokenizer.build_vocab(text)
+    resumed_from = None if args.resume is None else Path(args.resume) if args.resume else last_path(out)
+    asked_model, asked_training = given(GPTConfig, args), given(TrainConfig, args)
+    if resumed_from is None:
+        last = None
+        config = GPTConfig(vocab_size=tokenizer.vocab_size, **asked_model)
+        train_config = TrainConfig(**asked_training)
+    else:
+        last = load(resumed_from, with_optimizer=True)
+        before = {} if last.train_config is None else vars(last.train_config)
+        config = GPTConfig(**(vars(last.config) | {"vocab_size": tokenizer.vocab_size} | asked_model))
+        train_config = TrainConfig(**(before | asked_training))
+    backend = select(train_config.device)
+
+    dataset = Dataset(
+        tokenizer.encode_array(text), config.block_size, train_config.batch_size, train_config.val_fraction, train_config.seed
+    )
+    try:
+        with _threads(train_config.threads), _interruptible() as stop_requested:
+            model = GPT(config, seed=train_config.seed, backend=backend)
+            trainer = Trainer(model, tokenizer, dataset, train_config, out)
+            if last is not None:
+                trainer.resume(last)
+            _banner(trainer, args.text)
+            end = _show_run(trainer, stop_requested)
+    except MemoryError:
+        return _failed("train", f"out of memory: {memory_advice(config, train_config.batch_size)}")
+    if end.outcome is Outcome.INTERRUPTED:
+        _say(f"stopped after step {end.step}; continue with: {_resume_command(args)}")
+        return 128 + stop_requested.signal_number
+    if end.outcome is Outcome.EARLY_STOP:
+        _say(f"stopped early at step {end.step}: {train_config.patience} evaluations without a better one (see --patience)")
+    if end.advice:
+        _say(end.advice)
+    if end.outcome is Outcome.DIVERGED:
+        return 1
+    best = trainer.progress
+    loss = "" if best.best_loss is None else f", validation loss {best.best_loss:.4f}"
+    _say(f"{out}: step {best.best_step}{loss}; write with: bin/generate --ckpt {shlex.quote(str(out))}")
+    return 0
+
+
+def _banner(trainer: Trainer, source: str) -> None:
+    dataset, config, model = trainer.dataset, trainer.config, trainer.model
+    _say(f"text    {source}: {len(dataset.ids):,} characters, {trainer.tokenizer.vocab_size} different;", end=" ")
+    _say(f"{len(dataset.train):,} to train on, {len(dataset.val):,} held out")
+    c = model.config
+    _say(f"model   {model.num_parameters():,} parameters: n_layer {c.n_layer}, n_head {c.n_head}, n_embd {c.n_embd},", end=" ")
+    _say(f"block_size {c.block_size}, dropout {c.dropout:g}, {c.activation}")
+    _say(f"run     {config.steps:,} steps of {config.batch_size} x {c.block_size} tokens on {model.backend.name},", end=" ")
+    _say(f"seed {config.seed}, log in {log_path(trainer.out)}" if trainer.out else f"seed {config.seed}")
+    if trainer.progress.step:
+        _say(f"        resumed at step {trainer.progress.step}")
+
+
+def _show_run(trainer: Trainer, stop_requested: Callable[[], bool]) -> End:
+    """Run, with a progress bar on a terminal and a line per evaluation everywhere."""
+    from tqdm import tqdm
+
+    started = shown = time.perf_counter()
+    tokens = 0
+    # disable=None: no bar when stderr is not a terminal.
+    bar = tqdm(
+        total=trainer.config.steps, initial=trainer.progress.step, unit="step", disable=None, dynamic_ncols=True, leave=False
+    )
+    with bar:
+        for event in trainer.run(stop_requested):
+            if isinstance(event, Step):
+                tokens += event.tokens
+                bar.update(event.step - bar.n)
+                if time.perf_counter() - shown > 0.5:
+                    shown = time.perf_counter()
+                    bar.set_postfix_str(f"loss {event.loss:.3f}, {event.tokens / event.seconds:,.0f} tokens/s", refresh=False)
+            elif isinstance(event, Evaluation):
+                elapsed = time.perf_counter() - started
+                steps_left = trainer.config.steps - event.step
+                left = elapsed * (steps_left * trainer.dataset.batch_size * trainer.dataset.block_size) / tokens
+                bar.write(_evaluation_line(event, tokens / elapsed, left), file=sys.stderr)
+                if event.sample:
+                    bar.write("\n".join("    | " + line for line in event.sample.strip("\n").split("\n")), file=sys.stderr)
+            else:
+                return event
+    raise AssertionError("a run ends with an End record")
+
+
+def _evaluation_line(event: Evaluation, tokens_per_second: float, seconds_left: float) -> str:
+    losses = f"train loss {event.train_loss:.4f}"
+    if event.val_loss is not None:
+        plus_minus = "" if event.val_stderr is None else f" ± {event.val_stderr:.4f}"
+        losses += f", val loss {event.val_loss:.4f}{plus_minus}" + (" (best)" if event.best else "")
+    left = f", {_duration(seconds_left)} left" if seconds_left else ""
+    return f"step {event.step}: {losses}, {tokens_per_second:,.0f} tokens/s{left}"
+
+
+def _resume_command(args: argparse.Namespace) -> str:
+    out = "" if args.out == "model.npz" else f" --out {shlex.quote(args.out)}"
+    return f"bin/train {shlex.quote(args.text)}{out} --resume"
+
+
+def _checkpoint_path(text: str) -> Path:
+    """The path of a checkpoint to be written. Raises RequestError when it could not be."""
+    out = Path(text)
+    if out.suffix != ".npz":
+        raise RequestError(f"--out must end in .npz, got {text}")
+    if out.is_dir():
+        raise RequestError(f"--out must be a file, got a folder: {text}")
+    if not out.parent.is_dir():
+        raise RequestError(f"--out: there is no folder {out.parent}; make it first")
+    if not os.access(out.parent, os.W_OK):
+        raise RequestError(f"--out: the folder {out.parent} cannot be written to")
+    return out
+
+
+@contextlib.contextmanager
+def _threads(n: int | None) -> Iterator[None]:
+    """Hold the matrix products to n threads; None leaves them as they are."""
+    if n is None:
+        yield
+        return
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(limits=n, user_api="blas"):
+        yield
+
+
+class _StopRequest:
+    """Becomes true when the process is asked to stop."""
+
+    signal_number = 0
+
+    def __call__(self) -> bool:
+        return self.signal_number != 0
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[_StopRequest]:
+    """Let the first SIGINT or SIGTERM be seen at the end of a step; a second one ends the process at once."""
+    request = _StopRequest()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if request():
+            os._exit(128 + number)
+        request.signal_number = number
+        _say("\nstopping after this step; once more to stop at once")
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------- generate
+
+
+def generate_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "generate",
+        "Write text with a trained model.",
+        ["bin/generate --ckpt model.npz", 'bin/generate --ckpt model.npz --prompt "HOB:" --temperature 0.7 --top-k 20'],
+    )
+    parser.add_argument("--ckpt", required=True, metavar="FILE", help="a checkpoint written by train")
+    parser.add_argument("--prompt", default="", metavar="TEXT", help="the text to continue (default: a new line)")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
+    )
+    add_flags(parser, GenerateConfig)
+    return parser
+
+
+def generate(args: argparse.Namespace) -> int:
+    settings = GenerateConfig(**given(GenerateConfig, args))
+    if "" in args.stop:
+        raise RequestError("--stop must be a text of at least one character, got an empty one")
+    checkpoint = load(args.ckpt)
+    for sample in range(settings.num_samples):
+        pieces = generate_text(checkpoint.model, checkpoint.tokenizer, args.prompt, settings, args.stop, sample)
+        if sample:
+            _say("----------------")
+        sys.stdout.write(args.prompt)
+        for piece in pieces:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    return 0
+
+
+# ---------------------------------------------------------------- evaluate
+
+
+def evaluate_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "evaluate",
+        "The exact loss of a model on a text.",
+        ["bin/evaluate --ckpt model.npz data/tiny.txt", "bin/evaluate --ckpt model.npz another.txt"],
+    )
+    parser.add_argument("--ckpt", required=True, metavar="FILE", help="a checkpoint written by train")
+    parser.add_argument(
+        "text", metavar="FILE", help="a text; of the one the model was trained on, only the held-out part counts"
+    )
+    return parser
+
+
+def evaluate_command(args: argparse.Namespace) -> int:
+    checkpoint = load(args.ckpt)
+    ids = checkpoint.tokenizer.encode_array(read_text(args.text))
+    what = f"all of {args.text}"
+    trained = checkpoint.train_config
+    if trained is not None and len(ids) > checkpoint.config.block_size:
+        dataset = Dataset(ids, checkpoint.config.block_size, 1, trained.val_fraction) if trained.val_fraction else None
+        if dataset is not None and dataset.fingerprint() == checkpoint.fingerprint:
+            ids, what = dataset.val, f"the held-out part of {args.text}"
+    result = evaluate(checkpoint.model, ids)
+    plus_minus = "" if result.stderr is None else f" ± {result.stderr:.4f}"
+    print(f"{what}: {result.n_targets:,} characters predicted")
+    print(f"loss {result.loss:.4f}{plus_minus} nats per character")
+    print(f"perplexity {result.perplexity:.3f}, {result.bits_per_token:.4f} bits per character")
+    return 0
+
+
+# ---------------------------------------------------------------- gradcheck
+
+
+def gradcheck_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "gradcheck",
+        "Hold every parameter's gradient in a small GPT against finite differences, in float64, dropout on.",
+        ["bin/gradcheck", "bin/gradcheck --activation relu --n-layer 3"],
+    )
+    add_flags(parser, GPTConfig)
+    return parser
+
+
+def gradcheck(args: argparse.Namespace) -> int:
+    small = {"vocab_size": 11, "block_size": 6, "n_layer": 2, "n_head": 2, "n_embd": 8}
+    config = GPTConfig(**(small | given(GPTConfig, args)))
+    model = GPT(config, dtype=np.float64)
+    rng = np.random.default_rng(0)
+    for p in model.parameters():  # weights of ordinary size, so that no term is too small to show
+        p.data[...] += 0.3 * rng.standard_normal(p.shape)
+    ids = rng.integers(0, config.vocab_size, (2, config.block_size + 1))
+    x, y = ids[:, :-1], ids[:, 1:]
+
+    def loss() -> npgpt.Tensor:
+        logits, _ = model(x, rng=generator(0, Stream.DROPOUT))  # the same masks every time
+        return ops.cross_entropy(logits, y, reduction="none")
+
+    parameters = dict(model.named_parameters())
+    width = max(map(len, parameters))
+    print(f"{'parameter':{width}}  {'shape':>9}  checked  kinks  largest error  median error")
+    for report in check_tensors(loss, parameters, op="GPT", rtol=1e-7, max_elements=12):
+        shape = "x".join(map(str, parameters[report.name].shape))
+        errors = f"{report.max_error:13.1e}  {report.median_error:12.1e}"
+        print(f"{report.name:{width}}  {shape:>9}  {report.checked:7}  {report.kinks:5}  {errors}", flush=True)
+    print("all gradients agree with finite differences to 1e-7")
+    return 0
+
+
+# ---------------------------------------------------------------- inspect
+
+
+def inspect_parser() -> argparse.ArgumentParser:
+    parser = _parser("inspect", "What a checkpoint holds.", ["bin/inspect model.npz", "bin/inspect --arrays model.npz"])
+    parser.add_argument("ckpt", metavar="FILE", help="a checkpoint written by train")
+    parser.add_argument("--arrays", action="store_true", help="also list every array")
+    return parser
+
+
+def inspect(args: argparse.Namespace) -> int:
+    checkpoint = load(args.ckpt)
+    config, progress = checkpoint.config, checkpoint.progress
+    print(f"{args.ckpt}: {checkpoint.model.num_parameters():,} parameters, step {checkpoint.step}")
+    print("model       " + ", ".join(f"{k} {v}" for k, v in vars(config).items()))
+    if checkpoint.train_config:
+        print("training    " + ", ".join(f"{k} {v}" for k, v in vars(checkpoint.train_config).items()))
+    print(f"vocabulary  {checkpoint.tokenizer.characters!r}")
+    print(f"text        SHA-256 of its ids {checkpoint.fingerprint}")
+    for step, train_loss, val_loss, _ in progress.get("history", []):
+        best = " (best)" if step == progress.get("best_step") else ""
+        val = "" if val_loss is None else f", val loss {val_loss:.4f}{best}"
+        print(f"step {step:6}  train loss {train_loss:.4f}{val}")
+    if args.arrays:
+        for name, array in checkpoint.model.state_dict().items():
+            print(f"{name:28} {array.shape!s:14} {array.dtype}  mean {array.mean():+.4f}  std {array.std():.4f}")
+    return 0
+
+
+# ---------------------------------------------------------------- main
+
+COMMANDS: dict[str, tuple[Callable[[], argparse.ArgumentParser], Callable[[argparse.Namespace], int], str]] = {
+    "train": (train_parser, train, "train a GPT on a text file"),
+    "generate": (generate_parser, generate, "write text with a trained model"),
+    "evaluate": (evaluate_parser, evaluate_command, "the exact loss of a model on a text"),
+    "gradcheck": (gradcheck_parser, gradcheck, "check the hand-written gradients"),
+    "inspect": (inspect_parser, inspect, "what a checkpoint holds"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns its exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # absent where something else has taken the stream's place
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: npgpt NAME ...\n")
+        print("\n".join(f"  npgpt {name:10} {about}" for name, (_, _, about) in COMMANDS.items()))
+        print("\nnpgpt NAME --help says more; bin/NAME is the same as npgpt NAME.")
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"npgpt {npgpt.__version__}, NumPy {np.__version__}")
+        return 0
+    name = argv[0]
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(COMMANDS)}"
+        _say(f"npgpt: unknown command {name!r}; {hint}")
+        return 2
+    make_parser, command, _ = COMMANDS[name]
+    try:
+        return command(make_parser().parse_args(argv[1:]))
+    except (RequestError, DeviceError) as error:
+        _say(f"npgpt {name}: {error}")
+        return 2
+    except GradientError as error:
+        return _failed(name, str(error))
+    except MemoryError:
+        return _failed(name, "out of memory")
+    except BrokenPipeError:  # `npgpt generate | head`: the reader has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        return _failed(name, f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+    except KeyboardInterrupt:
+        return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """Answers a wrong command line in one line, and guesses what a misspelt flag was meant to be."""
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments: "):
+            wrong = message.removeprefix("unrecognized arguments: ").split()[0]
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            close = difflib.get_close_matches(wrong.split("=")[0], flags, n=1)
+            message = f"unknown argument {wrong}" + (f"; did you mean {close[0]}?" if close else "")
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _parser(name: str, about: str, examples: list[str]) -> argparse.ArgumentParser:
+    description = "examples:\n" + "\n".join(f"  {e}" for e in examples) + f"\n\n{about}"
+    return _Parser(
+        prog=f"npgpt {name}",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _say(message: str, end: str = "\n") -> None:
+    print(message, file=sys.stderr, end=end, flush=True)
+
+
+def _failed(name: str, message: str) -> int:
+    _say(f"npgpt {name}: {message}")
+    return 1
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

@@ -1,0 +1,131 @@
+"""The GPT: a decoder-only transformer, from the attention head to the logits, on one page.
+
+The shape is GPT-2's ("Language Models are Unsupervised Multitask Learners", Radford et al., 2019):
+layer norms before attention and feed-forward, learned positions, a last layer norm. There is no backward
+code here, since every operation knows its own way back; training and sampling are elsewhere.
+
+Shapes: B sequences, T tokens each, C = n_embd channels, V = vocab_size.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from npgpt import ops
+from npgpt.backend import CPU, Backend, Stream, generator
+from npgpt.config import GPTConfig
+from npgpt.nn import Dropout, Embedding, LayerNorm, Linear, Module
+from npgpt.tensor import Tensor
+
+
+class MultiHeadSelfAttention(Module):
+    """Every position gathers from itself and the positions before it, in n_head ways at once."""
+
+    def __init__(self, config: GPTConfig, backend: Backend, dtype: Any):
+        c = config.n_embd
+        self.n_head = config.n_head
+        self.attn_dropout = config.dropout
+        self.qkv = Linear(c, 3 * c, config.bias, backend, dtype)
+        self.out = Linear(c, c, config.bias, backend, dtype)
+        self.resid_dropout = Dropout(config.dropout)
+
+    def __call__(self, x: Tensor, rng: Any) -> Tensor:
+        b, t, c = x.shape
+        qkv = self.qkv(x).reshape(b, t, 3, self.n_head, c // self.n_head)
+        q, k, v = qkv.transpose(2, 0, 3, 1, 4)  # (B, n_head, T, head_dim) each
+        y = ops.causal_attention(q, k, v, self.attn_dropout, rng)
+        y = y.transpose(0, 2, 1, 3).reshape(b, t, c)  # heads side by side again
+        return self.resid_dropout(self.out(y), rng)
+
+
+class FeedForward(Module):
+    """The same small network at every position: widen to d_ff, bend, come back."""
+
+    def __init__(self, config: GPTConfig, backend: Backend, dtype: Any):
+        assert config.d_ff is not None  # filled in by GPTConfig
+        self.fc = Linear(config.n_embd, config.d_ff, config.bias, backend, dtype)
+        self.activation = {"gelu": ops.gelu, "relu": ops.relu}[config.activation]
+        self.proj = Linear(config.d_ff, config.n_embd, config.bias, backend, dtype)
+        self.dropout = Dropout(config.dropout)
+
+    def __call__(self, x: Tensor, rng: Any) -> Tensor:
+        return self.dropout(self.proj(self.activation(self.fc(x))), rng)
+
+
+class Block(Module):
+    """Attention, then feed-forward; each reads a normalised copy and adds its result to the stream."""
+
+    def __init__(self, config: GPTConfig, backend: Backend, dtype: Any):
+        self.ln_1 = LayerNorm(config.n_embd, config.bias, backend, dtype)
+        self.attn = MultiHeadSelfAttention(config, backend, dtype)
+        self.ln_2 = LayerNorm(config.n_embd, config.bias, backend, dtype)
+        self.mlp = FeedForward(config, backend, dtype)
+
+    def __call__(self, x: Tensor, rng: Any) -> Tensor:
+        x = x + self.attn(self.ln_1(x), rng)
+        return x + self.mlp(self.ln_2(x), rng)
+
+
+class GPT(Module):
+    """logits, loss = model(ids, targets)
+
+    `seed` draws the weights (None: they are about to be loaded, and stay zero); `dtype` is float32, or
+    float64 to check gradients.
+    """
+
+    def __init__(self, config: GPTConfig, seed: int | None = 1337, backend: Backend = CPU, dtype: Any = np.float32):
+        self.config = config
+        self.wte = Embedding(config.vocab_size, config.n_embd, backend, dtype)
+        self.wpe = Embedding(config.block_size, config.n_embd, backend, dtype)
+        self.dropout = Dropout(config.dropout)
+        self.blocks = [Block(config, backend, dtype) for _ in range(config.n_layer)]
+        self.ln_f = LayerNorm(config.n_embd, config.bias, backend, dtype)
+        if not config.tie_weights:
+            self.lm_head = Linear(config.n_embd, config.vocab_size, False, backend, dtype)
+        if seed is not None:
+            self._draw_weights(seed)
+        self.flatten_parameters()
+
+    def __call__(self, ids: Any, targets: Any = None, rng: Any = None) -> tuple[Tensor, Tensor | None]:
+        """ids (B, T) integers, T <= block_size -> logits (B, T, V) and, with targets (B, T), the mean
+        cross-entropy in nats, else None.
+
+        `rng` is the generator dropout draws from, `model.backend.generator(...)`; without one there is no
+        dropout. Raises ValueError when ids has another shape or is longer than block_size.
+        """
+        ids = self.backend.asarray(ids.data if isinstance(ids, Tensor) else ids)
+        if ids.ndim != 2 or not 1 <= ids.shape[1] <= self.config.block_size:
+            raise ValueError(
+                f"expected ids of shape (B, T) with 1 <= T <= block_size {self.config.block_size}, got {ids.shape}"
+            )
+        positions = self.backend.xp.arange(ids.shape[1])
+        x = self.dropout(self.wte(ids) + self.wpe(positions), rng)  # (B, T, C)
+        for block in self.blocks:
+            x = block(x, rng)
+        x = self.ln_f(x)
+        logits = ops.linear(x, self.wte.weight.T) if self.config.tie_weights else self.lm_head(x)
+        if targets is None:
+            return logits, None
+        targets = self.backend.asarray(targets.data if isinstance(targets, Tensor) else targets)
+        return logits, ops.cross_entropy(logits, targets)
+
+    @property
+    def backend(self) -> Backend:
+        return self.wte.weight.backend
+
+    def num_parameters(self) -> int:
+        return sum(p.size for p in self.parameters())
+
+    def _draw_weights(self, seed: int) -> None:
+        """GPT-2's initialisation: matrices and tables normal with deviation 0.02; the two projections that
+        write into the stream of each block smaller by sqrt(2 n_layer), so that the stream does not grow
+        with depth; biases 0 and layer-norm weights 1, as they are."""
+        rng = generator(seed, Stream.INIT)
+        for name, p in self.named_parameters():
+            if p.ndim >= 2:
+                into_stream = name.endswith(("attn.out.weight", "mlp.proj.weight"))
+                deviation = 0.02 / math.sqrt(2 * self.config.n_layer) if into_stream else 0.02
+                p.data[...] = self.backend.asarray(deviation * rng.standard_normal(p.shape), dtype=p.dtype)

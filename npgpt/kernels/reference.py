@@ -1,0 +1,296 @@
+"""What every neural operation means: a forward and a backward pass on plain arrays.
+
+This file is the definition. Each operation is a pair
+
+    y, saved = x_forward(inputs...)        saved: what the way back will need
+    gradients = x_backward(dy, saved)      dy: the gradient of the loss with respect to y
+
+written once against `xp`, which is NumPy or CuPy, for any float dtype. It is meant to be read; a
+faster version of an operation belongs in a subclass and is tested for equality with this one. There
+is no Tensor here, no test of which device an array is on, and no trick. Arguments are arrays and are
+never written to; `dy` may be a read-only broadcast view.
+
+Notation: `dy` stands for dL/dy, the gradient of the loss L with respect to y; it has the shape of y.
+"""
+
+from __future__ import annotations
+
+from math import pi, prod, sqrt
+from typing import Any
+
+import numpy as np
+
+Array = Any  # numpy.ndarray or cupy.ndarray
+Saved = Any  # whatever the forward pass hands to its own backward pass
+
+GELU_SCALE = sqrt(2 / pi)
+GELU_CUBIC = 0.044715
+
+
+class Kernels:
+    """Every operation on arrays of the module `xp` (`numpy` or `cupy`)."""
+
+    def __init__(self, xp: Any = np) -> None:
+        self.xp = xp
+
+    # ---------------------------------------------------------------- linear
+    #
+    # y = x @ weight + bias over the last axis. All leading axes are flattened first, so that the
+    # whole batch is one matrix product of N rows. Then, with matrices x (N, in), dy (N, out):
+    #
+    #   y[n, j] = sum_i x[n, i] weight[i, j] + bias[j]
+    #   dx = dy @ weight^T          every output j sends its gradient back along weight[:, j]
+    #   dweight = x^T @ dy          each pair (i, j) met once per row n, summed over rows
+    #   dbias = dy summed over rows
+
+    def linear_forward(self, x: Array, weight: Array, bias: Array | None) -> tuple[Array, Saved]:
+        """x (..., in), weight (in, out), bias (out,) or None -> y (..., out)."""
+        rows = x.reshape(prod(x.shape[:-1]), x.shape[-1])
+        y = rows @ weight
+        if bias is not None:
+            y += bias
+        return y.reshape(*x.shape[:-1], weight.shape[-1]), (rows, weight, x.shape)
+
+    def linear_backward(
+        self, dy: Array, saved: Saved, needs: tuple[bool, bool, bool] = (True, True, True)
+    ) -> tuple[Array | None, Array | None, Array | None]:
+        """-> dx, dweight, dbias; `needs` says which are wanted, the others are None."""
+        rows, weight, x_shape = saved
+        dy = dy.reshape(len(rows), weight.shape[-1])
+        dx = (dy @ weight.T).reshape(x_shape) if needs[0] else None
+        dweight = rows.T @ dy if needs[1] else None
+        dbias = dy.sum(axis=0) if needs[2] else None
+        return dx, dweight, dbias
+
+    # ---------------------------------------------------------------- softmax
+    #
+    # p_i = exp(x_i) / sum_j exp(x_j) along one axis. Subtracting the maximum changes nothing in the
+    # quotient and keeps exp from overflowing. Since dp_i/dx_j = p_i (1[i = j] - p_j),
+    #
+    #   dx_j = sum_i dp_i p_i (1[i = j] - p_j) = p_j (dp_j - sum_i dp_i p_i)
+    #
+    # A row that is -inf throughout (nothing may be attended to) has no distribution; its
+    # probabilities are zeros, and so is its gradient.
+
+    def softmax_forward(self, x: Array, axis: int = -1) -> tuple[Array, Saved]:
+        """x -> probabilities of x's shape that sum to one along `axis`."""
+        xp = self.xp
+        top = x.max(axis=axis, keepdims=True)
+        top = xp.where(xp.isneginf(top), 0, top).astype(x.dtype, copy=False)
+        with np.errstate(over="ignore"):  # a difference beyond the dtype is -inf, and exp of it is 0
+            p = xp.exp(x - top)
+        total = p.sum(axis=axis, keepdims=True)
+        p /= total + (total == 0)
+        return p, (p, axis)
+
+    def softmax_backward(self, dy: Array, saved: Saved) -> Array:
+        """-> dx."""
+        p, axis = saved
+        return p * (dy - (dy * p).sum(axis=axis, keepdims=True))
+
+    # ---------------------------------------------------------------- masked fill
+    #
+    # Where the mask is true the output is a constant: no gradient passes.
+
+    def masked_fill_forward(self, x: Array, mask: Array, value: float) -> tuple[Array, Saved]:
+        """y = value where mask (broadcast against x) is true, else x."""
+        return self.xp.where(mask, self.xp.asarray(value, dtype=x.dtype), x), mask
+
+    def masked_fill_backward(self, dy: Array, saved: Saved) -> Array:
+        """-> dx."""
+        mask = saved
+        return self.xp.where(mask, self.xp.zeros((), dtype=dy.dtype), dy)
+
+    # ---------------------------------------------------------------- dropout
+    #
+    # "Dropout: A Simple Way to Prevent Neural Networks from Overfitting" (Srivastava et al., 2014),
+    # inverted: what is kept is scaled by 1 / (1 - p), so that the expectation stays x and nothing
+    # has to change when dropout is off.
+
+    def dropout_forward(self, x: Array, p: float, rng: Any) -> tuple[Array, Saved]:
+        """Zero each element with probability p, 0 <= p <= 1, drawn from the generator `rng`."""
+        keep = rng.random(x.shape, dtype=np.float32) >= p
+        scaled_mask = keep * x.dtype.type(1 / (1 - p) if p < 1 else 0)
+        return x * scaled_mask, scaled_mask
+
+    def dropout_backward(self, dy: Array, saved: Saved) -> Array:
+        """-> dx: the same mask and scale."""
+        scaled_mask = saved
+        return dy * scaled_mask
+
+    # ---------------------------------------------------------------- causal attention
+    #
+    # "Attention Is All You Need" (Vaswani et al., 2017), section 3.2.1, with the mask of a decoder:
+    #
+    #   scores = q @ k^T / sqrt(head_dim);  p = softmax(scores, where not in the future)
+    #   out = dropout(p) @ v
+    #
+    # The way back is each of these steps in reverse: dv = dropout(p)^T @ dout, dp = dout @ v^T
+    # through the dropout mask, then the softmax rule, then the two factors of the product q @ k^T.
+    # Masked scores have p = 0, so the softmax rule already gives them no gradient.
+
+    def causal_attention_forward(
+        self, q: Array, k: Array, v: Array, dropout: float = 0.0, rng: Any = None
+    ) -> tuple[Array, Saved]:
+        """q (B, H, T, head_dim); k and v (B, H, S, head_dim), S >= T -> out (B, H, T, head_dim).
+
+        The T queries are the last T of the S positions: query t sees keys 0 .. S - T + t. With
+        S = T this is the usual lower triangle. `rng` None means no dropout.
+        """
+        xp = self.xp
+        n_query, n_key = q.shape[-2], k.shape[-2]
+        scale = q.dtype.type(1 / sqrt(q.shape[-1]))
+        scores = (q @ k.swapaxes(-1, -2)) * scale  # (B, H, T, S)
+        future = xp.arange(n_key) > xp.arange(n_key - n_query, n_key)[:, None]
+        masked, _ = self.masked_fill_forward(scores, future, -xp.inf)
+        p, saved_softmax = self.softmax_forward(masked)
+        saved_dropout = None
+        if dropout > 0 and rng is not None:
+            p, saved_dropout = self.dropout_forward(p, dropout, rng)
+        return p @ v, (q, k, v, scale, p, saved_softmax, saved_dropout)
+
+    def causal_attention_backward(self, dy: Array, saved: Saved) -> tuple[Array, Array, Array]:
+        """-> dq, dk, dv."""
+        q, k, v, scale, p, saved_softmax, saved_dropout = saved
+        dv = p.swapaxes(-1, -2) @ dy
+        dp = dy @ v.swapaxes(-1, -2)
+        if saved_dropout is not None:
+            dp = self.dropout_backward(dp, saved_dropout)
+        dscores = self.softmax_backward(dp, saved_softmax) * scale
+        dq = dscores @ k
+        dk = dscores.swapaxes(-1, -2) @ q
+        return dq, dk, dv
+
+    # ---------------------------------------------------------------- layer norm
+    #
+    # "Layer Normalization" (Ba, Kiros, Hinton, 2016). Over the last axis, of size C:
+    #
+    #   xhat = (x - mean) * rstd,  rstd = 1 / sqrt(var + eps);   y = xhat * weight + bias
+    #
+    # With g = dy * weight the gradient at xhat, three paths lead back to x: the element itself, the
+    # mean (it moves every element by -1/C) and the variance (it scales every element; its derivative
+    # brings in xhat). Collected, they are a projection: g without its component along the constant
+    # vector and without its component along xhat, the two directions normalisation cannot see:
+    #
+    #   dx = rstd * (g - mean(g) - xhat * mean(g * xhat))
+
+    def layer_norm_forward(self, x: Array, weight: Array, bias: Array | None, eps: float = 1e-5) -> tuple[Array, Saved]:
+        """x (..., C), weight (C,), bias (C,) or None -> y (..., C)."""
+        centred = x - x.mean(axis=-1, keepdims=True)
+        variance = (centred * centred).mean(axis=-1, keepdims=True)
+        rstd = 1 / self.xp.sqrt(variance + x.dtype.type(eps))
+        xhat = centred * rstd
+        y = xhat * weight
+        if bias is not None:
+            y += bias
+        return y, (xhat, rstd, weight)
+
+    def layer_norm_backward(self, dy: Array, saved: Saved) -> tuple[Array, Array, Array]:
+        """-> dx, dweight, dbias."""
+        xhat, rstd, weight = saved
+        g = dy * weight
+        mean_g = g.mean(axis=-1, keepdims=True)
+        mean_g_xhat = (g * xhat).mean(axis=-1, keepdims=True)
+        dx = rstd * (g - mean_g - xhat * mean_g_xhat)
+        leading = tuple(range(dy.ndim - 1))
+        return dx, (dy * xhat).sum(axis=leading), dy.sum(axis=leading)
+
+    # ---------------------------------------------------------------- activations
+    #
+    # GELU in GPT-2's form, "Gaussian Error Linear Units" (Hendrycks, Gimpel, 2016), section 2:
+    #
+    #   y = x/2 (1 + t),  t = tanh(u),  u = sqrt(2/pi) (x + 0.044715 x^3)
+    #   dy/dx = (1 + t)/2 + x/2 (1 - t^2) du/dx,  du/dx = sqrt(2/pi) (1 + 3 * 0.044715 x^2)
+
+    def gelu_forward(self, x: Array) -> tuple[Array, Saved]:
+        """x -> y, element by element."""
+        t = self.xp.tanh(GELU_SCALE * (x + GELU_CUBIC * (x * x * x)))
+        return 0.5 * x * (1 + t), (x, t)
+
+    def gelu_backward(self, dy: Array, saved: Saved) -> Array:
+        """-> dx."""
+        x, t = saved
+        du_dx = GELU_SCALE * (1 + 3 * GELU_CUBIC * (x * x))
+        return dy * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * du_dx)
+
+    def relu_forward(self, x: Array) -> tuple[Array, Saved]:
+        """y = max(x, 0)."""
+        return self.xp.maximum(x, 0), x > 0
+
+    def relu_backward(self, dy: Array, saved: Saved) -> Array:
+        """-> dx; at the kink x = 0 the gradient is taken to be 0."""
+        positive = saved
+        return dy * positive
+
+    # ---------------------------------------------------------------- embedding
+    #
+    # y[n] = weight[ids[n]]: rows picked from a table. A row picked several times collects the sum of
+    # the gradients of its uses; one never picked has gradient zero.
+
+    def embedding_forward(self, weight: Array, ids: Array) -> tuple[Array, Saved]:
+        """weight (V, C), ids (...) integers in [0, V) -> y (..., C)."""
+        return weight[ids], (weight.shape, ids)
+
+    def embedding_backward(self, dy: Array, saved: Saved) -> Array:
+        """-> dweight."""
+        shape, ids = saved
+        dweight = self.xp.zeros(shape, dtype=dy.dtype)
+        self.xp.add.at(dweight, ids, dy)
+        return dweight
+
+    # ---------------------------------------------------------------- cross-entropy
+    #
+    # The loss of one position is -log softmax(logits)[target] = logsumexp(logits) - logits[target].
+    # The derivative of logsumexp is the softmax itself, hence
+    #
+    #   dlogits = dy * (p - onehot(target))
+
+    def cross_entropy_forward(self, logits: Array, targets: Array) -> tuple[Array, Saved]:
+        """logits (..., V), targets (...) integers in [0, V) -> losses (...) in nats."""
+        xp = self.xp
+        top = logits.max(axis=-1, keepdims=True)
+        with np.errstate(over="ignore"):  # see softmax_forward
+            shifted = logits - top
+        p = xp.exp(shifted)
+        total = p.sum(axis=-1, keepdims=True)
+        p /= total
+        at_target = xp.take_along_axis(shifted, targets[..., None], axis=-1)
+        losses = (xp.log(total) - at_target)[..., 0]
+        return losses, (p, targets)
+
+    def cross_entropy_backward(self, dy: Array, saved: Saved) -> Array:
+        """-> dlogits."""
+        p, targets = saved
+        dlogits = p * dy[..., None]
+        onehot = targets[..., None] == self.xp.arange(p.shape[-1])
+        dlogits -= onehot * dy[..., None]
+        return dlogits
+
+    # ---------------------------------------------------------------- AdamW
+    #
+    # "Decoupled Weight Decay Regularization" (Loshchilov, Hutter, 2019), algorithm 2: running means
+    # of the gradient and of its square, each divided by what is missing of its weights since it
+    # started at zero; the decay acts on the parameter itself, not through the gradient.
+
+    def adamw(
+        self,
+        parameter: Array,
+        gradient: Array,
+        exp_avg: Array,
+        exp_avg_sq: Array,
+        *,
+        step: int,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+    ) -> None:
+        """Update `parameter`, `exp_avg` and `exp_avg_sq` in place; `step` counts from 1."""
+        beta1, beta2 = betas
+        exp_avg *= beta1
+        exp_avg += (1 - beta1) * gradient
+        exp_avg_sq *= beta2
+        exp_avg_sq += (1 - beta2) * (gradient * gradient)
+        denominator = self.xp.sqrt(exp_avg_sq / (1 - beta2**step)) + eps
+        parameter *= 1 - lr * weight_decay
+        parameter -= (lr / (1 - beta1**step)) * exp_avg / denominator

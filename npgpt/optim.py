@@ -1,0 +1,134 @@
+"""How a step changes the weights: AdamW, clipping by the global norm, the learning-rate schedule.
+
+Everything works on the flat buffer of `nn.Parameters`. Nothing here knows the graph or files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from npgpt.backend import to_numpy
+from npgpt.kernels.reference import Array
+from npgpt.nn import Parameters, zero_grad
+from npgpt.tensor import Tensor
+
+
+class AdamW:
+    """AdamW (Loshchilov and Hutter, 2019); weight decay acts on matrices and tables, not on vectors.
+
+    `parameters` are `model.parameters()`, or any list of Tensors. The defaults are those common for GPTs.
+    `lr` may be set between steps. `exp_avg` and `exp_avg_sq`, shape (number of parameters,), are the
+    running means of the gradient and of its square. Raises ValueError for values outside their range.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        lr: float = 3e-4,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+    ) -> None:
+        if lr < 0 or eps <= 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(
+                "AdamW needs lr >= 0, eps > 0, weight_decay >= 0 and betas in [0, 1), got "
+                f"lr={lr}, eps={eps}, weight_decay={weight_decay}, betas={betas}"
+            )
+        self.parameters = parameters if isinstance(parameters, Parameters) else list(parameters)
+        if not self.parameters:
+            raise ValueError("AdamW got no parameters")
+        self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
+        self.steps = 0
+        first = self.parameters[0]
+        n = sum(p.size for p in self.parameters)
+        self.exp_avg: Array = first.backend.xp.zeros(n, dtype=first.dtype)
+        self.exp_avg_sq: Array = first.backend.xp.zeros(n, dtype=first.dtype)
+
+    def step(self) -> None:
+        """Update the parameters from their gradients; one without a gradient stays as it is."""
+        self.steps += 1
+        kernels = self.parameters[0].backend.kernels
+        start = 0
+        for data, grad, decay in _pieces(self.parameters):
+            state = slice(start, start + data.size)
+            start += data.size
+            if grad is None:
+                continue
+            kernels.adamw(
+                data,
+                grad,
+                self.exp_avg[state].reshape(data.shape),
+                self.exp_avg_sq[state].reshape(data.shape),
+                step=self.steps,
+                lr=self.lr,
+                betas=self.betas,
+                eps=self.eps,
+                weight_decay=self.weight_decay if decay else 0.0,
+            )
+
+    def zero_grad(self) -> None:
+        """Forget the gradients of all parameters."""
+        zero_grad(self.parameters)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: the number of steps taken and both running means, in host memory."""
+        return {
+            "steps": self.steps,
+            "exp_avg": to_numpy(self.exp_avg).copy(),
+            "exp_avg_sq": to_numpy(self.exp_avg_sq).copy(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`. Raises ValueError when the sizes differ."""
+        for name in ("exp_avg", "exp_avg_sq"):
+            own = getattr(self, name)
+            if state[name].shape != own.shape:
+                raise ValueError(f"optimiser state {name} has shape {state[name].shape}, expected {own.shape}")
+            own[...] = self.parameters[0].backend.asarray(state[name], dtype=own.dtype)
+        self.steps = state["steps"]
+
+
+def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> float:
+    """Scale all gradients so that their joint Euclidean norm is at most `max_norm` (Pascanu et al., 2013).
+
+    Returns the norm before clipping. A norm that is not finite is returned and nothing is scaled. Raises
+    ValueError when max_norm is not positive.
+    """
+    if not max_norm > 0:
+        raise ValueError(f"clip_grad_norm needs max_norm > 0, got {max_norm}")
+    parameters = parameters if isinstance(parameters, Parameters) else list(parameters)
+    gradients = [grad for _, grad, _ in _pieces(parameters) if grad is not None]
+    norm = math.sqrt(sum(float(g.reshape(-1) @ g.reshape(-1)) for g in gradients))
+    if math.isfinite(norm) and norm > max_norm:
+        for g in gradients:
+            g *= max_norm / norm
+    return norm
+
+
+def _pieces(parameters: list[Tensor]) -> list[tuple[Array, Array | None, bool]]:
+    """(data, grad, whether it decays) of all parameters: two long slices of a flat buffer, or a piece for each
+    tensor of a plain list."""
+    if isinstance(parameters, Parameters):
+        parameters.check()
+        decayed, plain = slice(0, parameters.n_decay), slice(parameters.n_decay, None)
+        return [
+            (parameters.data[decayed], parameters.grad[decayed], True),
+            (parameters.data[plain], parameters.grad[plain], False),
+        ]
+    return [(p.data, p.grad, p.ndim >= 2) for p in parameters]
+
+
+def learning_rate(step: int, *, steps: int, lr: float, min_lr: float, warmup_steps: int, schedule: str) -> float:
+    """The learning rate of step 0, 1, ... of a run of `steps` steps.
+
+    It rises in a straight line over `warmup_steps`. Then "cosine" falls along half a cosine to `min_lr`
+    at the last step (Loshchilov and Hutter, 2017), "constant" stays at `lr`.
+    """
+    if step < warmup_steps:
+        return lr * (step + 1) / warmup_steps
+    if schedule == "constant":
+        return lr
+    done = (step - warmup_steps) / max(1, steps - 1 - warmup_steps)
+    return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * min(1.0, done)))

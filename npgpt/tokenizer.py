@@ -1,0 +1,90 @@
+"""Characters to integers and back. Text comes in as `str`; where it comes from is data.py's business."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from npgpt.config import RequestError
+
+
+class CharTokenizer:
+    """One token per character (Unicode code point).
+
+    `stoi` maps a character to its id, `itos` an id to its character; ids are 0 .. vocab_size - 1.
+    """
+
+    def __init__(self, characters: Sequence[str]) -> None:
+        """`characters` in the order of their ids. Raises RequestError when one is repeated, is not a single
+        character, or there are none."""
+        if not characters:
+            raise RequestError("a vocabulary needs at least one character, got none")
+        wrong = [c for c in characters if not isinstance(c, str) or len(c) != 1]
+        if wrong or len(set(characters)) != len(characters):
+            raise RequestError(f"a vocabulary is made of different single characters, got {list(characters)[:20]!r}")
+        self.itos: dict[int, str] = dict(enumerate(characters))
+        self.stoi: dict[str, int] = {c: i for i, c in self.itos.items()}
+        # Code point -> id, -1 for a character outside the vocabulary; the last entry stands for all above.
+        self._table = np.full(max(map(ord, characters)) + 2, -1, dtype=np.int32)
+        self._table[[ord(c) for c in characters]] = np.arange(len(characters))
+
+    @classmethod
+    def build_vocab(cls, text: str) -> CharTokenizer:
+        """The tokenizer whose vocabulary is the characters of `text`, in code-point order."""
+        if not text:
+            raise RequestError("cannot build a vocabulary from an empty text")
+        return cls(sorted(set(text)))
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.itos)
+
+    @property
+    def characters(self) -> str:
+        """The vocabulary in the order of its ids."""
+        return "".join(self.itos.values())
+
+    def encode(self, text: str) -> list[int]:
+        """Text -> ids. Raises RequestError naming the first character outside the vocabulary."""
+        return self.encode_array(text).tolist()
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """Text -> ids, shape (len(text),), in the smallest unsigned dtype that holds the vocabulary: for whole corpora."""
+        codes = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
+        ids = self._table[np.minimum(codes, len(self._table) - 1)]
+        if ids.min(initial=0) < 0:
+            raise self._unknown(text, int((ids < 0).argmax()))
+        return ids.astype(np.min_scalar_type(self.vocab_size - 1))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Ids -> text. Raises RequestError naming the first id that is not in the vocabulary."""
+        try:
+            return "".join([self.itos[int(i)] for i in ids])
+        except KeyError as error:
+            raise RequestError(f"id {error.args[0]} is not in the vocabulary, whose ids are 0..{self.vocab_size - 1}") from None
+
+    def _unknown(self, text: str, position: int) -> RequestError:
+        character = text[position]
+        name = unicodedata.name(character, f"U+{ord(character):04X}")
+        close = self._closest(character)
+        instead = f"use {close!r} instead, or " if close else "leave it out, or "
+        return RequestError(
+            f"unknown character {character!r} ({name}) at position {position}: it does not occur in the text the model was "
+            f"trained on; {instead}train on a text that has it"
+        )
+
+    def _closest(self, character: str) -> str | None:
+        """A known character that could stand in: the other case, or the letter without its accent."""
+        plain = unicodedata.normalize("NFKD", character)[:1]
+        candidates = (character.swapcase(), plain, plain.swapcase())
+        return next((c for c in candidates if c in self.stoi), None)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CharTokenizer) and self.itos == other.itos
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"CharTokenizer({self.characters!r})"

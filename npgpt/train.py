@@ -1,0 +1,331 @@
+"""The training loop: what happens in a step, at an evaluation, at the end.
+
+A `Trainer` owns one run. Its `run()` does the work (steps, evaluations, checkpoints, log) and yields what
+happened as plain records; showing them to people is cli.py's business. The command line is not known
+here, and no state is global.
+
+Files of a run whose checkpoint is `model.npz`:
+
+    model.npz        the weights with the lowest validation loss so far
+    model.last.npz   the state at the last evaluation, from which a run is resumed
+    model.jsonl      the log: one JSON object per line
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from npgpt import checkpoint
+from npgpt.backend import Stream
+from npgpt.checkpoint import Checkpoint
+from npgpt.config import GenerateConfig, GPTConfig, RequestError, TrainConfig
+from npgpt.data import Dataset
+from npgpt.evaluate import evaluate
+from npgpt.generate import generate_text
+from npgpt.gpt import GPT
+from npgpt.optim import AdamW, clip_grad_norm, learning_rate
+from npgpt.tokenizer import CharTokenizer
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step. `step` counts from 1; `loss` is the batch's mean cross-entropy, dropout on."""
+
+    step: int
+    loss: float
+    grad_norm: float  # before clipping
+    lr: float
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The state of the run at one step. `train_loss` is the mean over the steps since the last evaluation."""
+
+    step: int
+    train_loss: float
+    val_loss: float | None  # exact, over all held-out tokens; None when none are held out
+    val_stderr: float | None
+    best: bool  # the lowest validation loss so far
+    sample: str
+    seconds: float
+
+
+class Outcome(enum.Enum):
+    """Why a run ended."""
+
+    FINISHED = "finished"
+    EARLY_STOP = "stopped early: no better validation loss for a while"
+    INTERRUPTED = "interrupted"
+    DIVERGED = "diverged: the loss or its gradient is no longer a finite number"
+
+
+@dataclass(frozen=True)
+class End:
+    """The last record of a run."""
+
+    step: int
+    outcome: Outcome
+    advice: str
+
+
+@dataclass
+class Progress:
+    """Where a run stands: with the weights and the optimiser, all that resuming needs."""
+
+    step: int = 0  # steps done
+    best_step: int = 0
+    best_loss: float | None = None
+    stale_evaluations: int = 0  # since the best one
+    loss_sum: float = 0.0  # of the steps since the last evaluation
+    loss_count: int = 0
+    # One row per evaluation: step, train_loss, val_loss, val_stderr.
+    history: list[list[Any]] = field(default_factory=list)
+
+
+class Trainer:
+    """One training run of a model on a dataset, writing to `out` (a path ending in `.npz`; None writes nothing)."""
+
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: CharTokenizer,
+        dataset: Dataset,
+        config: TrainConfig,
+        out: str | Path | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.dataset, self.config = model, tokenizer, dataset, config
+        self.out = None if out is None else Path(out)
+        self.fingerprint = dataset.fingerprint()
+        self.progress = Progress()
+        self.optimizer = AdamW(model.parameters(), config.lr, (config.beta1, config.beta2), weight_decay=config.weight_decay)
+
+    def resume(self, last: Checkpoint) -> None:
+        """Continue where `last` (loaded with its optimiser) stopped.
+
+        Raises RequestError, naming the difference, when it comes from another text, vocabulary or
+        configuration. What does not change the numbers of a step may differ, and so may the number of steps.
+        """
+        if last.optimizer_state is None or last.train_config is None:
+            raise RequestError("this checkpoint holds no training state to resume from; start a new run")
+        differing = _differences(last.config, self.model.config)
+        free = ("steps", "eval_interval", "patience", "log_interval", "sample_tokens", "threads", "device")
+        differing += _differences(last.train_config, self.config, ignore=free)
+        if last.tokenizer != self.tokenizer or last.fingerprint != self.fingerprint:
+            differing.insert(0, "the text is not the one it was trained on")
+        if differing:
+            raise RequestError("cannot resume: " + "; ".join(differing) + ". Start a new run, or use the same settings")
+        if last.step >= self.config.steps:
+            raise RequestError(
+                f"nothing to do: the checkpoint is at step {last.step} of {self.config.steps}; ask for more --steps"
+            )
+        self.model.load_state_dict(last.model.state_dict())
+        self.optimizer.load_state_dict(last.optimizer_state)
+        self.progress = Progress(**last.progress)
+
+    def run(self, stop_requested: Callable[[], bool] = lambda: False) -> Iterator[Step | Evaluation | End]:
+        """Train to the end. `stop_requested` is asked after every step; when it says yes, the state is saved
+        and the run ends. Raises OSError when a file cannot be written."""
+        p, config = self.progress, self.config
+        if self.out and p.step == 0:
+            _keep_previous(self.out)
+        self._log("start" if p.step == 0 else "resume", {"step": p.step, "config": dataclasses.asdict(config)})
+        outcome = Outcome.FINISHED
+        while p.step < config.steps:
+            step = self.train_step()
+            if not (math.isfinite(step.loss) and math.isfinite(step.grad_norm)):
+                outcome = Outcome.DIVERGED  # the weights were left alone
+                break
+            if p.step % config.log_interval == 0:
+                self._log("step", dataclasses.asdict(step))
+            yield step
+            stop = stop_requested()
+            if p.step % config.eval_interval == 0 or p.step == config.steps:
+                yield self.evaluate()
+                if config.patience and p.stale_evaluations >= config.patience and p.step < config.steps:
+                    outcome = Outcome.EARLY_STOP
+                    break
+            elif stop:
+                self._save()
+            if stop and p.step < config.steps:
+                outcome = Outcome.INTERRUPTED
+                break
+        end = End(p.step, outcome, advice(p, config, self.model.config, outcome))
+        self._log("end", {"step": end.step, "outcome": outcome.name.lower(), "advice": end.advice})
+        yield end
+
+    def train_step(self) -> Step:
+        """One step: batch, forward, backward, clip, update. A loss or gradient that is not finite updates nothing."""
+        started = time.perf_counter()
+        p, config = self.progress, self.config
+        assert config.min_lr is not None  # filled in by TrainConfig
+        x, y = self.dataset.get_batch("train", p.step)
+        rng = self.model.backend.generator(config.seed, Stream.DROPOUT, p.step)
+        _, loss_tensor = self.model(x, y, rng)
+        assert loss_tensor is not None  # there are targets
+        self.optimizer.zero_grad()
+        loss_tensor.backward()
+        loss = loss_tensor.item()
+        grad_norm = clip_grad_norm(self.model.parameters(), config.grad_clip or math.inf)
+        self.optimizer.lr = learning_rate(
+            p.step,
+            steps=config.steps,
+            lr=config.lr,
+            min_lr=config.min_lr,
+            warmup_steps=config.warmup_steps,
+            schedule=config.schedule,
+        )
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self.optimizer.step()
+            p.step += 1
+            p.loss_sum += loss
+            p.loss_count += 1
+        return Step(p.step, loss, grad_norm, self.optimizer.lr, x.size, time.perf_counter() - started)
+
+    def evaluate(self) -> Evaluation:
+        """Exact validation loss, a sample, a checkpoint."""
+        started = time.perf_counter()
+        p = self.progress
+        train_loss = p.loss_sum / max(1, p.loss_count)
+        p.loss_sum, p.loss_count = 0.0, 0
+        held_out = evaluate(self.model, self.dataset.val) if len(self.dataset.val) > 1 else None
+        val_loss, val_stderr = (held_out.loss, held_out.stderr) if held_out else (None, None)
+        best = val_loss is None or p.best_loss is None or val_loss < p.best_loss
+        if best:
+            p.best_loss, p.best_step, p.stale_evaluations = val_loss, p.step, 0
+        else:
+            p.stale_evaluations += 1
+        p.history.append([p.step, train_loss, val_loss, val_stderr])
+        self._save(best)
+        sample = self.sample()
+        result = Evaluation(p.step, train_loss, val_loss, val_stderr, best, sample, time.perf_counter() - started)
+        self._log("evaluation", dataclasses.asdict(result))
+        return result
+
+    def sample(self) -> str:
+        """A short text from the model as it is. The seed is the step, so looking changes nothing in the run."""
+        settings = GenerateConfig(max_new_tokens=self.config.sample_tokens, seed=self.config.seed)
+        return "".join(generate_text(self.model, self.tokenizer, "", settings, sample=self.progress.step))
+
+    def _save(self, best: bool = False) -> None:
+        """Write the resumable state and, when these are the best weights so far, the run's checkpoint."""
+        if self.out:
+            for path in [self.out, last_path(self.out)] if best else [last_path(self.out)]:
+                checkpoint.save(
+                    path,
+                    self.model,
+                    self.tokenizer,
+                    optimizer=self.optimizer,
+                    train_config=self.config,
+                    progress=dataclasses.asdict(self.progress),
+                    fingerprint=self.fingerprint,
+                )
+
+    def _log(self, event: str, values: dict[str, Any]) -> None:
+        if self.out:
+            mode = "w" if event == "start" else "a"
+            with log_path(self.out).open(mode, encoding="utf-8", newline="\n") as log:
+                log.write(json.dumps({"event": event} | values, ensure_ascii=False) + "\n")
+
+
+# ---------------------------------------------------------------- files of a run
+
+
+def last_path(out: Path) -> Path:
+    """Where the resumable state of a run is: model.npz -> model.last.npz."""
+    return out.with_name(f"{out.stem}.last{out.suffix}")
+
+
+def log_path(out: Path) -> Path:
+    """Where the log of a run is: model.npz -> model.jsonl."""
+    return out.with_suffix(".jsonl")
+
+
+def _keep_previous(out: Path) -> None:
+    """A new run must not destroy an earlier model of the same name: model.npz -> model.previous.npz."""
+    if out.exists():
+        out.replace(out.with_name(f"{out.stem}.previous{out.suffix}"))
+
+
+def _differences(before: Any, now: Any, ignore: tuple[str, ...] = ()) -> list[str]:
+    return [
+        f"{f.name} was {getattr(before, f.name)} and is now {getattr(now, f.name)}"
+        for f in dataclasses.fields(before)
+        if f.name not in ignore and getattr(before, f.name) != getattr(now, f.name)
+    ]
+
+
+# ---------------------------------------------------------------- what a run showed
+
+
+def advice(progress: Progress, config: TrainConfig, model: GPTConfig, outcome: Outcome) -> str:
+    """One line: what the losses say, and the one thing to change next."""
+    if outcome is Outcome.DIVERGED:
+        return (
+            f"The loss stopped being a number at step {progress.step + 1}: lower the learning rate "
+            f"(--lr {config.lr / 3:.1g}) or lengthen the warm-up (--warmup-steps {2 * max(50, config.warmup_steps)})."
+        )
+    rows = progress.history
+    if outcome is Outcome.INTERRUPTED or len(rows) < 2:
+        return ""
+    first_train, last_train = rows[0][1], rows[-1][1]
+    if last_train > first_train + 0.1:
+        return (
+            f"The training loss rose from {first_train:.2f} to {last_train:.2f}: it diverged; lower the learning rate "
+            f"(--lr {config.lr / 3:.1g})."
+        )
+    # Judge by the loss that matters: held-out where there is one.
+    losses = [row[1] if row[2] is None else row[2] for row in rows]
+    best, last, noise = min(losses), losses[-1], rows[-1][3] or 0.0
+    if rows[-1][2] is not None and last > best + max(0.01 * best, 0.5 * noise):
+        return (
+            f"Over-fitting since step {progress.best_step}: the validation loss rose from {best:.2f} to {last:.2f} while the "
+            f"training loss fell to {last_train:.2f}. More text helps most; else more dropout (--dropout "
+            f"{min(0.5, model.dropout + 0.1):.1f}) or a smaller model."
+        )
+    middle = losses[(len(losses) - 1) // 2]
+    which = "training" if rows[-1][2] is None else "validation"
+    if last < middle - 0.02 * middle:
+        return f"The {which} loss was still falling at the end: train longer (--steps {2 * config.steps})."
+    return (
+        f"The {which} loss has levelled off at {best:.2f}: more steps alone will help little; change one thing, such as a "
+        f"larger model (--n-embd {2 * model.n_embd}) or a longer context (--block-size {2 * model.block_size})."
+    )
+
+
+def estimate_memory(model: GPTConfig, batch_size: int) -> int:
+    """Roughly how many bytes training takes at its peak, beyond Python itself and the text.
+
+    Weights, gradients and the two AdamW means; the arrays that one forward pass keeps for the way back,
+    counted operation by operation, in float32; and the temporaries of the largest operation.
+    """
+    c, d_ff, v = model.n_embd, model.d_ff, model.vocab_size
+    assert d_ff is not None  # filled in by GPTConfig
+    per_block = 12 * c + 2 * d_ff  # weights: qkv, out, fc, proj per channel, plus norms and biases
+    parameters = (2 * v + model.block_size) * c + model.n_layer * c * (4 * c + 2 * d_ff) + model.n_layer * per_block
+    tokens = batch_size * model.block_size
+    masks = 1 if model.dropout > 0 else 0
+    attention = model.n_head * model.block_size * (1 + 2 * masks)  # probabilities per token, with and without dropout
+    # Inputs of layer norms, qkv, attention output, residual masks; fc's output, GELU's tanh and output.
+    kept = model.n_layer * (8 * c + 2 * masks * c + 3 * d_ff + attention) + (2 + masks) * c + 2 * v
+    temporaries = max(5 * d_ff, 4 * model.n_head * model.block_size, 4 * v)
+    return 4 * (4 * parameters + tokens * (kept + temporaries))
+
+
+def memory_advice(model: GPTConfig, batch_size: int) -> str:
+    """Which setting to lower, and what that would save."""
+    need = estimate_memory(model, batch_size)
+    text = f"this run needs roughly {need / 2**30:.1f} GiB"
+    if batch_size > 1:
+        half = estimate_memory(model, batch_size // 2)
+        return f"{text}; lower --batch-size first ({batch_size // 2} would need {half / 2**30:.1f} GiB)"
+    return f"{text}; lower --block-size, --n-embd or --n-layer"

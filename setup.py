@@ -1,0 +1,38 @@
+"""The package's metadata: name, dependencies, extras, commands. Tools are configured in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "npgpt" / "__init__.py").read_text(encoding="utf-8")).group(1)
+
+TEST = ["pytest>=8", "hypothesis>=6", "pytest-timeout>=2", "pytest-xdist>=3"]
+
+setup(
+    name="npgpt",
+    version=VERSION,
+    description="A GPT built from NumPy: its own autograd engine, transformer, training and generation",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["npgpt", "npgpt.*"]),
+    package_data={"npgpt": ["py.typed"]},
+    install_requires=["numpy>=1.26", "threadpoolctl>=3", "tqdm>=4.60"],
+    extras_require={
+        "cuda12": ["cupy-cuda12x[ctk]>=14"],
+        "cuda13": ["cupy-cuda13x[ctk]>=14"],
+        "plot": ["matplotlib>=3.7"],
+        "test": TEST,
+        "dev": [*TEST, "ruff>=0.9", "mypy>=1.13"],
+        "parity": ["torch>=2.6"],
+    },
+    entry_points={"console_scripts": ["npgpt = npgpt.cli:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Operating System :: OS Independent",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
