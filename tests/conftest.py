@@ -1,0 +1,42 @@
+"""What the tests share: a small text, a small model."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import npgpt
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def text() -> str:
+    return npgpt.read_text(ROOT / "data" / "tiny.txt")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(text):
+    return npgpt.CharTokenizer.build_vocab(text)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(7)
+
+
+@pytest.fixture
+def small_config(tokenizer) -> npgpt.GPTConfig:
+    return npgpt.GPTConfig(tokenizer.vocab_size, block_size=16, n_layer=2, n_head=2, n_embd=16)
+
+
+@pytest.fixture
+def trained(tmp_path, text, tokenizer, small_config):
+    """The path of a checkpoint after a few steps, with the files of its run beside it."""
+    config = npgpt.TrainConfig(steps=6, batch_size=4, eval_interval=3, sample_tokens=10, warmup_steps=2, log_interval=2)
+    ids = tokenizer.encode_array(text[:4000])
+    dataset = npgpt.Dataset(ids, small_config.block_size, config.batch_size, seed=config.seed)
+    model = npgpt.GPT(small_config, seed=config.seed)
+    out = tmp_path / "model.npz"
+    list(npgpt.Trainer(model, tokenizer, dataset, config, out).run())
+    return out

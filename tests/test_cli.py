@@ -1,0 +1,354 @@
+"""The commands as a user runs them: real processes, their output and exit status."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import npgpt
+import npgpt.cli
+
+ROOT = Path(__file__).parent.parent
+QUICK = [
+    "--n-layer",
+    "1",
+    "--n-head",
+    "2",
+    "--n-embd",
+    "16",
+    "--block-size",
+    "16",
+    "--batch-size",
+    "4",
+    "--steps",
+    "6",
+    "--eval-interval",
+    "3",
+    "--sample-tokens",
+    "20",
+]
+
+
+def npgpt_command(*arguments, cwd, timeout=60, stdin=None):
+    """Run `python -m npgpt ...`; returns the finished process with its output as text."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error"}
+    return subprocess.run(
+        [sys.executable, "-m", "npgpt", *map(str, arguments)],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=timeout,
+        stdin=subprocess.DEVNULL if stdin is None else stdin,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    """A folder with a text and a model trained on it."""
+    folder = tmp_path_factory.mktemp("workshop")
+    text = npgpt.read_text(ROOT / "data" / "tiny.txt")[:6000]
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    result = npgpt_command("train", "text.txt", *QUICK, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    (folder / "train.stderr").write_text(result.stderr, encoding="utf-8")
+    assert result.stdout == ""
+    return folder
+
+
+def test_train_shows_what_happens(workshop):
+    shown = (workshop / "train.stderr").read_text(encoding="utf-8")
+    assert re.search(r"6,000 characters, \d+ different; 5,400 to train on, 600 held out", shown)
+    assert re.search(
+        r"step 3: train loss \d\.\d{4}, val loss \d\.\d{4} ± \d\.\d{4} \(best\), [\d,]+ tokens/s, \d+ s left", shown
+    )
+    assert "\n    | " in shown  # a sample
+    assert "write with: bin/generate --ckpt model.npz" in shown
+    assert "\r" not in shown  # no bar: stderr is no terminal
+    assert {"model.npz", "model.last.npz", "model.jsonl"} <= {p.name for p in workshop.iterdir()}
+
+
+def test_generate(workshop):
+    arguments = ["generate", "--ckpt", "model.npz", "--prompt", "HOB:", "--max-new-tokens", "50", "--seed", "4"]
+    first = npgpt_command(*arguments, cwd=workshop)
+    assert first.returncode == 0, first.stderr
+    assert first.stderr == ""
+    assert first.stdout.startswith("HOB:")
+    assert len(first.stdout) == 4 + 50 + 1
+    assert npgpt_command(*arguments, cwd=workshop).stdout == first.stdout
+    checkpoint = npgpt.load(workshop / "model.npz")
+    ids = npgpt.generate(checkpoint.model, checkpoint.tokenizer.encode("HOB:"), 50, temperature=0.8, seed=4)
+    assert checkpoint.tokenizer.decode(ids) + "\n" == first.stdout
+
+
+def test_generate_options(workshop):
+    greedy = ["generate", "--ckpt", "model.npz", "--temperature", "0", "--max-new-tokens", "20"]
+    one = npgpt_command(*greedy, cwd=workshop)
+    assert npgpt_command(*greedy, "--top-k", "100000", cwd=workshop).stdout == one.stdout
+    two = npgpt_command(*greedy, "--num-samples", "2", cwd=workshop)
+    assert two.stdout == 2 * one.stdout
+    stop = one.stdout[3]
+    stopped = npgpt_command(*greedy, "--stop", stop, cwd=workshop)
+    assert stopped.stdout == one.stdout[: one.stdout.index(stop)] + "\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closed pipes are told differently elsewhere")
+def test_a_closed_pipe_is_quiet(workshop):
+    command = [sys.executable, "-m", "npgpt", "generate", "--ckpt", "model.npz", "--max-new-tokens", "5000"]
+    process = subprocess.Popen(
+        command, cwd=workshop, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.read(5)
+    process.stdout.close()
+    errors = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(60) == 0
+    assert errors == b""
+
+
+def test_evaluate_and_inspect(workshop):
+    last_loss = npgpt.load(workshop / "model.npz").progress["best_loss"]
+    result = npgpt_command("evaluate", "--ckpt", "model.npz", "text.txt", cwd=workshop)
+    assert result.returncode == 0, result.stderr
+    assert "the held-out part of text.txt: 599 characters predicted" in result.stdout
+    assert f"loss {last_loss:.4f}" in result.stdout
+    (workshop / "other.txt").write_text("the bell, the bell, ", encoding="utf-8")
+    other = npgpt_command("evaluate", "--ckpt", "model.npz", "other.txt", cwd=workshop)
+    assert "all of other.txt: 19 characters predicted" in other.stdout
+    shown = npgpt_command("inspect", "--arrays", "model.npz", cwd=workshop)
+    assert shown.returncode == 0
+    for words in ("n_embd 16", "step      6", "blocks.0.attn.qkv.weight", "(16, 48)"):
+        assert words in shown.stdout
+
+
+def test_resume_continues(workshop, tmp_path):
+    for name in ("model.npz", "model.last.npz", "text.txt", "model.jsonl"):
+        shutil.copy(workshop / name, tmp_path)
+    result = npgpt_command("train", "text.txt", "--resume", "--steps", "9", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "resumed at step 6" in result.stderr
+    assert npgpt.load(tmp_path / "model.last.npz").step == 9
+    result = npgpt_command("train", "text.txt", "--resume", "model.npz", "--steps", "9", "--lr", "1", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "lr was 0.001 and is now 1.0" in result.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals to a process are POSIX")
+@pytest.mark.parametrize(("signal_name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_interrupting_saves_and_resumes(workshop, tmp_path, signal_name, status):
+    import signal
+    import time
+
+    shutil.copy(workshop / "text.txt", tmp_path)
+    arguments = [*QUICK, "--steps", "100000", "--eval-interval", "100000", "--log-interval", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "npgpt", "train", "text.txt", *arguments],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    )
+    log = tmp_path / "model.jsonl"
+    while not (log.exists() and '"step"' in log.read_text(encoding="utf-8")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(getattr(signal, signal_name))
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == status
+    assert "bin/train text.txt --resume" in errors
+    assert "Traceback" not in errors
+    done = npgpt.load(tmp_path / "model.last.npz").step
+    assert done >= 1
+    assert f"stopped after step {done}" in errors
+
+
+def test_gradcheck(tmp_path):
+    result = npgpt_command("gradcheck", "--n-layer", "1", "--n-embd", "4", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "all gradients agree" in result.stdout
+    assert len(result.stdout.splitlines()) == 2 + 17  # a row for each parameter of one block
+
+
+@pytest.mark.parametrize("name", ["train", "generate", "evaluate", "gradcheck", "inspect"])
+def test_help(name, tmp_path):
+    result = npgpt_command(name, "--help", cwd=tmp_path)
+    assert result.returncode == 0
+    assert f"bin/{name}" in result.stdout
+
+
+def test_help_and_version_of_all(tmp_path):
+    assert "npgpt train" in npgpt_command("--help", cwd=tmp_path).stdout
+    assert npgpt.__version__ in npgpt_command("--version", cwd=tmp_path).stdout
+    assert npgpt_command(cwd=tmp_path).returncode == 2
+
+
+# ---------------------------------------------------------------- wrong requests
+
+FILES = {
+    "empty.txt": b"",
+    "one.txt": b"a",
+    "short.txt": b"too short for a window",
+    "binary.txt": bytes(range(256)) * 20,
+    "latin1.txt": "déjà vu, ".encode("latin-1") * 100,
+    "utf16.txt": "the bell ".encode("utf-16") * 100,
+    "not-a-checkpoint.npz": b"PK not really",
+}
+
+WRONG = {
+    "train": [
+        ("none.txt", "no such file"),
+        (". ", "expected a text file, got a folder"),
+        ("empty.txt", "is empty"),
+        ("one.txt", "too short"),
+        ("short.txt --block-size 64", "too short.*smaller block_size"),
+        ("binary.txt", "NUL byte"),
+        ("latin1.txt", "not UTF-8 text: byte 0xe9 at offset 1"),
+        ("utf16.txt", "UTF-16"),
+        ("model.npz", "not a text file"),
+        ("text.txt --n-embd 10 --n-head 4", "multiple of n_head"),
+        ("text.txt --n-embd 0", "n_embd must be a whole number at least 1, got 0"),
+        ("text.txt --steps 0", "steps must be"),
+        ("text.txt --steps many", "got 'many'"),
+        ("text.txt --lr -1", "lr must be a number above 0"),
+        ("text.txt --lr nan", "lr must be"),
+        ("text.txt --min-lr 1", "min_lr must not be above lr"),
+        ("text.txt --dropout 1", "below 1"),
+        ("text.txt --val-fraction 1", "val_fraction must be"),
+        ("text.txt --activation swish", "gelu"),
+        ("text.txt --device tpu", "auto"),
+        ("text.txt --stpes 5", "did you mean --steps"),
+        ("text.txt --step 5", "did you mean --steps"),
+        ("text.txt extra", "unknown argument extra"),
+        ("", "required: DATA"),
+        ("text.txt --out nowhere/m.npz", "no folder nowhere"),
+        ("text.txt --out text.txt", "must end in .npz"),
+        ("text.txt --out folder.npz", "got a folder"),
+        ("text.txt --resume none.npz", "no such checkpoint"),
+        ("text.txt --resume not-a-checkpoint.npz", "not a checkpoint"),
+        ("short.txt --resume model.npz --block-size 4", "cannot resume: the text is not the one"),
+        ("text.txt --resume model.npz", "nothing to do"),
+        ("text.txt --resume model.npz --steps 9 --n-embd 32", "n_embd was 16 and is now 32"),
+    ],
+    "generate": [
+        ("", "required: --ckpt"),
+        ("--ckpt none.npz", "no such checkpoint"),
+        ("--ckpt text.txt", "not a checkpoint"),
+        ("--ckpt not-a-checkpoint.npz", "not a checkpoint"),
+        ("--ckpt folder.npz", "folder|cannot read"),
+        ("--ckpt model.npz --prompt 5€", "unknown character '[5€]'"),
+        ("--ckpt model.npz --temperature -1", "temperature must be a number at least 0, got -1.0"),
+        ("--ckpt model.npz --temperature warm", "temperature must be a number"),
+        ("--ckpt model.npz --top-k 0", "top_k must be a whole number at least 1, got 0"),
+        ("--ckpt model.npz --top-k 2.5", "top_k"),
+        ("--ckpt model.npz --top-p 0", "top_p"),
+        ("--ckpt model.npz --top-p 1.1", "top_p"),
+        ("--ckpt model.npz --max-new-tokens -1", "max_new_tokens"),
+        ("--ckpt model.npz --num-samples 0", "num_samples"),
+        ("--ckpt model.npz --seed -1", "seed"),
+        ("--ckpt model.npz --stop=", "--stop must be a text"),
+        ("--ckpt model.npz --promt HOB", "did you mean --prompt"),
+    ],
+    "evaluate": [
+        ("--ckpt model.npz", "required: FILE"),
+        ("--ckpt model.npz empty.txt", "empty"),
+        ("--ckpt model.npz one.txt", "at least 2 tokens"),
+        ("--ckpt none.npz text.txt", "no such checkpoint"),
+    ],
+    "gradcheck": [("--n-embd 5", "multiple of n_head"), ("--steps 5", "unknown argument")],
+    "inspect": [("none.npz", "no such checkpoint"), ("text.txt", "not a checkpoint"), ("", "required: FILE")],
+    "trian": [("", "did you mean train")],
+}
+
+
+@pytest.mark.parametrize(("name", "arguments", "words"), [(n, a, w) for n, rows in WRONG.items() for a, w in rows])
+def test_a_wrong_request_is_one_line(name, arguments, words, workshop, capsys, monkeypatch):
+    """In this process, for speed: what `npgpt` prints and returns."""
+    monkeypatch.chdir(workshop)
+    for file, content in FILES.items():
+        Path(file).write_bytes(content)
+    Path("folder.npz").mkdir(exist_ok=True)
+    before = {p.name: p.stat().st_mtime_ns for p in workshop.iterdir()}
+    try:
+        status = npgpt.cli.main([name, *arguments.split()])
+    except SystemExit as stopped:  # argparse's way
+        status = stopped.code
+    captured = capsys.readouterr()
+    assert status == 2
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1, captured.err
+    assert re.search(words, captured.err), captured.err
+    assert {p.name: p.stat().st_mtime_ns for p in workshop.iterdir()} == before  # nothing written
+
+
+def test_wrong_requests_as_processes(workshop):
+    for arguments in (["train", "none.txt"], ["generate", "--ckpt", "none.npz"], ["train", "text.txt", "--stepz", "3"]):
+        result = npgpt_command(*arguments, cwd=workshop)
+        assert result.returncode == 2
+        assert "Traceback" not in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="address-space limits are Linux's")
+def test_out_of_memory_says_what_to_lower(workshop):
+    limited = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30)); "
+        "from npgpt.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", limited, "train", "text.txt", "--batch-size", "20000", "--out", "big.npz"],
+        cwd=workshop,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=100,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert re.search(r"out of memory: this run needs roughly [\d.]+ GiB; lower --batch-size first", result.stderr), (
+        result.stderr
+    )
+    assert "Traceback" not in result.stderr
+
+
+# ---------------------------------------------------------------- bin/
+
+
+@pytest.mark.skipif(os.name != "posix", reason="bin/ holds POSIX shell scripts")
+def test_bin_scripts(workshop, tmp_path):
+    python = tmp_path / "python3"  # where there is no .venv, they take python3 from PATH
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n', encoding="utf-8")
+    python.chmod(0o755)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for name in ("train", "generate", "evaluate", "gradcheck", "inspect"):
+        script = ROOT / "bin" / name
+        result = subprocess.run([script, "--help"], env=environment, capture_output=True, encoding="utf-8", check=False)
+        assert result.returncode == 0, result.stderr
+        assert f"bin/{name}" in result.stdout
+    result = subprocess.run(
+        [ROOT / "bin" / "generate", "--ckpt", "model.npz", "--prompt", "a  b", "--max-new-tokens", "0"],
+        cwd=workshop,
+        env=environment,
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
+    assert result.stdout == "a  b\n"
+
+
+def test_device_cuda_without_a_gpu_is_one_line(workshop, capsys, monkeypatch):
+    from npgpt.backend import DeviceError, select
+
+    try:
+        select("cuda")
+    except DeviceError:
+        monkeypatch.chdir(workshop)
+        assert npgpt.cli.main(["train", "text.txt", "--device", "cuda"]) == 2
+        assert re.search("device 'cuda' cannot be used: .*(install|--device cpu)", capsys.readouterr().err)
+    else:
+        np.testing.assert_array_equal(select("cuda").xp.ones(2).get(), [1, 1])

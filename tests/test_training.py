@@ -1,0 +1,300 @@
+"""Learning, the run and its files, resuming, checkpoints, exact evaluation."""
+
+import dataclasses
+import json
+import math
+import re
+import zipfile
+
+import numpy as np
+import pytest
+
+import npgpt
+from npgpt import GPT, AdamW, CheckpointError, Dataset, GPTConfig, RequestError, TrainConfig, Trainer, evaluate, ops
+from npgpt.evaluate import Loss
+from npgpt.train import Evaluation, Outcome, Progress, Step, advice, estimate_memory, last_path, log_path
+
+GOLDEN_CONFIG = GPTConfig(63, block_size=32, n_layer=2, n_head=2, n_embd=32, dropout=0.1)
+# Losses of the first ten steps with seed 1337, in float32. Rounding differs between processors and BLAS
+# kernels; anything beyond it means that the model, a gradient, a random stream or the optimiser changed.
+GOLDEN_LOSSES = [4.142521, 4.141013, 4.120839, 4.085031, 4.062807, 4.01554, 3.979172, 3.929173, 3.963693, 3.955629]
+
+
+def run(text, tokenizer, config, train_config, out=None, **keywords):
+    dataset = Dataset(
+        tokenizer.encode_array(text), config.block_size, train_config.batch_size, train_config.val_fraction, train_config.seed
+    )
+    trainer = Trainer(GPT(config, seed=train_config.seed), tokenizer, dataset, train_config, out)
+    return trainer, list(trainer.run(**keywords))
+
+
+def quick(**changes):
+    settings = {"steps": 6, "batch_size": 4, "eval_interval": 3, "sample_tokens": 5, "warmup_steps": 2, "log_interval": 2}
+    return TrainConfig(**settings | changes)
+
+
+def test_one_batch_can_be_learned_by_heart(text, tokenizer):
+    config = GPTConfig(tokenizer.vocab_size, block_size=32, n_layer=2, n_head=2, n_embd=64, dropout=0.0)
+    model = GPT(config, seed=0)
+    x, y = Dataset(tokenizer.encode_array(text), 32, 4).get_batch("train")
+    optimizer = AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    for _ in range(150):
+        _, loss = model(x, y)
+        optimizer.zero_grad()
+        loss.backward()
+        npgpt.clip_grad_norm(model.parameters(), 1.0)
+        optimizer.step()
+    assert loss.item() < 0.05
+
+
+def test_golden_run(text, tokenizer):
+    _, events = run(text, tokenizer, GOLDEN_CONFIG, TrainConfig(steps=10, batch_size=8, warmup_steps=5, sample_tokens=0))
+    losses = [e.loss for e in events if isinstance(e, Step)]
+    np.testing.assert_allclose(losses, GOLDEN_LOSSES, rtol=2e-5)
+
+
+def test_events_of_a_run(text, tokenizer, small_config, tmp_path):
+    out = tmp_path / "model.npz"
+    trainer, events = run(text[:4000], tokenizer, small_config, quick(), out)
+    assert [e.step for e in events if isinstance(e, Step)] == [1, 2, 3, 4, 5, 6]
+    evaluations = [e for e in events if isinstance(e, Evaluation)]
+    assert [e.step for e in evaluations] == [3, 6]
+    assert all(len(e.sample) == 5 and math.isfinite(e.val_loss) for e in evaluations)
+    steps = [e.loss for e in events if isinstance(e, Step)]
+    assert evaluations[1].train_loss == pytest.approx(np.mean(steps[3:]))
+    assert events[-1].outcome is Outcome.FINISHED
+    exact = evaluate(trainer.model, trainer.dataset.val)
+    assert evaluations[1].val_loss == exact.loss
+    lines = [json.loads(line) for line in log_path(out).read_text(encoding="utf-8").splitlines()]
+    kinds = [line["event"] for line in lines]
+    assert kinds == ["start", "step", "evaluation", "step", "step", "evaluation", "end"]
+
+
+def test_looking_changes_nothing(text, tokenizer, small_config):
+    trainers = [run(text[:4000], tokenizer, small_config, quick(eval_interval=n))[0] for n in (1, 2, 6)]
+    for other in trainers[1:]:
+        np.testing.assert_array_equal(trainers[0].model.parameters().data, other.model.parameters().data)
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 3, 5])
+def test_resuming_gives_the_uninterrupted_run(text, tokenizer, small_config, tmp_path, stop_at):
+    straight, again = tmp_path / "straight.npz", tmp_path / "again.npz"
+    run(text[:4000], tokenizer, small_config, quick(), straight)
+    asked = []
+    _, events = run(
+        text[:4000], tokenizer, small_config, quick(), again, stop_requested=lambda: asked.append(1) or len(asked) == stop_at
+    )
+    assert events[-1].outcome is Outcome.INTERRUPTED
+    assert events[-1].step == stop_at
+    dataset = Dataset(tokenizer.encode_array(text[:4000]), small_config.block_size, 4)
+    trainer = Trainer(GPT(small_config, seed=99), tokenizer, dataset, quick(), again)
+    trainer.resume(npgpt.load(last_path(again), with_optimizer=True))
+    list(trainer.run())
+    assert last_path(again).read_bytes() == last_path(straight).read_bytes()
+    assert again.read_bytes() == straight.read_bytes()
+
+
+def test_resume_refuses_another_run(text, tokenizer, small_config, trained):
+    last = npgpt.load(last_path(trained), with_optimizer=True)
+
+    def trainer(text=text[:4000], config=small_config, **changes):
+        train_config = dataclasses.replace(last.train_config, **{"steps": 12} | changes)
+        dataset = Dataset(tokenizer.encode_array(text), config.block_size, train_config.batch_size, seed=train_config.seed)
+        return Trainer(GPT(config), tokenizer, dataset, train_config)
+
+    trainer(threads=1, eval_interval=5).resume(last)
+    for other, words in [
+        (trainer(lr=1e-4, min_lr=1e-5), r"lr was 0.001 and is now 0.0001; min_lr was"),
+        (trainer(text=text[1:4001]), "the text is not the one"),
+        (trainer(config=dataclasses.replace(small_config, n_layer=1)), "n_layer was 2 and is now 1"),
+        (trainer(steps=6), "nothing to do"),
+    ]:
+        with pytest.raises(RequestError, match=words):
+            other.resume(last)
+
+
+def test_early_stop_keeps_the_best(text, tokenizer, small_config, tmp_path):
+    out = tmp_path / "model.npz"
+    # 400 characters and a high rate: it over-fits at once.
+    config = quick(steps=400, eval_interval=10, patience=2, lr=1e-2, batch_size=8)
+    trainer, events = run(text[3000:3400], tokenizer, small_config, config, out)
+    assert events[-1].outcome is Outcome.EARLY_STOP
+    evaluations = [e for e in events if isinstance(e, Evaluation)]
+    best = min(evaluations, key=lambda e: e.val_loss)
+    assert evaluations[-1].step == best.step + 20
+    assert npgpt.load(out).step == best.step == trainer.progress.best_step
+    assert npgpt.load(last_path(out)).step == evaluations[-1].step
+    assert "Over-fitting since step" in events[-1].advice
+
+
+def test_divergence_stops_before_the_weights(text, tokenizer, small_config, tmp_path):
+    out = tmp_path / "model.npz"
+    dataset = Dataset(tokenizer.encode_array(text[:4000]), small_config.block_size, 4)
+    trainer = Trainer(GPT(small_config), tokenizer, dataset, quick(), out)
+    events = trainer.run()
+    before = None
+    for event in events:
+        if isinstance(event, Evaluation):
+            trainer.model.lm_head.weight.data[0, 0] = np.inf
+            before = trainer.model.parameters().data.copy()
+            with np.errstate(invalid="ignore"):
+                end = list(events)[-1]
+    assert end.outcome is Outcome.DIVERGED
+    assert "lower the learning rate" in end.advice
+    np.testing.assert_array_equal(trainer.model.parameters().data, before)
+    assert np.isfinite(npgpt.load(out).model.parameters().data).all()
+
+
+def test_a_new_run_keeps_the_earlier_model(text, tokenizer, small_config, trained):
+    before = trained.read_bytes()
+    run(text[:4000], tokenizer, small_config, quick(), trained)
+    assert (trained.parent / "model.previous.npz").read_bytes() == before
+
+
+def test_without_held_out_text(text, tokenizer, small_config, tmp_path):
+    out = tmp_path / "model.npz"
+    _, events = run(text[:400], tokenizer, small_config, quick(val_fraction=0.0), out)
+    evaluations = [e for e in events if isinstance(e, Evaluation)]
+    assert all(e.val_loss is None and e.best for e in evaluations)
+    assert npgpt.load(out).step == 6
+
+
+@pytest.mark.parametrize(
+    ("history", "words"),
+    [
+        ([[100, 2.5, 2.6, 0.02], [200, 1.5, 2.0, 0.02], [300, 1.0, 2.4, 0.02]], "Over-fitting since step 200"),
+        ([[100, 2.5, 2.6, 0.02], [200, 2.2, 2.3, 0.02], [300, 2.0, 2.1, 0.02]], "still falling.*--steps 2000"),
+        ([[100, 2.5, 2.6, 0.02], [200, 2.0, 2.1, 0.02], [300, 1.99, 2.09, 0.02]], "levelled off"),
+        ([[100, 2.5, 2.6, 0.02], [200, 3.9, 3.9, 0.02], [300, 4.2, 4.1, 0.02]], "diverged; lower the learning rate"),
+        ([[100, 2.5, None, None], [200, 2.0, None, None]], "training loss was still falling"),
+        ([[100, 2.5, 2.6, 0.02]], "^$"),
+    ],
+)
+def test_advice(history, words):
+    scored = [row for row in history if row[2] is not None]
+    best_step = min(scored, key=lambda row: row[2])[0] if scored else history[-1][0]
+    progress = Progress(step=history[-1][0], best_step=best_step, history=history)
+    line = advice(progress, TrainConfig(), GPTConfig(65), Outcome.FINISHED)
+    assert re.search(words, line), line
+    assert "\n" not in line
+
+
+def test_memory_estimate_grows_with_every_dimension():
+    base = {"vocab_size": 65, "block_size": 64, "n_layer": 2, "n_head": 2, "n_embd": 64}
+    small = estimate_memory(GPTConfig(**base), 8)
+    assert estimate_memory(GPTConfig(**base), 16) > 1.5 * small
+    for name in base:
+        assert estimate_memory(GPTConfig(**base | {name: 2 * base[name]}), 8) > small, name
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def test_evaluation_is_exact(tokenizer, text, small_config):
+    model = GPT(small_config, seed=1)
+    ids = tokenizer.encode_array(text[:1000])
+    result = evaluate(model, ids)
+    assert result.n_targets == 999
+    losses = []
+    for start in range(0, 999, 16):
+        x, y = ids[start : start + 16][: 999 - start], ids[start + 1 : start + 17]
+        logits, _ = model(x[None].astype(int))
+        losses.append(ops.cross_entropy(logits, y[None].astype(int), reduction="none").data[0])
+    assert result.loss == pytest.approx(np.mean(np.concatenate(losses)), rel=1e-6)
+    means = [window.mean() for window in losses]
+    assert result.stderr == pytest.approx(np.std(means, ddof=1) / math.sqrt(len(means)), rel=0.05)
+    assert evaluate(model, ids) == result
+    assert evaluate(model, ids[:10]).stderr is None
+    with pytest.raises(RequestError, match="at least 2"):
+        evaluate(model, ids[:1])
+    assert Loss(math.log(8), None, 1).bits_per_token == pytest.approx(3)
+    assert Loss(math.log(8), None, 1).perplexity == pytest.approx(8)
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def test_save_load_identical_logits(tmp_path, tokenizer, small_config, rng):
+    model = GPT(small_config, seed=5)
+    npgpt.save(tmp_path / "m.npz", model, tokenizer)
+    loaded = npgpt.load(tmp_path / "m.npz")
+    ids = rng.integers(0, tokenizer.vocab_size, (2, 16))
+    np.testing.assert_array_equal(loaded.model(ids)[0].data, model(ids)[0].data)
+    assert loaded.tokenizer == tokenizer
+    assert loaded.config == small_config
+    assert loaded.step == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["m.npz"]
+
+
+def test_any_numpy_reads_it(trained):
+    with np.load(trained, allow_pickle=False) as arrays:
+        assert arrays["blocks.0.attn.qkv.weight"].shape == (16, 48)
+        assert json.loads(arrays["checkpoint.json"])["progress"]["step"] in (3, 6)
+
+
+def test_checkpoints_are_reproducible_bytes(tmp_path, tokenizer, small_config):
+    for name in "ab":
+        npgpt.save(tmp_path / name, GPT(small_config), tokenizer)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_failed_save_leaves_the_old_one(tmp_path, tokenizer, small_config, monkeypatch):
+    path = tmp_path / "m.npz"
+    npgpt.save(path, GPT(small_config), tokenizer)
+    before = path.read_bytes()
+
+    def full_disk(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        npgpt.save(path, GPT(small_config, seed=9), tokenizer)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["m.npz"]
+
+
+def test_what_is_not_a_checkpoint_is_refused(tmp_path, trained):
+    good = trained.read_bytes()
+    path = tmp_path / "bad.npz"
+    for content, words in [
+        (b"", "not a checkpoint"),
+        (b"hello", "not a checkpoint"),
+        (good[: len(good) // 2], "not a checkpoint"),
+    ]:
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=words):
+            npgpt.load(path)
+    np.savez(path, a=np.zeros(3))
+    with pytest.raises(CheckpointError, match=r"no checkpoint.json"):
+        npgpt.load(path)
+    for missing in (tmp_path / "none.npz", tmp_path):
+        with pytest.raises(CheckpointError, match=r"no such checkpoint|folder|cannot read"):
+            npgpt.load(missing)
+
+
+def test_a_checkpoint_at_odds_with_itself_is_refused(tmp_path, tokenizer, small_config):
+    good = tmp_path / "good.npz"
+    npgpt.save(good, GPT(small_config), tokenizer)
+    with zipfile.ZipFile(good) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    header = json.loads(members["checkpoint.json"])
+
+    def changed(**changes):
+        return {"checkpoint.json": json.dumps(header | changes).encode()}
+
+    for changes, words in [
+        (changed(format=99), "format 99"),
+        (changed(config=header["config"] | {"n_layer": 3}), "missing blocks.2"),
+        (changed(config=header["config"] | {"n_embd": -1}), "n_embd"),
+        (changed(config=header["config"] | {"colour": 1}), "colour"),
+        (changed(vocabulary="abc"), "vocabulary of 3"),
+        ({"checkpoint.json": b"{"}, "cannot be used"),
+        ({"wte.weight.npy": members["wpe.weight.npy"]}, "wte.weight has shape"),
+        ({"wte.weight.npy": b"nonsense"}, "wte.weight cannot be read"),
+    ]:
+        bad = tmp_path / "bad.npz"
+        with zipfile.ZipFile(bad, "w") as archive:
+            for name, content in (members | changes).items():
+                archive.writestr(name, content)
+        with pytest.raises(CheckpointError, match=words):
+            npgpt.load(bad)
