@@ -6,6 +6,7 @@ train, evaluate and generate, and the command line on top.
 """
 
 from npgpt import ops
+from npgpt.backend import Stream
 from npgpt.checkpoint import Checkpoint, CheckpointError, load, save
 from npgpt.config import GenerateConfig, GPTConfig, RequestError, TrainConfig
 from npgpt.data import Dataset, read_text
@@ -31,6 +32,7 @@ __all__ = [
     "GenerateConfig",
     "GradientError",
     "RequestError",
+    "Stream",
     "Tensor",
     "TrainConfig",
     "Trainer",

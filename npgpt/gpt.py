@@ -35,7 +35,7 @@ class MultiHeadSelfAttention(Module):
     def __call__(self, x: Tensor, rng: Any) -> Tensor:
         b, t, c = x.shape
         qkv = self.qkv(x).reshape(b, t, 3, self.n_head, c // self.n_head)
-        q, k, v = qkv.transpose(2, 0, 3, 1, 4)  # (B, n_head, T, head_dim) each
+        q, k, v = (qkv[:, :, i].transpose(0, 2, 1, 3) for i in range(3))  # (B, n_head, T, head_dim) each
         y = ops.causal_attention(q, k, v, self.attn_dropout, rng)
         y = y.transpose(0, 2, 1, 3).reshape(b, t, c)  # heads side by side again
         return self.resid_dropout(self.out(y), rng)

@@ -56,6 +56,13 @@ class Parameters(list[Tensor]):
                     "write into them in place (p.data[...] = values) and clear gradients with zero_grad()"
                 )
 
+    def share_data(self, other: Parameters) -> None:
+        """Look at the values of `other`, whose parameters have the same shapes, and keep gradients of its own."""
+        self.data = other.data
+        for t, o in zip(self, other, strict=True):
+            t.data = o.data
+        self._views = [(t.data, grad) for t, (_, grad) in zip(self, self._views, strict=True)]
+
 
 class Module:
     """Base of everything that has parameters."""
@@ -79,6 +86,11 @@ class Module:
     def flatten_parameters(self) -> None:
         """Move all parameters into one flat buffer. The root module does this once, when it is complete."""
         self._flat = Parameters(p for _, p in self.named_parameters())
+
+    def share_weights(self, other: Module) -> None:
+        """Use the weights of `other`, a module of the same shape: a change there is seen here. Gradients stay
+        separate."""
+        self._flat.share_data(other._flat)
 
     def zero_grad(self) -> None:
         """Forget the gradients of all parameters."""

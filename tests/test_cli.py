@@ -14,24 +14,8 @@ import npgpt
 import npgpt.cli
 
 ROOT = Path(__file__).parent.parent
-QUICK = [
-    "--n-layer",
-    "1",
-    "--n-head",
-    "2",
-    "--n-embd",
-    "16",
-    "--block-size",
-    "16",
-    "--batch-size",
-    "4",
-    "--steps",
-    "6",
-    "--eval-interval",
-    "3",
-    "--sample-tokens",
-    "20",
-]
+SMALL_MODEL = ["--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--block-size", "16"]
+QUICK = [*SMALL_MODEL, "--batch-size", "4", "--steps", "6", "--eval-interval", "3", "--sample-tokens", "20"]
 
 
 def npgpt_command(*arguments, cwd, timeout=60, stdin=None):

@@ -27,6 +27,7 @@ ORDER = [
     "tokenizer.py",
     "data.py",
     "checkpoint.py",
+    "parallel.py",
     "evaluate.py",
     "generate.py",
     "train.py",

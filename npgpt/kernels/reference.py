@@ -107,10 +107,20 @@ class Kernels:
     # inverted: what is kept is scaled by 1 / (1 - p), so that the expectation stays x and nothing
     # has to change when dropout is off.
 
+    def dropout_draws(self, shape: tuple[int, ...], p: float, rng: Any) -> tuple[Array, int]:
+        """-> (draws, threshold): an element is kept where draws >= threshold.
+
+        A draw is one of 65,536 equally likely integers, a quarter of a 64-bit random number, which is several
+        times faster than a float each; so p acts rounded to a multiple of 1/65536.
+        """
+        n = prod(shape)
+        bits = rng.integers(0, 2**64, size=(n + 3) // 4, dtype=np.uint64)
+        return bits.view(np.uint16)[:n].reshape(shape), round(p * 65536)
+
     def dropout_forward(self, x: Array, p: float, rng: Any) -> tuple[Array, Saved]:
         """Zero each element with probability p, 0 <= p <= 1, drawn from the generator `rng`."""
-        keep = rng.random(x.shape, dtype=np.float32) >= p
-        scaled_mask = keep * x.dtype.type(1 / (1 - p) if p < 1 else 0)
+        draws, threshold = self.dropout_draws(x.shape, p, rng)
+        scaled_mask = (draws >= threshold) * x.dtype.type(1 / (1 - p) if p < 1 else 0)
         return x * scaled_mask, scaled_mask
 
     def dropout_backward(self, dy: Array, saved: Saved) -> Array:

@@ -1,0 +1,111 @@
+"""How one step's work is spread over the processor: worker threads, a micro-batch at a time.
+
+NumPy lets go of Python's global lock inside its operations, so threads run them side by side: all of
+them, where a BLAS with threads of its own speeds up the matrix products alone. And a micro-batch is small
+enough for its activations to stay in a core's cache. Workers share the weights; each has gradients of its
+own, which are added up in a fixed order, so that the same seed and number of threads give the same bytes.
+
+No formulas here, and nothing of GPT beyond its call.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+from threadpoolctl import ThreadpoolController
+
+from npgpt.backend import Stream
+from npgpt.gpt import GPT
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+MICRO_BATCH_TOKENS = 512  # measured: fewer, and the products lose speed; more, and activations leave the cache
+
+
+def available_cores() -> int:
+    """The cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class Workers:
+    """A number of threads that work through a list together. Use it as a context manager: inside, the BLAS
+    is held to one thread (the workers are the threads); on leaving, it gets back what it had."""
+
+    def __init__(self, threads: int | None = None) -> None:
+        """threads: None means every core this process may use."""
+        self.threads = threads or available_cores()
+
+    def __enter__(self) -> Workers:
+        self._limit = ThreadpoolController().limit(limits=1, user_api="blas")
+        self._limit.__enter__()
+        self._executor = ThreadPoolExecutor(self.threads, thread_name_prefix="npgpt")
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._executor.shutdown(cancel_futures=True)
+        self._limit.__exit__(*exception)
+
+    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+        """[function(item) for item in items], computed side by side. An exception reaches the caller with its
+        traceback, when no worker is busy any more."""
+        futures = [self._executor.submit(function, item) for item in items]
+        failures = [e for e in (future.exception() for future in futures) if e is not None]
+        if failures:
+            raise failures[0]
+        return [future.result() for future in futures]
+
+
+class ParallelStep:
+    """Forward and backward of a batch over workers: loss = step(x, y, seed, number)."""
+
+    def __init__(self, model: GPT, workers: Workers, micro_batch: int | None = None) -> None:
+        """micro_batch: sequences in a micro-batch; None chooses by the number of tokens."""
+        self.model, self.workers, self.micro_batch = model, workers, micro_batch
+        # The first worker uses the model itself; the others models that look at the same weights.
+        self._models = [model]
+        while len(self._models) < workers.threads:
+            twin = GPT(model.config, seed=None, backend=model.backend, dtype=model.wte.weight.dtype)
+            twin.share_weights(model)
+            self._models.append(twin)
+
+    def __call__(self, x: np.ndarray, y: np.ndarray, seed: int, number: int) -> float:
+        """The batch's mean loss; its gradient is then in the model's parameters. Dropout in micro-batch i is a
+        function of (seed, number, i)."""
+        rows = len(x)
+        pieces = self._split(rows, x.shape[1])
+
+        def work(worker: int) -> float:
+            model = self._models[worker]
+            model.zero_grad()
+            total = 0.0
+            for i in range(worker, len(pieces), self.workers.threads):
+                piece = pieces[i]
+                rng = model.backend.generator(seed, Stream.DROPOUT, number, i)
+                _, loss = model(x[piece], y[piece], rng)
+                assert loss is not None  # there are targets
+                share = (piece.stop - piece.start) / rows
+                loss.backward(model.backend.xp.asarray(share, dtype=loss.dtype))
+                total += share * loss.item()
+            return total
+
+        busy = min(self.workers.threads, len(pieces))
+        losses = self.workers.map(work, range(busy))
+        gradient = self.model.parameters().grad
+        for twin in self._models[1:busy]:
+            gradient += twin.parameters().grad
+        return sum(losses)
+
+    def _split(self, rows: int, tokens_in_row: int) -> list[slice]:
+        """Micro-batches of nearly equal size, in a number that gives every worker as many."""
+        size = self.micro_batch or max(1, round(MICRO_BATCH_TOKENS / tokens_in_row))
+        n = -(-rows // size)
+        n = min(rows, -(-n // self.workers.threads) * self.workers.threads)
+        edges = [rows * i // n for i in range(n + 1)]
+        return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
