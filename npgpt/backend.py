@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from npgpt.kernels.cpu import CpuKernels
 from npgpt.kernels.reference import Array, Kernels
 
 
@@ -64,7 +65,7 @@ def generator(seed: int, stream: Stream, *counters: int) -> np.random.Generator:
     return np.random.Generator(np.random.SFC64(_seed_sequence(seed, stream, *counters)))
 
 
-CPU = Backend("cpu", np, Kernels(np))
+CPU = Backend("cpu", np, CpuKernels())
 
 _backends: dict[type, Backend] = {np.ndarray: CPU}
 

@@ -88,7 +88,7 @@ def train(args: argparse.Namespace) -> int:
         tokenizer.encode_array(text), config.block_size, train_config.batch_size, train_config.val_fraction, train_config.seed
     )
     try:
-        with _threads(train_config.threads), _interruptible() as stop_requested:
+        with _interruptible() as stop_requested:
             model = GPT(config, seed=train_config.seed, backend=backend)
             trainer = Trainer(model, tokenizer, dataset, train_config, out)
             if last is not None:
@@ -96,7 +96,7 @@ def train(args: argparse.Namespace) -> int:
             _banner(trainer, args.text)
             end = _show_run(trainer, stop_requested)
     except MemoryError:
-        return _failed("train", f"out of memory: {memory_advice(config, train_config.batch_size)}")
+        return _failed("train", f"out of memory: {memory_advice(config, train_config)}")
     if end.outcome is Outcome.INTERRUPTED:
         _say(f"stopped after step {end.step}; continue with: {_resume_command(args)}")
         return 128 + stop_requested.signal_number
@@ -181,18 +181,6 @@ def _checkpoint_path(text: str) -> Path:
     if not os.access(out.parent, os.W_OK):
         raise RequestError(f"--out: the folder {out.parent} cannot be written to")
     return out
-
-
-@contextlib.contextmanager
-def _threads(n: int | None) -> Iterator[None]:
-    """Hold the matrix products to n threads; None leaves them as they are."""
-    if n is None:
-        yield
-        return
-    from threadpoolctl import threadpool_limits
-
-    with threadpool_limits(limits=n, user_api="blas"):
-        yield
 
 
 class _StopRequest:

@@ -108,7 +108,8 @@ class TrainConfig(Settings):
     sample_tokens: int = setting(200, "length of the sample at each evaluation; 0: none", at_least=0)
     val_fraction: float = setting(0.1, "part of the text held out for validation", at_least=0, below=1)
     seed: int = setting(1337, "seed of weights, batches and dropout", at_least=0)
-    threads: int | None = setting(None, "threads of the matrix products (default: all cores)", at_least=1)
+    threads: int | None = setting(None, "worker threads (default: every core this process may use)", at_least=1)
+    micro_batch: int | None = setting(None, "windows a worker takes at a time (default: about 1024 tokens)", at_least=1)
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda"))
 
     def __post_init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 
@@ -11,9 +12,10 @@ from npgpt import ops
 from npgpt.config import RequestError
 from npgpt.data import windows
 from npgpt.gpt import GPT
+from npgpt.parallel import Workers
 from npgpt.tensor import no_grad
 
-TOKENS_AT_ONCE = 4096  # bounds the memory of an evaluation
+TOKENS_AT_ONCE = 1024  # what a worker evaluates at a time
 
 
 @dataclass(frozen=True)
@@ -37,23 +39,29 @@ class Loss:
         return self.loss / math.log(2)
 
 
-@no_grad()
-def evaluate(model: GPT, ids: np.ndarray) -> Loss:
+def evaluate(model: GPT, ids: np.ndarray, workers: Workers | None = None) -> Loss:
     """The mean over every token but the first, each predicted once, in side-by-side windows of block_size
-    (the last one shorter). The same ids and weights give the same number.
+    (the last one shorter). The same ids and weights give the same number, whatever the workers.
 
-    Raises RequestError when there are fewer than two ids.
+    workers: threads already at work, to spread the windows over; None starts and ends its own. Raises
+    RequestError when there are fewer than two ids.
     """
     if len(ids) < 2:
         raise RequestError(f"evaluation needs at least 2 tokens, got {len(ids)}")
     block_size = model.config.block_size
-    sums, sizes = [], []
-    for x, y in windows(ids, block_size, max(1, TOKENS_AT_ONCE // block_size)):
+
+    @no_grad()
+    def losses(batch: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+        """The sum of the losses of each window."""
+        x, y = batch
         logits, _ = model(x)
-        losses = ops.cross_entropy(logits, model.backend.asarray(y), reduction="none").numpy()
-        sums.append(losses.sum(axis=1, dtype=np.float64))
-        sizes.append(np.full(len(x), x.shape[1]))
-    window_sums, window_sizes = np.concatenate(sums), np.concatenate(sizes)
+        each = ops.cross_entropy(logits, model.backend.asarray(y), reduction="none").numpy()
+        return each.sum(axis=1, dtype=np.float64)
+
+    batches = list(windows(ids, block_size, max(1, TOKENS_AT_ONCE // block_size)))
+    with contextlib.nullcontext(workers) if workers else Workers() as crew:
+        window_sums = np.concatenate(crew.map(losses, batches))
+    window_sizes = np.concatenate([np.full(len(x), x.shape[1]) for x, _ in batches])
     n_targets, n_windows = int(window_sizes.sum()), len(window_sums)
     loss = float(window_sums.sum() / n_targets)
     stderr = None

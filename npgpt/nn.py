@@ -67,6 +67,8 @@ class Parameters(list[Tensor]):
 class Module:
     """Base of everything that has parameters."""
 
+    flat: Parameters  # all of them in one buffer, once `flatten_parameters` was called
+
     def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
         """(dotted name, parameter) in the order the attributes were set."""
         for name, value in vars(self).items():
@@ -81,16 +83,16 @@ class Module:
 
     def parameters(self) -> list[Tensor]:
         """All parameters: a `Parameters` when they have been flattened into one buffer, else a list."""
-        return getattr(self, "_flat", None) or [p for _, p in self.named_parameters()]
+        return getattr(self, "flat", None) or [p for _, p in self.named_parameters()]
 
     def flatten_parameters(self) -> None:
         """Move all parameters into one flat buffer. The root module does this once, when it is complete."""
-        self._flat = Parameters(p for _, p in self.named_parameters())
+        self.flat = Parameters(p for _, p in self.named_parameters())
 
     def share_weights(self, other: Module) -> None:
         """Use the weights of `other`, a module of the same shape: a change there is seen here. Gradients stay
         separate."""
-        self._flat.share_data(other._flat)
+        self.flat.share_data(other.flat)
 
     def zero_grad(self) -> None:
         """Forget the gradients of all parameters."""

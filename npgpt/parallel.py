@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,7 +25,7 @@ from npgpt.gpt import GPT
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-MICRO_BATCH_TOKENS = 512  # measured: fewer, and the products lose speed; more, and activations leave the cache
+MICRO_BATCH_TOKENS = 1024  # measured: fewer, and the products lose speed; more, and activations leave the cache
 
 
 def available_cores() -> int:
@@ -66,7 +67,7 @@ class ParallelStep:
     """Forward and backward of a batch over workers: loss = step(x, y, seed, number)."""
 
     def __init__(self, model: GPT, workers: Workers, micro_batch: int | None = None) -> None:
-        """micro_batch: sequences in a micro-batch; None chooses by the number of tokens."""
+        """micro_batch: sequences in a micro-batch; None chooses by the number of tokens (on a GPU: all)."""
         self.model, self.workers, self.micro_batch = model, workers, micro_batch
         # The first worker uses the model itself; the others models that look at the same weights.
         self._models = [model]
@@ -79,7 +80,8 @@ class ParallelStep:
         """The batch's mean loss; its gradient is then in the model's parameters. Dropout in micro-batch i is a
         function of (seed, number, i)."""
         rows = len(x)
-        pieces = self._split(rows, x.shape[1])
+        on_cpu = self.model.backend.name == "cpu"
+        pieces = micro_batches(rows, x.shape[1], self.micro_batch if on_cpu else self.micro_batch or rows)
 
         def work(worker: int) -> float:
             model = self._models[worker]
@@ -88,24 +90,29 @@ class ParallelStep:
             for i in range(worker, len(pieces), self.workers.threads):
                 piece = pieces[i]
                 rng = model.backend.generator(seed, Stream.DROPOUT, number, i)
-                _, loss = model(x[piece], y[piece], rng)
-                assert loss is not None  # there are targets
-                share = (piece.stop - piece.start) / rows
-                loss.backward(model.backend.xp.asarray(share, dtype=loss.dtype))
+                with np.errstate(over="ignore", invalid="ignore"):  # a loss that is no number says it itself
+                    _, loss = model(x[piece], y[piece], rng)
+                    assert loss is not None  # there are targets
+                    share = (piece.stop - piece.start) / rows
+                    loss.backward(model.backend.xp.asarray(share, dtype=loss.dtype))
                 total += share * loss.item()
             return total
 
         busy = min(self.workers.threads, len(pieces))
         losses = self.workers.map(work, range(busy))
-        gradient = self.model.parameters().grad
+        gradient = self.model.flat.grad
         for twin in self._models[1:busy]:
-            gradient += twin.parameters().grad
+            gradient += twin.flat.grad
         return sum(losses)
 
-    def _split(self, rows: int, tokens_in_row: int) -> list[slice]:
-        """Micro-batches of nearly equal size, in a number that gives every worker as many."""
-        size = self.micro_batch or max(1, round(MICRO_BATCH_TOKENS / tokens_in_row))
+
+def micro_batches(rows: int, tokens_in_row: int, size: int | None = None) -> list[slice]:
+    """A batch of `rows` sequences cut into pieces of nearly equal length, `size` at most; None chooses by the
+    number of tokens. It does not depend on the number of workers, so that neither do the dropout masks."""
+    if size is None:
+        n = -(-rows * tokens_in_row // MICRO_BATCH_TOKENS)
+        n = min(rows, n + n % 2)  # even, for an even number of cores
+    else:
         n = -(-rows // size)
-        n = min(rows, -(-n // self.workers.threads) * self.workers.threads)
-        edges = [rows * i // n for i in range(n + 1)]
-        return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    edges = [rows * i // n for i in range(n + 1)]
+    return [slice(a, b) for a, b in pairwise(edges)]

@@ -18,13 +18,12 @@ import enum
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from npgpt import checkpoint
-from npgpt.backend import Stream
 from npgpt.checkpoint import Checkpoint
 from npgpt.config import GenerateConfig, GPTConfig, RequestError, TrainConfig
 from npgpt.data import Dataset
@@ -32,6 +31,7 @@ from npgpt.evaluate import evaluate
 from npgpt.generate import generate_text
 from npgpt.gpt import GPT
 from npgpt.optim import AdamW, clip_grad_norm, learning_rate
+from npgpt.parallel import ParallelStep, Workers, micro_batches
 from npgpt.tokenizer import CharTokenizer
 
 
@@ -107,6 +107,8 @@ class Trainer:
         self.out = None if out is None else Path(out)
         self.fingerprint = dataset.fingerprint()
         self.progress = Progress()
+        self._workers = Workers(config.threads if model.backend.name == "cpu" else 1)
+        self._forward_backward = ParallelStep(model, self._workers, config.micro_batch)
         self.optimizer = AdamW(model.parameters(), config.lr, (config.beta1, config.beta2), weight_decay=config.weight_decay)
 
     def resume(self, last: Checkpoint) -> None:
@@ -139,42 +141,40 @@ class Trainer:
         if self.out and p.step == 0:
             _keep_previous(self.out)
         self._log("start" if p.step == 0 else "resume", {"step": p.step, "config": dataclasses.asdict(config)})
-        outcome = Outcome.FINISHED
+        with self._workers:
+            outcome = yield from self._steps(stop_requested)
+        end = End(p.step, outcome, advice(p, config, self.model.config, outcome))
+        self._log("end", {"step": end.step, "outcome": outcome.name.lower(), "advice": end.advice})
+        yield end
+
+    def _steps(self, stop_requested: Callable[[], bool]) -> Generator[Step | Evaluation, None, Outcome]:
+        """Steps and evaluations until something ends them; returns what."""
+        p, config = self.progress, self.config
         while p.step < config.steps:
-            step = self.train_step()
+            step = self._step()
             if not (math.isfinite(step.loss) and math.isfinite(step.grad_norm)):
-                outcome = Outcome.DIVERGED  # the weights were left alone
-                break
+                return Outcome.DIVERGED  # the weights were left alone
             if p.step % config.log_interval == 0:
                 self._log("step", dataclasses.asdict(step))
             yield step
             stop = stop_requested()
             if p.step % config.eval_interval == 0 or p.step == config.steps:
-                yield self.evaluate()
+                yield self._evaluate()
                 if config.patience and p.stale_evaluations >= config.patience and p.step < config.steps:
-                    outcome = Outcome.EARLY_STOP
-                    break
+                    return Outcome.EARLY_STOP
             elif stop:
                 self._save()
             if stop and p.step < config.steps:
-                outcome = Outcome.INTERRUPTED
-                break
-        end = End(p.step, outcome, advice(p, config, self.model.config, outcome))
-        self._log("end", {"step": end.step, "outcome": outcome.name.lower(), "advice": end.advice})
-        yield end
+                return Outcome.INTERRUPTED
+        return Outcome.FINISHED
 
-    def train_step(self) -> Step:
+    def _step(self) -> Step:
         """One step: batch, forward, backward, clip, update. A loss or gradient that is not finite updates nothing."""
         started = time.perf_counter()
         p, config = self.progress, self.config
         assert config.min_lr is not None  # filled in by TrainConfig
         x, y = self.dataset.get_batch("train", p.step)
-        rng = self.model.backend.generator(config.seed, Stream.DROPOUT, p.step)
-        _, loss_tensor = self.model(x, y, rng)
-        assert loss_tensor is not None  # there are targets
-        self.optimizer.zero_grad()
-        loss_tensor.backward()
-        loss = loss_tensor.item()
+        loss = self._forward_backward(x, y, config.seed, p.step)
         grad_norm = clip_grad_norm(self.model.parameters(), config.grad_clip or math.inf)
         self.optimizer.lr = learning_rate(
             p.step,
@@ -191,13 +191,13 @@ class Trainer:
             p.loss_count += 1
         return Step(p.step, loss, grad_norm, self.optimizer.lr, x.size, time.perf_counter() - started)
 
-    def evaluate(self) -> Evaluation:
+    def _evaluate(self) -> Evaluation:
         """Exact validation loss, a sample, a checkpoint."""
         started = time.perf_counter()
         p = self.progress
         train_loss = p.loss_sum / max(1, p.loss_count)
         p.loss_sum, p.loss_count = 0.0, 0
-        held_out = evaluate(self.model, self.dataset.val) if len(self.dataset.val) > 1 else None
+        held_out = evaluate(self.model, self.dataset.val, self._workers) if len(self.dataset.val) > 1 else None
         val_loss, val_stderr = (held_out.loss, held_out.stderr) if held_out else (None, None)
         best = val_loss is None or p.best_loss is None or val_loss < p.best_loss
         if best:
@@ -206,12 +206,12 @@ class Trainer:
             p.stale_evaluations += 1
         p.history.append([p.step, train_loss, val_loss, val_stderr])
         self._save(best)
-        sample = self.sample()
+        sample = self._sample()
         result = Evaluation(p.step, train_loss, val_loss, val_stderr, best, sample, time.perf_counter() - started)
         self._log("evaluation", dataclasses.asdict(result))
         return result
 
-    def sample(self) -> str:
+    def _sample(self) -> str:
         """A short text from the model as it is. The seed is the step, so looking changes nothing in the run."""
         settings = GenerateConfig(max_new_tokens=self.config.sample_tokens, seed=self.config.seed)
         return "".join(generate_text(self.model, self.tokenizer, "", settings, sample=self.progress.step))
@@ -302,30 +302,44 @@ def advice(progress: Progress, config: TrainConfig, model: GPTConfig, outcome: O
     )
 
 
-def estimate_memory(model: GPTConfig, batch_size: int) -> int:
-    """Roughly how many bytes training takes at its peak, beyond Python itself and the text.
+def estimate_memory(model: GPTConfig, config: TrainConfig) -> int:
+    """Roughly how many bytes training takes at its peak on a CPU, beyond Python itself and the text.
 
-    Weights, gradients and the two AdamW means; the arrays that one forward pass keeps for the way back,
-    counted operation by operation, in float32; and the temporaries of the largest operation.
+    Weights, the two AdamW means, and gradients for each worker; the arrays that the forward pass of each
+    worker's micro-batch keeps for the way back, counted operation by operation, in float32; and the
+    temporaries of the largest operation.
     """
     c, d_ff, v = model.n_embd, model.d_ff, model.vocab_size
     assert d_ff is not None  # filled in by GPTConfig
-    per_block = 12 * c + 2 * d_ff  # weights: qkv, out, fc, proj per channel, plus norms and biases
-    parameters = (2 * v + model.block_size) * c + model.n_layer * c * (4 * c + 2 * d_ff) + model.n_layer * per_block
-    tokens = batch_size * model.block_size
+    rows, workers = _rows_at_once(model, config)
+    per_block = 12 * c + 2 * d_ff  # biases and norms
+    parameters = (2 * v + model.block_size) * c + model.n_layer * (c * (4 * c + 2 * d_ff) + per_block)
     masks = 1 if model.dropout > 0 else 0
-    attention = model.n_head * model.block_size * (1 + 2 * masks)  # probabilities per token, with and without dropout
-    # Inputs of layer norms, qkv, attention output, residual masks; fc's output, GELU's tanh and output.
+    # Per token and block: inputs of layer norms, qkv, attention output, residual masks; fc's output and
+    # GELU's slope and output; the attention's exponentials up to the diagonal, with and without dropout.
+    attention = model.n_head * (model.block_size + 64) / 2 * (1 + masks)
     kept = model.n_layer * (8 * c + 2 * masks * c + 3 * d_ff + attention) + (2 + masks) * c + 2 * v
-    temporaries = max(5 * d_ff, 4 * model.n_head * model.block_size, 4 * v)
-    return 4 * (4 * parameters + tokens * (kept + temporaries))
+    temporaries = max(3 * d_ff, 2 * model.n_head * model.block_size, 4 * v)
+    return int(4 * ((3 + workers) * parameters + workers * rows * model.block_size * (kept + temporaries)))
 
 
-def memory_advice(model: GPTConfig, batch_size: int) -> str:
+def memory_advice(model: GPTConfig, config: TrainConfig) -> str:
     """Which setting to lower, and what that would save."""
-    need = estimate_memory(model, batch_size)
+    need = estimate_memory(model, config)
     text = f"this run needs roughly {need / 2**30:.1f} GiB"
-    if batch_size > 1:
-        half = estimate_memory(model, batch_size // 2)
-        return f"{text}; lower --batch-size first ({batch_size // 2} would need {half / 2**30:.1f} GiB)"
-    return f"{text}; lower --block-size, --n-embd or --n-layer"
+    rows, workers = _rows_at_once(model, config)
+    for flag, value, smaller in [
+        ("--micro-batch", rows, dataclasses.replace(config, micro_batch=max(1, rows // 2))),
+        ("--threads", workers, dataclasses.replace(config, threads=1)),
+    ]:
+        less = estimate_memory(model, smaller)
+        if value > 1 and less < 0.7 * need:
+            new = max(1, rows // 2) if flag == "--micro-batch" else 1
+            return f"{text}; lower {flag} first ({new} instead of {value}: {less / 2**30:.1f} GiB), then --n-embd or --n-layer"
+    return f"{text}; lower --n-embd (now {model.n_embd}), --n-layer or --block-size"
+
+
+def _rows_at_once(model: GPTConfig, config: TrainConfig) -> tuple[int, int]:
+    """(sequences in a micro-batch, workers busy at the same time)."""
+    pieces = micro_batches(config.batch_size, model.block_size, config.micro_batch)
+    return pieces[-1].stop - pieces[-1].start, min(len(pieces), Workers(config.threads).threads)

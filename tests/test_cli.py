@@ -279,13 +279,20 @@ def test_wrong_requests_as_processes(workshop):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="address-space limits are Linux's")
-def test_out_of_memory_says_what_to_lower(workshop):
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--n-embd", "4096"], "lower --n-embd"),
+        (["--batch-size", "20000", "--micro-batch", "20000", "--threads", "1"], "lower --micro-batch first"),
+    ],
+)
+def test_out_of_memory_says_what_to_lower(workshop, flags, words):
     limited = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30)); "
         "from npgpt.cli import main; sys.exit(main(sys.argv[1:]))"
     )
     result = subprocess.run(
-        [sys.executable, "-c", limited, "train", "text.txt", "--batch-size", "20000", "--out", "big.npz"],
+        [sys.executable, "-c", limited, "train", "text.txt", *flags, "--out", "big.npz"],
         cwd=workshop,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"},
         capture_output=True,
@@ -294,9 +301,7 @@ def test_out_of_memory_says_what_to_lower(workshop):
         check=False,
     )
     assert result.returncode == 1
-    assert re.search(r"out of memory: this run needs roughly [\d.]+ GiB; lower --batch-size first", result.stderr), (
-        result.stderr
-    )
+    assert re.search(rf"out of memory: this run needs roughly [\d.]+ GiB; {words}", result.stderr), result.stderr
     assert "Traceback" not in result.stderr
 
 

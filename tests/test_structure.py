@@ -16,6 +16,7 @@ PACKAGE = ROOT / "npgpt"
 ORDER = [
     "kernels/__init__.py",
     "kernels/reference.py",
+    "kernels/cpu.py",
     "backend.py",
     "tensor.py",
     "ops.py",

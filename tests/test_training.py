@@ -17,7 +17,7 @@ from npgpt.train import Evaluation, Outcome, Progress, Step, advice, estimate_me
 GOLDEN_CONFIG = GPTConfig(63, block_size=32, n_layer=2, n_head=2, n_embd=32, dropout=0.1)
 # Losses of the first ten steps with seed 1337, in float32. Rounding differs between processors and BLAS
 # kernels; anything beyond it means that the model, a gradient, a random stream or the optimiser changed.
-GOLDEN_LOSSES = [4.142192, 4.136557, 4.121944, 4.088883, 4.05875, 4.014824, 3.975295, 3.925054, 3.961495, 3.951612]
+GOLDEN_LOSSES = [4.141188, 4.141778, 4.115736, 4.081378, 4.055082, 4.014167, 3.975874, 3.927432, 3.962293, 3.955101]
 
 
 def run(text, tokenizer, config, train_config, out=None, **keywords):
@@ -137,8 +137,7 @@ def test_divergence_stops_before_the_weights(text, tokenizer, small_config, tmp_
         if isinstance(event, Evaluation):
             trainer.model.lm_head.weight.data[0, 0] = np.inf
             before = trainer.model.parameters().data.copy()
-            with np.errstate(invalid="ignore"):
-                end = list(events)[-1]
+            end = list(events)[-1]
     assert end.outcome is Outcome.DIVERGED
     assert "lower the learning rate" in end.advice
     np.testing.assert_array_equal(trainer.model.parameters().data, before)
@@ -181,10 +180,12 @@ def test_advice(history, words):
 
 def test_memory_estimate_grows_with_every_dimension():
     base = {"vocab_size": 65, "block_size": 64, "n_layer": 2, "n_head": 2, "n_embd": 64}
-    small = estimate_memory(GPTConfig(**base), 8)
-    assert estimate_memory(GPTConfig(**base), 16) > 1.5 * small
+    config = TrainConfig(micro_batch=8, threads=1)
+    small = estimate_memory(GPTConfig(**base), config)
+    assert estimate_memory(GPTConfig(**base), dataclasses.replace(config, micro_batch=16)) > 1.5 * small
+    assert estimate_memory(GPTConfig(**base), dataclasses.replace(config, threads=2)) > 1.5 * small
     for name in base:
-        assert estimate_memory(GPTConfig(**base | {name: 2 * base[name]}), 8) > small, name
+        assert estimate_memory(GPTConfig(**base | {name: 2 * base[name]}), config) > small, name
 
 
 # ---------------------------------------------------------------- evaluation

@@ -1,0 +1,282 @@
+"""The operations that pay for a faster version on a CPU: same meaning as reference.py, same gradients.
+
+Every override is tested for equality with the reference and has its row in the kernel benchmark. What
+they have in common:
+
+- Work goes in blocks of rows that stay in a core's cache, with results written in place.
+- Sums over the last axis are products with a vector, which the BLAS does several times faster.
+- What the backward pass needs is kept in the cheapest form: GELU keeps its derivative, attention keeps
+  exponentials and divides results of size T x head_dim instead of T x T probabilities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod, sqrt
+from typing import Any
+
+import numpy as np
+
+from npgpt.kernels.reference import GELU_CUBIC, GELU_SCALE, Array, Kernels, Saved
+
+BLOCK = 65_536  # elements: 256 KiB of float32, so that a few arrays fit a second-level cache
+QUERY_BLOCK = 64  # rows of queries that share a range of keys
+SAFE_SCORE = 40.0  # exp of it, summed over any context, is far from overflowing
+
+
+def _blocks(n: int, width: int) -> Iterator[slice]:
+    """Slices that cut n rows of `width` elements into cache-sized blocks."""
+    rows = max(1, BLOCK // max(1, width))
+    for start in range(0, n, rows):
+        yield slice(start, min(start + rows, n))
+
+
+def _as_rows(x: Array) -> Array:
+    """x (..., C) as contiguous (N, C)."""
+    return np.ascontiguousarray(x).reshape(prod(x.shape[:-1]), x.shape[-1])
+
+
+def _column_sums(x: Array) -> Array:
+    """Sum over the first axis of (N, C), as a product."""
+    return np.ones(len(x), dtype=x.dtype) @ x
+
+
+class CpuKernels(Kernels):
+    """The reference kernels with faster versions for NumPy."""
+
+    def __init__(self) -> None:
+        super().__init__(np)
+
+    def linear_backward(
+        self, dy: Array, saved: Saved, needs: tuple[bool, bool, bool] = (True, True, True)
+    ) -> tuple[Array | None, Array | None, Array | None]:
+        dx, dweight, _ = super().linear_backward(dy, saved, (needs[0], needs[1], False))
+        return dx, dweight, _column_sums(_as_rows(dy)) if needs[2] else None
+
+    # ---------------------------------------------------------------- dropout
+
+    def dropout_forward(self, x: Array, p: float, rng: Any) -> tuple[Array, Saved]:
+        draws, threshold = self.dropout_draws(x.shape, p, rng)
+        scale = x.dtype.type(1 / (1 - p) if p < 1 else 0)
+        shape = x.shape
+        x, draws = np.ascontiguousarray(x).reshape(-1), draws.reshape(-1)
+        mask, y = np.empty_like(x), np.empty_like(x)
+        for s in _blocks(x.size, 1):
+            np.greater_equal(draws[s], threshold, out=mask[s], casting="unsafe")
+            mask[s] *= scale
+            np.multiply(x[s], mask[s], out=y[s])
+        return y.reshape(shape), mask.reshape(shape)
+
+    # ---------------------------------------------------------------- causal attention
+    #
+    # A block of queries meets only the keys up to its end, so little above the diagonal is computed.
+    # With e = exp(scores) and total its row sums, the probabilities e / total are never formed:
+    #
+    #   out = (keep * e) @ v * f,   f = 1 / (total (1 - dropout)),   a factor per query
+    #
+    # The softmax rule's row term sum_j dp_j p_j equals sum_d dout_d out_d, again one number per query.
+    # With g = f dout and D = that row term / total:
+    #
+    #   dv = (keep * e)^T @ g,   dscores = (keep * e) * (g @ v^T) - e * D
+    #
+    # Scores are bounded by the longest query times the longest key (Cauchy-Schwarz). Where that bound is
+    # small, as it nearly always is, exp cannot overflow and the row maximum need not be found.
+
+    def causal_attention_forward(
+        self, q: Array, k: Array, v: Array, dropout: float = 0.0, rng: Any = None
+    ) -> tuple[Array, Saved]:
+        b, h, n_query, head_dim = q.shape
+        n_key = k.shape[2]
+        past = n_key - n_query
+        q = q * q.dtype.type(1 / sqrt(head_dim))
+        longest = np.einsum("bhtd,bhtd->bht", q, q).max(initial=0) * np.einsum("bhtd,bhtd->bht", k, k).max(initial=0)
+        safe = longest <= SAFE_SCORE**2
+        draws, threshold = None, 0
+        if dropout > 0 and rng is not None:
+            draws, threshold = self.dropout_draws((b, h, n_query, n_key), dropout, rng)
+        keep = 1 - dropout if draws is not None else 1.0
+
+        # Laid out so that putting the heads side by side afterwards needs no copy.
+        out = np.empty((b, n_query, h, head_dim), dtype=q.dtype).transpose(0, 2, 1, 3)
+        factor = np.empty((b, h, n_query, 1), dtype=q.dtype)
+        blocks = []
+        for start in range(0, n_query, QUERY_BLOCK):
+            rows = slice(start, min(start + QUERY_BLOCK, n_query))
+            n_rows, seen = rows.stop - start, past + rows.stop
+            e = q[:, :, rows] @ k[:, :, :seen].swapaxes(-1, -2)  # (B, H, n_rows, seen)
+            corner = e[..., seen - n_rows :]  # the square on the diagonal: the only place with a future in it
+            if safe:
+                np.exp(e, out=e)
+                corner *= np.tri(n_rows, dtype=e.dtype)
+            else:
+                np.copyto(corner, -np.inf, where=~np.tri(n_rows, dtype=bool))
+                e -= e.max(axis=-1, keepdims=True)
+                np.exp(e, out=e)
+            total = (e @ np.ones(seen, dtype=e.dtype))[..., None]
+            kept = e
+            if draws is not None:
+                kept = np.empty_like(e)
+                np.greater_equal(draws[:, :, rows, :seen], threshold, out=kept, casting="unsafe")
+                kept *= e
+            np.divide(1 / keep if keep else 0.0, total, out=factor[:, :, rows])
+            np.multiply(kept @ v[:, :, :seen], factor[:, :, rows], out=out[:, :, rows])
+            blocks.append((rows, seen, e, kept))
+        return out, (q, k, v, out, factor, keep, blocks)
+
+    def causal_attention_backward(self, dy: Array, saved: Saved) -> tuple[Array, Array, Array]:
+        q, k, v, out, factor, keep, blocks = saved
+        g = dy * factor
+        row_term = np.einsum("bhtd,bhtd->bht", dy, out)[..., None] * factor * q.dtype.type(keep)
+        scale = q.dtype.type(1 / sqrt(q.shape[-1]))
+        dq, dk, dv = np.empty_like(q), np.empty(k.shape, dtype=k.dtype), np.empty(v.shape, dtype=v.dtype)
+        written = False
+        while blocks:  # from the last, which sees every key, and freeing each as it goes
+            rows, seen, e, kept = blocks.pop()
+            dv_part = kept.swapaxes(-1, -2) @ g[:, :, rows]
+            ds = g[:, :, rows] @ v[:, :, :seen].swapaxes(-1, -2)
+            if kept is e:
+                ds -= row_term[:, :, rows]
+                ds *= e
+            else:
+                ds *= kept
+                e *= row_term[:, :, rows]
+                ds -= e
+            np.multiply(ds @ k[:, :, :seen], scale, out=dq[:, :, rows])
+            dk_part = ds.swapaxes(-1, -2) @ q[:, :, rows]
+            if written:
+                dk[:, :, :seen] += dk_part
+                dv[:, :, :seen] += dv_part
+            else:
+                dk[...], dv[...] = dk_part, dv_part
+                written = True
+        return dq, dk, dv
+
+    # ---------------------------------------------------------------- layer norm
+    #
+    # The backward pass needs mean(g) and mean(g * xhat) with g = dy * weight: the products dy @ weight / C
+    # and (dy * xhat) @ weight / C, so g itself is formed only once, in place.
+
+    def layer_norm_forward(self, x: Array, weight: Array, bias: Array | None, eps: float = 1e-5) -> tuple[Array, Saved]:
+        shape, c = x.shape, x.shape[-1]
+        x = _as_rows(x)
+        y, xhat = np.empty_like(x), np.empty_like(x)
+        rstd = np.empty((len(x), 1), dtype=x.dtype)
+        mean_of = np.full(c, 1 / c, dtype=x.dtype)
+        for s in _blocks(*x.shape):
+            np.subtract(x[s], (x[s] @ mean_of)[:, None], out=xhat[s])
+            variance = np.einsum("ij,ij->i", xhat[s], xhat[s])[:, None] / c
+            np.divide(1, np.sqrt(variance + eps), out=rstd[s])
+            xhat[s] *= rstd[s]
+            np.multiply(xhat[s], weight, out=y[s])
+            if bias is not None:
+                y[s] += bias
+        return y.reshape(shape), (xhat, rstd, weight)
+
+    def layer_norm_backward(self, dy: Array, saved: Saved) -> tuple[Array, Array, Array]:
+        xhat, rstd, weight = saved
+        shape, c = dy.shape, dy.shape[-1]
+        dy = _as_rows(dy)
+        dx = np.empty_like(dy)
+        dweight, dbias = np.zeros_like(weight), np.zeros_like(weight)
+        weight_mean = weight / c
+        for s in _blocks(*dy.shape):
+            product = dy[s] * xhat[s]
+            dweight += _column_sums(product)
+            dbias += _column_sums(dy[s])
+            mean_g_xhat = product @ weight_mean
+            np.multiply(dy[s], weight, out=dx[s])
+            dx[s] -= (dy[s] @ weight_mean)[:, None]
+            np.multiply(xhat[s], mean_g_xhat[:, None], out=product)
+            dx[s] -= product
+            dx[s] *= rstd[s]
+        return dx.reshape(shape), dweight, dbias
+
+    # ---------------------------------------------------------------- GELU
+    #
+    # With t the tanh, h = 1 + t and 1 - t^2 = h (2 - h), the derivative is h/2 (1 + x (2 - h) du/dx). It is
+    # computed while x and t are in the cache and kept, so the backward pass is a single product.
+
+    def gelu_forward(self, x: Array) -> tuple[Array, Saved]:
+        shape = x.shape
+        x = np.ascontiguousarray(x).reshape(-1)
+        y, slope = np.empty_like(x), np.empty_like(x)
+        square, h = np.empty(min(BLOCK, x.size), dtype=x.dtype), np.empty(min(BLOCK, x.size), dtype=x.dtype)
+        for s in _blocks(x.size, 1):
+            xs, ys, ds = x[s], y[s], slope[s]
+            sq, hs = square[: xs.size], h[: xs.size]
+            np.multiply(xs, xs, out=sq)
+            np.multiply(sq, GELU_SCALE * GELU_CUBIC, out=hs)
+            hs += GELU_SCALE
+            hs *= xs
+            np.tanh(hs, out=hs)
+            hs += 1
+            np.subtract(2, hs, out=ds)
+            ds *= xs
+            sq *= 3 * GELU_SCALE * GELU_CUBIC
+            sq += GELU_SCALE
+            ds *= sq
+            ds += 1
+            hs *= 0.5
+            ds *= hs
+            np.multiply(hs, xs, out=ys)
+        return y.reshape(shape), slope.reshape(shape)
+
+    def gelu_backward(self, dy: Array, saved: Saved) -> Array:
+        slope = saved
+        return dy * slope
+
+    # ---------------------------------------------------------------- embedding
+
+    def embedding_backward(self, dy: Array, saved: Saved) -> Array:
+        """Sorted by id, equal ids stand together and are summed run by run."""
+        shape, ids = saved
+        dweight = np.zeros(shape, dtype=dy.dtype)
+        if ids.size:
+            ids = ids.reshape(-1)
+            order = np.argsort(ids, kind="stable")
+            ordered = ids[order]
+            starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
+            dweight[ordered[starts]] = np.add.reduceat(_as_rows(dy)[order], starts, axis=0)
+        return dweight
+
+    # ---------------------------------------------------------------- AdamW
+
+    def adamw(
+        self,
+        parameter: Array,
+        gradient: Array,
+        exp_avg: Array,
+        exp_avg_sq: Array,
+        *,
+        step: int,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+    ) -> None:
+        """The reference's operations in its order, a block at a time."""
+        if not all(a.flags.c_contiguous for a in (parameter, gradient, exp_avg, exp_avg_sq)):
+            super().adamw(
+                parameter, gradient, exp_avg, exp_avg_sq, step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay
+            )
+            return
+        beta1, beta2 = betas
+        p, g, m, v = (a.reshape(-1) for a in (parameter, gradient, exp_avg, exp_avg_sq))
+        scratch, update = np.empty(min(BLOCK, p.size), dtype=p.dtype), np.empty(min(BLOCK, p.size), dtype=p.dtype)
+        for s in _blocks(p.size, 1):
+            ps, gs, ms, vs = p[s], g[s], m[s], v[s]
+            t, u = scratch[: ps.size], update[: ps.size]
+            np.multiply(gs, 1 - beta1, out=t)
+            ms *= beta1
+            ms += t
+            np.multiply(gs, gs, out=t)
+            t *= 1 - beta2
+            vs *= beta2
+            vs += t
+            np.divide(vs, 1 - beta2**step, out=t)
+            np.sqrt(t, out=t)
+            t += eps
+            np.multiply(ms, lr / (1 - beta1**step), out=u)
+            u /= t
+            ps *= 1 - lr * weight_decay
+            ps -= u
