@@ -14,7 +14,7 @@ VENV_BIN := .venv/bin
 endif
 PIP := $(VENV_BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help train test lint gradcheck data venv clean
+.PHONY: help train test lint bench gradcheck data venv clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -32,6 +32,9 @@ lint: .venv/.dev ## check style and types
 	$(VENV_BIN)/python -m ruff check .
 	$(VENV_BIN)/python -m ruff format --check .
 	$(VENV_BIN)/python -m mypy
+
+bench: .venv/.core ## time training, kernels, generation, start-up; against PyTorch where it is installed
+	$(VENV_BIN)/python tests/benchmarks/bench.py $(ARGS)
 
 gradcheck: .venv/.core ## hold every gradient of a small GPT against finite differences
 	$(VENV_BIN)/python -m npgpt gradcheck $(ARGS)

@@ -45,7 +45,8 @@ class Checkpoint:
     tokenizer: CharTokenizer
     train_config: TrainConfig | None = None  # how it was trained
     progress: dict[str, Any] = field(default_factory=dict)  # train.Progress as a dictionary
-    fingerprint: str | None = None  # SHA-256 of the token ids it was trained on
+    source: str | None = None  # the text it was trained on: where it was
+    fingerprint: str | None = None  # and the SHA-256 of its ids
     optimizer_state: dict[str, Any] | None = None  # for AdamW.load_state_dict
 
     @property
@@ -65,6 +66,7 @@ def save(
     optimizer: AdamW | None = None,
     train_config: TrainConfig | None = None,
     progress: dict[str, Any] | None = None,
+    source: str | None = None,
     fingerprint: str | None = None,
 ) -> None:
     """Write a checkpoint. What was at `path` before stays whole until the new file is complete.
@@ -77,6 +79,7 @@ def save(
         "vocabulary": tokenizer.characters,
         "train_config": dataclasses.asdict(train_config) if train_config else None,
         "progress": progress or {},
+        "source": source,
         "fingerprint": fingerprint,
         "optimizer_steps": optimizer.steps if optimizer else None,
     }
@@ -133,7 +136,7 @@ def _read(path: Path, archive: zipfile.ZipFile, backend: Backend, with_optimizer
         config = GPTConfig.from_dict(header["config"])
         tokenizer = CharTokenizer(header["vocabulary"])
         train_config = TrainConfig.from_dict(header["train_config"]) if header["train_config"] else None
-        progress, fingerprint = header["progress"], header["fingerprint"]
+        progress, source, fingerprint = header["progress"], header["source"], header["fingerprint"]
         optimizer_steps = header["optimizer_steps"]
     except CheckpointError:
         raise
@@ -162,4 +165,4 @@ def _read(path: Path, archive: zipfile.ZipFile, backend: Backend, with_optimizer
     optimizer_state = None
     if with_optimizer and optimizer_steps is not None:
         optimizer_state = {"steps": optimizer_steps} | {name: array(f"optimizer.{name}") for name in MOMENTS}
-    return Checkpoint(model, tokenizer, train_config, progress, fingerprint, optimizer_state)
+    return Checkpoint(model, tokenizer, train_config, progress, source, fingerprint, optimizer_state)

@@ -90,7 +90,7 @@ def train(args: argparse.Namespace) -> int:
     try:
         with _interruptible() as stop_requested:
             model = GPT(config, seed=train_config.seed, backend=backend)
-            trainer = Trainer(model, tokenizer, dataset, train_config, out)
+            trainer = Trainer(model, tokenizer, dataset, train_config, out, source=args.text)
             if last is not None:
                 trainer.resume(last)
             _banner(trainer, args.text)
@@ -254,24 +254,34 @@ def evaluate_parser() -> argparse.ArgumentParser:
     parser = _parser(
         "evaluate",
         "The exact loss of a model on a text.",
-        ["bin/evaluate --ckpt model.npz data/tiny.txt", "bin/evaluate --ckpt model.npz another.txt"],
+        ["bin/evaluate --ckpt model.npz", "bin/evaluate --ckpt model.npz another.txt"],
     )
     parser.add_argument("--ckpt", required=True, metavar="FILE", help="a checkpoint written by train")
     parser.add_argument(
-        "text", metavar="FILE", help="a text; of the one the model was trained on, only the held-out part counts"
+        "text",
+        nargs="?",
+        metavar="TEXT",
+        help="a text file (default: the one the model was trained on, of which only the held-out part counts)",
     )
     return parser
 
 
 def evaluate_command(args: argparse.Namespace) -> int:
     checkpoint = load(args.ckpt)
-    ids = checkpoint.tokenizer.encode_array(read_text(args.text))
-    what = f"all of {args.text}"
+    path = args.text or checkpoint.source
+    if path is None:
+        raise RequestError("this checkpoint does not say what text it was trained on; name one: bin/evaluate --ckpt FILE TEXT")
+    ids = checkpoint.tokenizer.encode_array(read_text(path))
     trained = checkpoint.train_config
+    held_out = None
     if trained is not None and len(ids) > checkpoint.config.block_size:
-        dataset = Dataset(ids, checkpoint.config.block_size, 1, trained.val_fraction) if trained.val_fraction else None
-        if dataset is not None and dataset.fingerprint() == checkpoint.fingerprint:
-            ids, what = dataset.val, f"the held-out part of {args.text}"
+        dataset = Dataset(ids, checkpoint.config.block_size, 1, trained.val_fraction)
+        if dataset.fingerprint() == checkpoint.fingerprint:
+            held_out = dataset.val
+    if args.text is None and held_out is None:
+        raise RequestError(f"{path} is no longer the text this model was trained on; name a text to evaluate it on another")
+    what = f"all of {path}" if held_out is None or not len(held_out) else f"the held-out part of {path}"
+    ids = ids if held_out is None or not len(held_out) else held_out
     result = evaluate(checkpoint.model, ids)
     plus_minus = "" if result.stderr is None else f" ± {result.stderr:.4f}"
     print(f"{what}: {result.n_targets:,} characters predicted")

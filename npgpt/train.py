@@ -102,9 +102,11 @@ class Trainer:
         dataset: Dataset,
         config: TrainConfig,
         out: str | Path | None = None,
+        source: str | None = None,
     ) -> None:
+        """source: the name of the text, for the checkpoint."""
         self.model, self.tokenizer, self.dataset, self.config = model, tokenizer, dataset, config
-        self.out = None if out is None else Path(out)
+        self.out, self.source = None if out is None else Path(out), source
         self.fingerprint = dataset.fingerprint()
         self.progress = Progress()
         self._workers = Workers(config.threads if model.backend.name == "cpu" else 1)
@@ -227,6 +229,7 @@ class Trainer:
                     optimizer=self.optimizer,
                     train_config=self.config,
                     progress=dataclasses.asdict(self.progress),
+                    source=self.source,
                     fingerprint=self.fingerprint,
                 )
 

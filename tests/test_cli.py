@@ -102,6 +102,7 @@ def test_evaluate_and_inspect(workshop):
     assert result.returncode == 0, result.stderr
     assert "the held-out part of text.txt: 599 characters predicted" in result.stdout
     assert f"loss {last_loss:.4f}" in result.stdout
+    assert npgpt_command("evaluate", "--ckpt", "model.npz", cwd=workshop).stdout == result.stdout
     (workshop / "other.txt").write_text("the bell, the bell, ", encoding="utf-8")
     other = npgpt_command("evaluate", "--ckpt", "model.npz", "other.txt", cwd=workshop)
     assert "all of other.txt: 19 characters predicted" in other.stdout
@@ -239,7 +240,7 @@ WRONG = {
         ("--ckpt model.npz --promt HOB", "did you mean --prompt"),
     ],
     "evaluate": [
-        ("--ckpt model.npz", "required: FILE"),
+        ("", "required: --ckpt"),
         ("--ckpt model.npz empty.txt", "empty"),
         ("--ckpt model.npz one.txt", "at least 2 tokens"),
         ("--ckpt none.npz text.txt", "no such checkpoint"),
@@ -341,3 +342,13 @@ def test_device_cuda_without_a_gpu_is_one_line(workshop, capsys, monkeypatch):
         assert re.search("device 'cuda' cannot be used: .*(install|--device cpu)", capsys.readouterr().err)
     else:
         np.testing.assert_array_equal(select("cuda").xp.ones(2).get(), [1, 1])
+
+
+def test_evaluate_without_its_text(workshop, tmp_path, capsys, monkeypatch):
+    shutil.copy(workshop / "model.npz", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert npgpt.cli.main(["evaluate", "--ckpt", "model.npz"]) == 2
+    assert "no such file: text.txt" in capsys.readouterr().err
+    Path("text.txt").write_text("the bell " * 100, encoding="utf-8")
+    assert npgpt.cli.main(["evaluate", "--ckpt", "model.npz"]) == 2
+    assert "no longer the text" in capsys.readouterr().err

@@ -1,0 +1,250 @@
+"""`make bench`: training against PyTorch, kernels against the reference, generation, start-up, large texts.
+
+Contenders are processes that take turns at a few steps each; what is quoted is the median, and ratios are
+within this one run. Prints tables and writes results/NAME.json with the machine described. Nothing here is a
+test. PyTorch is compared with when it is installed (pip install 'npgpt[parity]').
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from threadpoolctl import threadpool_info
+from workloads import WORKLOADS
+
+import npgpt
+from npgpt.backend import CPU
+from npgpt.kernels.reference import Kernels
+from npgpt.parallel import available_cores
+
+HERE = Path(__file__).parent
+TORCH_MODES = ["torch eager float32", "torch eager bfloat16", "torch compiled float32", "torch compiled bfloat16"]
+
+
+class Contender:
+    """A contender.py process and what it has measured."""
+
+    def __init__(self, engine, workload):
+        self.engine, self.seconds, self.peak_memory = engine, [], None
+        self._process = subprocess.Popen(
+            [sys.executable, HERE / "contender.py", engine, workload],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            encoding="utf-8",
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")])},
+        )
+
+    def run(self, steps):
+        """Do some steps; returns their seconds. None when the process has died."""
+        try:
+            self._process.stdin.write(f"{steps}\n")
+            self._process.stdin.flush()
+            answer = json.loads(self._process.stdout.readline())
+        except (BrokenPipeError, json.JSONDecodeError):
+            return None
+        self.peak_memory = answer["peak_memory"]
+        return answer["seconds"]
+
+    def close(self):
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait()
+
+
+def training(name, engines, rounds):
+    """Rows of (engine, median seconds a step, peak memory) for one workload, all contenders taking turns."""
+    contenders = [Contender(engine, name) for engine in engines]
+    failed = {c.engine for c in contenders if c.run(2) is None}  # warm-up: caches, compilation
+    turns = [c for c in contenders if c.engine not in failed]
+    for _ in range(rounds):
+        for contender in turns:
+            contender.seconds += contender.run(max(1, round(0.5 / statistics.median(contender.seconds or [0.5]))))
+    for contender in contenders:
+        contender.close()
+    tokens = WORKLOADS[name].batch_size * WORKLOADS[name].block_size
+    rows = {}
+    for c in turns:
+        median = statistics.median(c.seconds)
+        rows[c.engine] = {
+            "ms": round(1e3 * median, 2),
+            "fastest_ms": round(1e3 * min(c.seconds), 2),
+            "tokens_per_second": round(tokens / median),
+            "steps": len(c.seconds),
+            "peak_memory_mb": c.peak_memory and round(c.peak_memory / 1e6),
+        }
+    return rows, sorted(failed)
+
+
+def seconds_of(function, repeat):
+    """The median time of a call."""
+    function()
+    times = []
+    for _ in range(repeat):
+        started = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def kernels():
+    """Each override against its reference, forward and backward, on a micro-batch of `seed`."""
+    rng = np.random.default_rng(0)
+    rows, c, heads, t = 1024, 256, 4, 128
+
+    def normal(*shape):
+        return rng.standard_normal(shape, dtype=np.float32)
+
+    def generator():
+        return np.random.Generator(np.random.SFC64(1))
+
+    q, k, v = (normal(rows // t, t, heads, c // heads).transpose(0, 2, 1, 3) for _ in range(3))
+    x, wide = normal(rows, c), normal(rows, 4 * c)
+    cases = {
+        "gelu": lambda: (wide,),
+        "layer_norm": lambda: (x, np.ones(c, np.float32), np.zeros(c, np.float32)),
+        "dropout": lambda: (x, 0.1, generator()),
+        "causal_attention": lambda: (q, k, v, 0.1, generator()),
+        "embedding": lambda: (normal(65, c), rng.integers(0, 65, rows)),
+        "linear": lambda: (x, normal(c, 4 * c), normal(4 * c)),
+    }
+    results = {}
+    for name, arguments in cases.items():
+        given = arguments()
+
+        def there_and_back(kernels, name=name, given=given):
+            y, saved = getattr(kernels, f"{name}_forward")(*given)
+            getattr(kernels, f"{name}_backward")(y, saved)
+
+        reference = Kernels(np)
+        pair = [seconds_of(lambda k=k: there_and_back(k), 15) for k in (reference, CPU.kernels, reference, CPU.kernels)]
+        results[name] = {"reference_ms": round(500 * (pair[0] + pair[2]), 3), "cpu_ms": round(500 * (pair[1] + pair[3]), 3)}
+    state = [normal(1 << 20) for _ in range(4)]
+    state[3] = np.abs(state[3])
+    settings = {"step": 5, "lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+    times = [seconds_of(lambda k=k: k.adamw(*state, **settings), 15) for k in (Kernels(np), CPU.kernels)]
+    results["adamw"] = {"reference_ms": round(1e3 * times[0], 3), "cpu_ms": round(1e3 * times[1], 3)}
+    return results
+
+
+def generation(tokens=200):
+    """Tokens a second of one sequence, as the library stands, past the context's end too."""
+    results = {}
+    for name in ("seed", "char"):
+        settings = {k: v for k, v in vars(WORKLOADS[name]).items() if k != "batch_size"}
+        model = npgpt.GPT(npgpt.GPTConfig(**settings))
+        npgpt.generate(model, [0], 5)
+        started = time.perf_counter()
+        npgpt.generate(model, [0] * WORKLOADS[name].block_size, tokens, seed=0)
+        results[name] = round(tokens / (time.perf_counter() - started), 1)
+    return results
+
+
+def start_up():
+    """Seconds to import the package and to answer --help, each as a whole process."""
+
+    def process(*arguments):
+        return lambda: subprocess.run(
+            [sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL, cwd=HERE.parent.parent
+        )
+
+    bare = seconds_of(process("-c", "pass"), 7)
+    return {
+        "python_alone_s": round(bare, 3),
+        "import_numpy_s": round(seconds_of(process("-c", "import numpy"), 7), 3),
+        "import_npgpt_s": round(seconds_of(process("-c", "import npgpt"), 7), 3),
+        "generate_help_s": round(seconds_of(process("-m", "npgpt", "generate", "--help"), 7), 3),
+    }
+
+
+def large_texts(sizes):
+    """Milliseconds to draw a batch of `seed` from texts of growing size, and the bytes the ids take."""
+    rows = {}
+    for size in sizes:
+        ids = np.resize(np.arange(65, dtype=np.uint8), size)
+        dataset = npgpt.Dataset(ids, 128, 32)
+        counter = iter(range(1 << 62))
+        draw = seconds_of(lambda d=dataset, c=counter: d.get_batch("train", next(c)), 50)
+        rows[f"{size:,}"] = {"draw_ms": round(1e3 * draw, 3), "bytes_per_token": dataset.ids.nbytes / size}
+    return rows
+
+
+def machine():
+    """What the figures were measured on."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = [line for line in cpuinfo.read_text(encoding="utf-8").splitlines() if line.startswith("model name")]
+        model = lines[0].split(":")[1].strip() if lines else model
+    blas = [library for library in threadpool_info() if library["user_api"] == "blas"]
+    return {
+        "processor": model,
+        "cores": available_cores(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "blas": ", ".join(f"{b['internal_api']} {b['version']} {b.get('architecture', '')}" for b in blas),
+        "openblas_coretype": os.environ.get("OPENBLAS_CORETYPE"),
+        "npgpt": npgpt.__version__,
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workloads", nargs="*", choices=WORKLOADS, default=list(WORKLOADS), help="default: all three")
+    parser.add_argument("--rounds", type=int, default=10, help="turns of each contender")
+    parser.add_argument("--eager-only", action="store_true", help="leave PyTorch's compiled modes out (they take minutes)")
+    parser.add_argument("--largest-text", type=int, default=1_000_000_000, help="tokens of the largest text")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "latest.json", help="where the figures go")
+    args = parser.parse_args()
+
+    results = {"machine": machine(), "training": {}}
+    print("  ".join(f"{key} {value}" for key, value in results["machine"].items()), flush=True)
+    if importlib.util.find_spec("torch") is None:
+        print("PyTorch is not installed, so there is nothing to compare with: pip install 'npgpt[parity]'")
+        modes = []
+    else:
+        modes = [mode for mode in TORCH_MODES if not (args.eager_only and "compiled" in mode)]
+
+    for name in args.workloads:
+        rows, failed = training(name, ["npgpt", "gemm", *modes], args.rounds)
+        own = rows["npgpt"]["ms"]
+        print(f"\n{name}: {'ms/step':>34} {'tokens/s':>9} {'npgpt is':>9} {'peak MB':>8}")
+        for engine, row in rows.items():
+            ratio = row["ms"] / own
+            print(
+                f"  {engine:28} {row['ms']:10.1f} {row['tokens_per_second']:9,} {ratio:8.2f}x {row['peak_memory_mb'] or 0:8,}"
+            )
+        print(
+            f"  GEMM share {rows['gemm']['ms'] / own:.2f}" + (f"; did not run: {', '.join(failed)}" if failed else ""),
+            flush=True,
+        )
+        results["training"][name] = rows
+
+    sizes = [n for n in (1_000_000, 10_000_000, 100_000_000, 1_000_000_000) if n <= args.largest_text]
+    for title, measure in [
+        ("kernels, there and back, a micro-batch of seed", kernels),
+        ("generation, tokens/s, one sequence", generation),
+        ("start-up", start_up),
+        ("large texts", lambda: large_texts(sizes)),
+    ]:
+        results[title] = measure()
+        print(f"\n{title}")
+        for key, value in results[title].items():
+            shown = "  ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+            print(f"  {key:20} {shown}", flush=True)
+
+    args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8", newline="\n")
+    print(f"\nwritten to {args.out}")
+
+
+if __name__ == "__main__":
+    main()

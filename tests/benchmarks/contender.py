@@ -1,0 +1,118 @@
+"""A process that trains one workload with one engine, a few steps whenever it is told to.
+
+bench.py starts one per contender and lets them take turns, so that a machine whose speed drifts slows all of
+them alike. It reads a number of steps a line from standard input and answers with a line of JSON: the seconds
+of each step, and the process's peak memory.
+
+    python contender.py npgpt seed
+    python contender.py "torch eager float32" seed
+    python contender.py gemm seed                   the step's matrix products alone, same shapes and threads
+"""
+
+import json
+import sys
+import time
+
+import numpy as np
+from workloads import WORKLOADS
+
+
+def npgpt_step(workload):
+    import npgpt
+    from npgpt.parallel import ParallelStep, Workers
+
+    settings = {k: v for k, v in vars(workload).items() if k != "batch_size"}
+    model = npgpt.GPT(npgpt.GPTConfig(**settings), seed=0)
+    optimizer = npgpt.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99))
+    workers = Workers().__enter__()
+    forward_backward = ParallelStep(model, workers)
+    number = iter(range(1 << 62))
+
+    def step(x, y):
+        loss = forward_backward(x, y, seed=0, number=next(number))
+        npgpt.clip_grad_norm(model.parameters(), 1.0)
+        optimizer.step()
+        return loss
+
+    return step
+
+
+def gemm_step(workload):
+    """Every matrix product of a step, forward and backward, into arrays made beforehand."""
+    from npgpt.parallel import Workers, micro_batches
+
+    rng = np.random.default_rng(0)
+    workers = Workers().__enter__()
+    pieces = micro_batches(workload.batch_size, workload.block_size)
+    c, t, h = workload.n_embd, workload.block_size, workload.n_head
+    shapes = [(c, 3 * c), (c, c), (c, 4 * c), (4 * c, c)]
+
+    def products(rows):
+        """Pairs of operands and an output, for one micro-batch."""
+        n = rows * t
+
+        def normal(*shape):
+            return rng.standard_normal(shape, dtype=np.float32)
+
+        def pair(a, b):
+            return a, b, np.empty((*a.shape[:-1], b.shape[-1]), dtype=np.float32)
+
+        each_layer = []
+        for n_in, n_out in shapes:
+            x, w, dy = normal(n, n_in), normal(n_in, n_out), normal(n, n_out)
+            each_layer += [pair(x, w), pair(dy, w.T), pair(x.T, dy)]
+        for start in range(0, t, 64):  # causal blocks: queries of a block meet the keys up to its end
+            stop = min(t, start + 64)
+            q, k, e = normal(rows, h, stop - start, c // h), normal(rows, h, stop, c // h), normal(rows, h, stop - start, stop)
+            # scores, out, dv; then de, dq, dk, which have the same shapes
+            each_layer += 2 * [pair(q, k.swapaxes(2, 3)), pair(e, k), pair(e.swapaxes(2, 3), q)]
+        x, w, dy = normal(n, c), normal(c, workload.vocab_size), normal(n, workload.vocab_size)
+        return each_layer * workload.n_layer + [pair(x, w), pair(dy, w.T), pair(x.T, dy)]
+
+    lists = [products(piece.stop - piece.start) for piece in pieces[: workers.threads]]
+
+    def work(worker):
+        for _ in range(worker, len(pieces), workers.threads):
+            for a, b, out in lists[worker]:
+                np.matmul(a, b, out=out)
+
+    def step(x, y):
+        workers.map(work, range(len(lists)))
+        return 0.0
+
+    return step
+
+
+def peak_memory_bytes():
+    try:
+        import resource
+    except ImportError:  # not a POSIX system
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def main(engine, name):
+    workload = WORKLOADS[name]
+    if engine == "npgpt":
+        step = npgpt_step(workload)
+    elif engine == "gemm":
+        step = gemm_step(workload)
+    else:
+        import torch_gpt
+
+        step = torch_gpt.make_step(workload, engine.removeprefix("torch "))
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, workload.vocab_size, (workload.batch_size, workload.block_size + 1))
+    x, y = np.ascontiguousarray(ids[:, :-1]), np.ascontiguousarray(ids[:, 1:])
+    for line in sys.stdin:
+        seconds = []
+        for _ in range(int(line)):
+            started = time.perf_counter()
+            step(x, y)
+            seconds.append(time.perf_counter() - started)
+        print(json.dumps({"seconds": seconds, "peak_memory": peak_memory_bytes()}), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

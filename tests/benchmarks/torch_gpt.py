@@ -1,0 +1,65 @@
+"""The same GPT in PyTorch, as its users would write it: fused attention, torch.optim.AdamW. Only to compare with."""
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (the name everybody gives it)
+from torch import nn
+
+
+class Attention(nn.Module):
+    def __init__(self, w):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(w.n_embd, 3 * w.n_embd), nn.Linear(w.n_embd, w.n_embd)
+        self.n_head, self.p, self.dropout = w.n_head, w.dropout, nn.Dropout(w.dropout)
+
+    def forward(self, x):
+        b, t, c = x.shape
+        q, k, v = self.qkv(x).view(b, t, 3, self.n_head, c // self.n_head).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.p if self.training else 0.0, is_causal=True)
+        return self.dropout(self.out(y.transpose(1, 2).reshape(b, t, c)))
+
+
+class Block(nn.Module):
+    def __init__(self, w):
+        super().__init__()
+        self.ln_1, self.attn, self.ln_2 = nn.LayerNorm(w.n_embd), Attention(w), nn.LayerNorm(w.n_embd)
+        self.fc, self.proj = nn.Linear(w.n_embd, 4 * w.n_embd), nn.Linear(4 * w.n_embd, w.n_embd)
+        self.dropout = nn.Dropout(w.dropout)
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        return x + self.dropout(self.proj(F.gelu(self.fc(self.ln_2(x)), approximate="tanh")))
+
+
+class TorchGPT(nn.Module):
+    def __init__(self, w):
+        super().__init__()
+        self.wte, self.wpe = nn.Embedding(w.vocab_size, w.n_embd), nn.Embedding(w.block_size, w.n_embd)
+        self.dropout = nn.Dropout(w.dropout)
+        self.blocks = nn.Sequential(*[Block(w) for _ in range(w.n_layer)])
+        self.ln_f, self.lm_head = nn.LayerNorm(w.n_embd), nn.Linear(w.n_embd, w.vocab_size, bias=False)
+
+    def forward(self, ids, targets):
+        x = self.dropout(self.wte(ids) + self.wpe(torch.arange(ids.shape[1])))
+        logits = self.lm_head(self.ln_f(self.blocks(x)))
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def make_step(workload, mode):
+    """A function that does one training step on given ids. mode: "eager float32", "compiled bfloat16", ..."""
+    compiled, dtype = mode.split()
+    torch.manual_seed(0)
+    model = TorchGPT(workload)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
+    forward = torch.compile(model) if compiled == "compiled" else model
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
+
+    def step(x, y):
+        with autocast:
+            loss = forward(torch.from_numpy(x), torch.from_numpy(y))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return loss.item()
+
+    return step
