@@ -20,7 +20,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["npgpt", "npgpt.*"]),
     package_data={"npgpt": ["py.typed"]},
-    install_requires=["numpy>=1.26", "threadpoolctl>=3", "tqdm>=4.60"],
+    install_requires=["numpy>=2.0", "threadpoolctl>=3", "tqdm>=4.60"],
     extras_require={
         "cuda12": ["cupy-cuda12x[ctk]>=14"],
         "cuda13": ["cupy-cuda13x[ctk]>=14"],

@@ -42,7 +42,7 @@ class Backend:
         """A random generator of this device, a pure function of its arguments. See `Stream`."""
         if self.xp is np:
             return generator(seed, stream, *counters)
-        return self.xp.random.default_rng(int(_seed_sequence(seed, stream, *counters).generate_state(1)[0]))
+        return self.xp.random.default_rng(int(_seed_sequence(seed, stream, *counters).generate_state(1, np.uint64)[0]))
 
 
 class Stream(enum.IntEnum):

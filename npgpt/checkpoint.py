@@ -16,6 +16,7 @@ import dataclasses
 import json
 import os
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,9 @@ def load(path: str | Path, backend: Backend = CPU, with_optimizer: bool = False)
         raise CheckpointError(f"expected a checkpoint, got a folder: {path}") from None
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
-    except (zipfile.BadZipFile, EOFError) as error:
+    except CheckpointError:
+        raise
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path} is not a checkpoint, or is damaged: {error}") from None
 
 
@@ -142,6 +145,8 @@ def _read(path: Path, archive: zipfile.ZipFile, backend: Backend, with_optimizer
         raise
     except (RequestError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged: its {HEADER} cannot be used ({error})") from None
+    if not isinstance(progress, dict):
+        raise CheckpointError(f"{path} is damaged: its progress is not a table of values")
     if tokenizer.vocab_size != config.vocab_size:
         raise CheckpointError(
             f"{path} is damaged: vocabulary of {tokenizer.vocab_size} characters, model of {config.vocab_size}"
@@ -150,9 +155,12 @@ def _read(path: Path, archive: zipfile.ZipFile, backend: Backend, with_optimizer
     def array(name: str) -> np.ndarray:
         try:
             with archive.open(name + ".npy") as member:
-                return np.lib.format.read_array(member, allow_pickle=False)
+                found = np.lib.format.read_array(member, allow_pickle=False)
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"{path} is damaged: array {name} cannot be read ({error})") from None
+        if found.dtype.kind != "f" or not np.isfinite(found).all():
+            raise CheckpointError(f"{path} is damaged: array {name} does not hold finite numbers")
+        return found
 
     stored = [n.removesuffix(".npy") for n in archive.namelist() if n.endswith(".npy")]
     model = GPT(config, seed=None, backend=backend)

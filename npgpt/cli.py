@@ -27,7 +27,7 @@ from npgpt import ops
 from npgpt.backend import DeviceError, Stream, generator, select
 from npgpt.checkpoint import load
 from npgpt.config import GenerateConfig, GPTConfig, RequestError, TrainConfig, add_flags, given
-from npgpt.data import Dataset, read_text
+from npgpt.data import Dataset, fingerprint, read_text, split
 from npgpt.evaluate import evaluate
 from npgpt.generate import generate_text
 from npgpt.gpt import GPT
@@ -39,6 +39,7 @@ from npgpt.train import (
     Outcome,
     Step,
     Trainer,
+    files_of,
     last_path,
     log_path,
     memory_advice,
@@ -69,6 +70,8 @@ def train_parser() -> argparse.ArgumentParser:
 
 def train(args: argparse.Namespace) -> int:
     out = _checkpoint_path(args.out)
+    if Path(args.text).resolve() in [path.resolve() for path in files_of(out)]:
+        raise RequestError(f"{args.text} is one of the files this run would write; choose another --out")
     text = read_text(args.text)
     tokenizer = CharTokenizer.build_vocab(text)
     resumed_from = None if args.resume is None else Path(args.resume) if args.resume else last_path(out)
@@ -147,9 +150,10 @@ def _show_run(trainer: Trainer, stop_requested: Callable[[], bool]) -> End:
                 elapsed = time.perf_counter() - started
                 steps_left = trainer.config.steps - event.step
                 left = elapsed * (steps_left * trainer.dataset.batch_size * trainer.dataset.block_size) / tokens
-                bar.write(_evaluation_line(event, tokens / elapsed, left), file=sys.stderr)
-                if event.sample:
-                    bar.write("\n".join("    | " + line for line in event.sample.strip("\n").split("\n")), file=sys.stderr)
+                with bar.external_write_mode(file=sys.stderr):
+                    _say(_evaluation_line(event, tokens / elapsed, left))
+                    if event.sample:
+                        _say("\n".join("    | " + line for line in event.sample.strip("\n").split("\n")))
             else:
                 return event
     raise AssertionError("a run ends with an End record")
@@ -201,7 +205,8 @@ def _interruptible() -> Iterator[_StopRequest]:
         if request():
             os._exit(128 + number)
         request.signal_number = number
-        _say("\nstopping after this step; once more to stop at once")
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, b"\nstopping after this step; once more to stop at once\n")
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -274,10 +279,8 @@ def evaluate_command(args: argparse.Namespace) -> int:
     ids = checkpoint.tokenizer.encode_array(read_text(path))
     trained = checkpoint.train_config
     held_out = None
-    if trained is not None and len(ids) > checkpoint.config.block_size:
-        dataset = Dataset(ids, checkpoint.config.block_size, 1, trained.val_fraction)
-        if dataset.fingerprint() == checkpoint.fingerprint:
-            held_out = dataset.val
+    if trained is not None and fingerprint(ids) == checkpoint.fingerprint:
+        held_out = split(ids, trained.val_fraction)[1]
     if args.text is None and held_out is None:
         raise RequestError(f"{path} is no longer the text this model was trained on; name a text to evaluate it on another")
     what = f"all of {path}" if held_out is None or not len(held_out) else f"the held-out part of {path}"
@@ -373,12 +376,15 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # absent where something else has taken the stream's place
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
-    if not argv or argv[0] in ("-h", "--help"):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace", newline="\n")
+    if not argv:
+        _say(f"npgpt: expected a command, one of {', '.join(COMMANDS)} (see npgpt --help)")
+        return 2
+    if argv[0] in ("-h", "--help"):
         print("usage: npgpt NAME ...\n")
         print("\n".join(f"  npgpt {name:10} {about}" for name, (_, _, about) in COMMANDS.items()))
         print("\nnpgpt NAME --help says more; bin/NAME is the same as npgpt NAME.")
-        return 0 if argv else 2
+        return 0
     if argv[0] == "--version":
         print(f"npgpt {npgpt.__version__}, NumPy {np.__version__}")
         return 0
@@ -394,7 +400,7 @@ def main(argv: list[str] | None = None) -> int:
     except (RequestError, DeviceError) as error:
         _say(f"npgpt {name}: {error}")
         return 2
-    except GradientError as error:
+    except (GradientError, FloatingPointError) as error:
         return _failed(name, str(error))
     except MemoryError:
         return _failed(name, "out of memory")
@@ -430,7 +436,11 @@ def _parser(name: str, about: str, examples: list[str]) -> argparse.ArgumentPars
 
 
 def _say(message: str, end: str = "\n") -> None:
-    print(message, file=sys.stderr, end=end, flush=True)
+    """Print to stderr; when nobody reads it any more, work goes on in silence."""
+    try:
+        print(message, file=sys.stderr, end=end, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _failed(name: str, message: str) -> int:

@@ -62,7 +62,7 @@ class Settings:
         missing = [f.name for f, _, _ in _fields(cls) if f.default is dataclasses.MISSING and f.name not in values]
         if missing:
             raise RequestError(f"{cls.__name__} needs {', '.join(missing)}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        return cls(**values)
 
 
 @dataclass(frozen=True)

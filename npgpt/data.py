@@ -60,7 +60,7 @@ class Dataset:
         Raises RequestError when the training part is too short for one window of `block_size` tokens and
         the token after it, or a setting is out of range.
         """
-        ids = np.asarray(ids)
+        ids = np.asarray(ids, dtype=np.uint8 if len(ids) == 0 else None)
         if ids.ndim != 1 or ids.dtype.kind not in "iu" or (ids.size and ids.min() < 0):
             raise RequestError(f"ids must be a flat sequence of integers >= 0, got shape {ids.shape}, dtype {ids.dtype}")
         if block_size < 1 or batch_size < 1 or not 0 <= val_fraction < 1:
@@ -70,8 +70,7 @@ class Dataset:
             )
         self.ids = ids.astype(np.min_scalar_type(int(ids.max(initial=0))), copy=False)
         self.block_size, self.batch_size, self.seed = block_size, batch_size, seed
-        n_train = len(ids) - int(len(ids) * val_fraction)
-        self.train, self.val = self.ids[:n_train], self.ids[n_train:]
+        self.train, self.val = split(self.ids, val_fraction)
         if len(self.train) < block_size + 1:
             raise RequestError(
                 f"the text is too short: its training part has {len(self.train)} tokens, a window of block_size {block_size} "
@@ -79,7 +78,7 @@ class Dataset:
             )
         self._drawn = dict.fromkeys(SPLITS, 0)
 
-    def split(self, name: str) -> np.ndarray:
+    def ids_of(self, name: str) -> np.ndarray:
         """The ids of "train" or "val"."""
         if name not in SPLITS:
             raise ValueError(f"split must be 'train' or 'val', got {name!r}")
@@ -91,7 +90,7 @@ class Dataset:
 
         k: the number of the batch. None: the next one of this split, counting from 0.
         """
-        ids = self.split(split)
+        ids = self.ids_of(split)
         if len(ids) < self.block_size + 1:
             raise RequestError(
                 f"the {split} part has {len(ids)} tokens, a window of block_size {self.block_size} needs {self.block_size + 1}"
@@ -105,8 +104,22 @@ class Dataset:
         return windows[:, :-1], windows[:, 1:]
 
     def fingerprint(self) -> str:
-        """SHA-256 of the ids, to tell one text from another."""
-        return hashlib.sha256(self.ids.astype("<u4").tobytes()).hexdigest()
+        """See the function of this name."""
+        return fingerprint(self.ids)
+
+
+def split(ids: np.ndarray, val_fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """The first part, to train on, and the last `val_fraction` of the ids, held out."""
+    n_train = len(ids) - int(len(ids) * val_fraction)
+    return ids[:n_train], ids[n_train:]
+
+
+def fingerprint(ids: np.ndarray) -> str:
+    """SHA-256 of the ids, to tell one text from another."""
+    digest = hashlib.sha256()
+    for start in range(0, len(ids), 1 << 20):
+        digest.update(ids[start : start + (1 << 20)].astype("<u4").tobytes())
+    return digest.hexdigest()
 
 
 def windows(ids: np.ndarray, block_size: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -32,7 +32,7 @@ class Loss:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss)
+        return math.exp(self.loss) if self.loss < 700 else math.inf
 
     @property
     def bits_per_token(self) -> float:
@@ -46,6 +46,7 @@ def evaluate(model: GPT, ids: np.ndarray, workers: Workers | None = None) -> Los
     workers: threads already at work, to spread the windows over; None starts and ends its own. Raises
     RequestError when there are fewer than two ids.
     """
+    ids = np.asarray(ids)
     if len(ids) < 2:
         raise RequestError(f"evaluation needs at least 2 tokens, got {len(ids)}")
     block_size = model.config.block_size
@@ -54,7 +55,8 @@ def evaluate(model: GPT, ids: np.ndarray, workers: Workers | None = None) -> Los
     def losses(batch: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
         """The sum of the losses of each window."""
         x, y = batch
-        logits, _ = model(x)
+        with np.errstate(over="ignore", invalid="ignore"):  # a loss that is no number says it itself
+            logits, _ = model(x)
         each = ops.cross_entropy(logits, model.backend.asarray(y), reduction="none").numpy()
         return each.sum(axis=1, dtype=np.float64)
 

@@ -64,9 +64,14 @@ def _draw(model: GPT, ids: list[int], settings: GenerateConfig, sample: int) -> 
 
 @no_grad()
 def next_logits(model: GPT, ids: Sequence[int]) -> np.ndarray:
-    """The logits (V,) of the token that follows `ids`, at most block_size of them."""
-    logits, _ = model(np.asarray([ids]))
-    return logits.numpy()[0, -1]
+    """The logits (V,) of the token that follows `ids`, at most block_size of them. Raises FloatingPointError
+    when they are not finite."""
+    with np.errstate(over="ignore", invalid="ignore"):  # told below
+        logits, _ = model(np.asarray([ids]))
+    last = logits.numpy()[0, -1]
+    if not np.isfinite(last).all():
+        raise FloatingPointError("the model's logits are not finite numbers: its weights are damaged, or training diverged")
+    return last
 
 
 def sample_id(logits: np.ndarray, temperature: float, top_k: int | None, top_p: float | None, rng: np.random.Generator) -> int:

@@ -47,6 +47,10 @@ class Parameters(list[Tensor]):
             start += t.size
         self._views = [(t.data, t.grad) for t in self]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied or unpickled, parameters move into a buffer of their own."""
+        return Parameters, (list(self),)
+
     def check(self) -> None:
         """Raises RuntimeError when a parameter no longer looks into the buffer."""
         for t, (data, grad) in zip(self, self._views, strict=True):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from npgpt.backend import backend_of
-from npgpt.kernels.reference import Array
+from npgpt.kernels.reference import Array, Kernels
 from npgpt.tensor import Tensor, record
 
 
@@ -25,7 +25,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if bias is not None and bias.shape != weight.shape[1:]:
         raise ValueError(f"linear: bias must have shape {weight.shape[1:]}, got {bias.shape}")
     inputs = (x, weight) if bias is None else (x, weight, bias)
-    kernels = backend_of(*(t.data for t in inputs)).kernels
+    kernels = _kernels("linear", *inputs)
     y, saved = kernels.linear_forward(x.data, weight.data, None if bias is None else bias.data)
     needs = (x.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
     return record(y, inputs, lambda dy: kernels.linear_backward(dy, saved, needs)[: len(inputs)])
@@ -33,7 +33,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def softmax(x: Tensor, axis: int = -1) -> Tensor:
     """exp(x) normalised to sum to one along `axis`; same shape as x. A slice that is -inf throughout gives zeros."""
-    kernels = x.backend.kernels
+    kernels = _kernels("softmax", x)
     y, saved = kernels.softmax_forward(x.data, axis)
     return record(y, (x,), lambda dy: (kernels.softmax_backward(dy, saved),))
 
@@ -62,7 +62,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, rng:
             f"got {q.shape}, {k.shape}, {v.shape}"
         )
     _check_probability("causal_attention", dropout)
-    kernels = backend_of(q.data, k.data, v.data).kernels
+    kernels = _kernels("causal_attention", q, k, v)
     y, saved = kernels.causal_attention_forward(q.data, k.data, v.data, dropout, rng)
     return record(y, (q, k, v), lambda dy: kernels.causal_attention_backward(dy, saved))
 
@@ -75,21 +75,21 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
     inputs = (x, weight) if bias is None else (x, weight, bias)
     if any(t.shape != x.shape[-1:] for t in inputs[1:]):
         raise ValueError(f"layer_norm: weight and bias must have shape {x.shape[-1:]}, got {[t.shape for t in inputs[1:]]}")
-    kernels = backend_of(*(t.data for t in inputs)).kernels
+    kernels = _kernels("layer_norm", *inputs)
     y, saved = kernels.layer_norm_forward(x.data, weight.data, None if bias is None else bias.data, eps)
     return record(y, inputs, lambda dy: kernels.layer_norm_backward(dy, saved)[: len(inputs)])
 
 
 def gelu(x: Tensor) -> Tensor:
     """GPT-2's GELU, the tanh form (Hendrycks and Gimpel, 2016); same shape as x."""
-    kernels = x.backend.kernels
+    kernels = _kernels("gelu", x)
     y, saved = kernels.gelu_forward(x.data)
     return record(y, (x,), lambda dy: (kernels.gelu_backward(dy, saved),))
 
 
 def relu(x: Tensor) -> Tensor:
     """max(x, 0), with gradient 0 at 0; same shape as x."""
-    kernels = x.backend.kernels
+    kernels = _kernels("relu", x)
     y, saved = kernels.relu_forward(x.data)
     return record(y, (x,), lambda dy: (kernels.relu_backward(dy, saved),))
 
@@ -102,7 +102,7 @@ def dropout(x: Tensor, p: float, rng: Any) -> Tensor:
     _check_probability("dropout", p)
     if p == 0 or rng is None:
         return x
-    kernels = x.backend.kernels
+    kernels = _kernels("dropout", x)
     y, saved = kernels.dropout_forward(x.data, p, rng)
     return record(y, (x,), lambda dy: (kernels.dropout_backward(dy, saved),))
 
@@ -137,10 +137,18 @@ def cross_entropy(logits: Tensor, targets: Any, reduction: str = "mean") -> Tens
     return losses.mean() if reduction == "mean" else losses
 
 
+def _kernels(op: str, *tensors: Tensor) -> Kernels:
+    """The kernels of the device the tensors share. Raises TypeError when one is not of a float dtype."""
+    for t in tensors:
+        if t.dtype.kind != "f":
+            raise TypeError(f"{op}: expected a float tensor, got dtype {t.dtype}")
+    return backend_of(*(t.data for t in tensors)).kernels
+
+
 def _integers(op: str, ids: Any, like: Tensor) -> Array:
     """ids as an integer array; raises TypeError for anything else."""
     data = ids.data if isinstance(ids, Tensor) else ids
-    if not hasattr(data, "dtype"):
+    if not hasattr(data, "dtype") or isinstance(data, np.generic):
         data = like.backend.xp.asarray(data)
     if data.dtype.kind not in "iu":
         raise TypeError(f"{op}: expected integers, got dtype {data.dtype}")

@@ -39,6 +39,8 @@ class AdamW:
         self.parameters = parameters if isinstance(parameters, Parameters) else list(parameters)
         if not self.parameters:
             raise ValueError("AdamW got no parameters")
+        if len({id(p) for p in self.parameters}) != len(self.parameters):
+            raise ValueError("AdamW got a parameter twice")
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
         self.steps = 0
         first = self.parameters[0]
@@ -81,12 +83,13 @@ class AdamW:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`. Raises ValueError when the sizes differ."""
-        for name in ("exp_avg", "exp_avg_sq"):
-            own = getattr(self, name)
-            if state[name].shape != own.shape:
-                raise ValueError(f"optimiser state {name} has shape {state[name].shape}, expected {own.shape}")
-            own[...] = self.parameters[0].backend.asarray(state[name], dtype=own.dtype)
+        """The inverse of `state_dict`. Raises ValueError, and changes nothing, when the sizes differ."""
+        own = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        for name, array in own.items():
+            if state[name].shape != array.shape:
+                raise ValueError(f"optimiser state {name} has shape {state[name].shape}, expected {array.shape}")
+        for name, array in own.items():
+            array[...] = self.parameters[0].backend.asarray(state[name], dtype=array.dtype)
         self.steps = state["steps"]
 
 

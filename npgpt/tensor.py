@@ -14,6 +14,7 @@ reference goes, without waiting for the garbage collector.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -208,10 +209,15 @@ class Tensor:
         a_data = self.data
         b, b_data = _operand(self, other)
         y = a_data / b_data
-        return _binary(y, self, b, lambda dy: dy / b_data, lambda dy: -dy * a_data / (b_data * b_data))
+        return _binary(y, self, b, lambda dy: dy / b_data, lambda dy: -dy * y / b_data)
 
     def __rtruediv__(self, other: Any) -> Tensor:
-        return other * self**-1
+        b, b_data = _operand(self, other)
+        if b is not None:
+            return b / self
+        a_data = self.data
+        y = b_data / a_data
+        return record(y, (self,), lambda dy: (-dy * y / a_data,))
 
     def __pow__(self, exponent: Any) -> Tensor:
         xp, a_data = self.backend.xp, self.data
@@ -228,6 +234,10 @@ class Tensor:
             return record(y, (self,), lambda dy: (dy * (b_data * a_data ** (b_data - 1) if b_data != 0 else 0.0),))
         return _binary(y, self, b, da, db)
 
+    def __rpow__(self, base: Scalar) -> Tensor:
+        y = base**self.data
+        return record(y, (self,), lambda dy: (dy * y * math.log(base),))
+
     def __neg__(self) -> Tensor:
         return record(-self.data, (self,), lambda dy: (-dy,))
 
@@ -238,7 +248,7 @@ class Tensor:
         if b is None or self.ndim == 0 or b.ndim == 0:
             raise ValueError(f"@ needs two matrices (or vectors), got shapes {self.shape} and {np.shape(b_data)}")
         if self.ndim == 1:
-            return (self.reshape(1, -1) @ b)[..., 0, :] if b.ndim > 1 else (self * b).sum()
+            return (self.reshape(1, -1) @ b)[..., 0, :] if b.ndim > 1 else (self.reshape(1, -1) @ b)[0]
         if b.ndim == 1:
             return (self @ b.reshape(-1, 1))[..., 0]
         y = a_data @ b_data
@@ -269,8 +279,8 @@ class Tensor:
 
     def sum(self, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Tensor:
         xp, shape = self.backend.xp, self.shape
-        axes = range(self.ndim) if axis is None else (axis,) if isinstance(axis, int) else axis
-        summed = {a % self.ndim for a in axes}
+        axes = range(self.ndim) if axis is None else axis if isinstance(axis, tuple) else (axis,)
+        summed = {a % max(1, self.ndim) for a in axes}
         kept = tuple(1 if i in summed else n for i, n in enumerate(shape))
         y = xp.asarray(self.data.sum(axis=axis, keepdims=keepdims))
         return record(y, (self,), lambda dy: (xp.broadcast_to(dy.reshape(kept), shape),))
@@ -370,9 +380,11 @@ def _fit(gradient: Array, source: Node | Tensor) -> Array:
     shape = source.shape
     if gradient.shape != shape:
         extra = gradient.ndim - len(shape)
-        gradient = gradient.sum(axis=tuple(range(extra))) if extra else gradient
-        stretched = tuple(i for i, n in enumerate(shape) if n == 1 and gradient.shape[i] != 1)
+        gradient = gradient.sum(axis=tuple(range(extra))) if extra > 0 else gradient
+        stretched = tuple(i for i, n in enumerate(shape[: gradient.ndim]) if n == 1 and gradient.shape[i] != 1)
         gradient = gradient.sum(axis=stretched, keepdims=True) if stretched else gradient
+    if gradient.shape != shape:
+        raise RuntimeError(f"a backward function returned a gradient of shape {gradient.shape} for an input of shape {shape}")
     return gradient if gradient.dtype == source.dtype else gradient.astype(source.dtype)
 
 

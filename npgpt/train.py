@@ -7,8 +7,10 @@ here, and no state is global.
 Files of a run whose checkpoint is `model.npz`:
 
     model.npz        the weights with the lowest validation loss so far
-    model.last.npz   the state at the last evaluation, from which a run is resumed
+    model.last.npz   the state at the last evaluation or interruption, from which a run is resumed
     model.jsonl      the log: one JSON object per line
+
+What an earlier run left under these names is kept as `model.previous.npz` and so on.
 """
 
 from __future__ import annotations
@@ -108,6 +110,12 @@ class Trainer:
         self.model, self.tokenizer, self.dataset, self.config = model, tokenizer, dataset, config
         self.out, self.source = None if out is None else Path(out), source
         self.fingerprint = dataset.fingerprint()
+        for name in ("batch_size", "seed", "block_size"):
+            expected = model.config.block_size if name == "block_size" else getattr(config, name)
+            if getattr(dataset, name) != expected:
+                raise RequestError(
+                    f"the dataset's {name} is {getattr(dataset, name)}, the run's is {expected}; they must agree"
+                )
         self.progress = Progress()
         self._workers = Workers(config.threads if model.backend.name == "cpu" else 1)
         self._forward_backward = ParallelStep(model, self._workers, config.micro_batch)
@@ -132,16 +140,22 @@ class Trainer:
             raise RequestError(
                 f"nothing to do: the checkpoint is at step {last.step} of {self.config.steps}; ask for more --steps"
             )
+        try:
+            progress = Progress(**last.progress)
+            self.optimizer.load_state_dict(last.optimizer_state)
+        except (TypeError, ValueError) as error:
+            raise RequestError(f"cannot resume: the checkpoint's training state is damaged ({error})") from None
         self.model.load_state_dict(last.model.state_dict())
-        self.optimizer.load_state_dict(last.optimizer_state)
-        self.progress = Progress(**last.progress)
+        self.progress = progress
 
     def run(self, stop_requested: Callable[[], bool] = lambda: False) -> Iterator[Step | Evaluation | End]:
         """Train to the end. `stop_requested` is asked after every step; when it says yes, the state is saved
         and the run ends. Raises OSError when a file cannot be written."""
         p, config = self.progress, self.config
-        if self.out and p.step == 0:
-            _keep_previous(self.out)
+        if self.out and p.step == 0 and self.out.exists():
+            for path in files_of(self.out):
+                if path.exists():
+                    path.replace(path.with_name(path.name.replace(self.out.stem, f"{self.out.stem}.previous", 1)))
         self._log("start" if p.step == 0 else "resume", {"step": p.step, "config": dataclasses.asdict(config)})
         with self._workers:
             outcome = yield from self._steps(stop_requested)
@@ -161,7 +175,10 @@ class Trainer:
             yield step
             stop = stop_requested()
             if p.step % config.eval_interval == 0 or p.step == config.steps:
-                yield self._evaluate()
+                evaluation = self._evaluate()
+                if evaluation is None:
+                    return Outcome.DIVERGED
+                yield evaluation
                 if config.patience and p.stale_evaluations >= config.patience and p.step < config.steps:
                     return Outcome.EARLY_STOP
             elif stop:
@@ -193,14 +210,21 @@ class Trainer:
             p.loss_count += 1
         return Step(p.step, loss, grad_norm, self.optimizer.lr, x.size, time.perf_counter() - started)
 
-    def _evaluate(self) -> Evaluation:
-        """Exact validation loss, a sample, a checkpoint."""
+    def _evaluate(self) -> Evaluation | None:
+        """Exact validation loss, a checkpoint, a sample; None, and nothing written, when the weights or the loss
+        are no longer finite numbers."""
         started = time.perf_counter()
         p = self.progress
         train_loss = p.loss_sum / max(1, p.loss_count)
         p.loss_sum, p.loss_count = 0.0, 0
         held_out = evaluate(self.model, self.dataset.val, self._workers) if len(self.dataset.val) > 1 else None
         val_loss, val_stderr = (held_out.loss, held_out.stderr) if held_out else (None, None)
+        try:
+            sample = self._sample()
+        except FloatingPointError:
+            return None
+        if not (bool(self.model.backend.xp.isfinite(self.model.flat.data).all()) and math.isfinite(val_loss or 0.0)):
+            return None
         best = val_loss is None or p.best_loss is None or val_loss < p.best_loss
         if best:
             p.best_loss, p.best_step, p.stale_evaluations = val_loss, p.step, 0
@@ -208,7 +232,6 @@ class Trainer:
             p.stale_evaluations += 1
         p.history.append([p.step, train_loss, val_loss, val_stderr])
         self._save(best)
-        sample = self._sample()
         result = Evaluation(p.step, train_loss, val_loss, val_stderr, best, sample, time.perf_counter() - started)
         self._log("evaluation", dataclasses.asdict(result))
         return result
@@ -221,7 +244,8 @@ class Trainer:
     def _save(self, best: bool = False) -> None:
         """Write the resumable state and, when these are the best weights so far, the run's checkpoint."""
         if self.out:
-            for path in [self.out, last_path(self.out)] if best else [last_path(self.out)]:
+            # Interrupted before the first evaluation, a run still leaves a model.
+            for path in [self.out, last_path(self.out)] if best or not self.out.exists() else [last_path(self.out)]:
                 checkpoint.save(
                     path,
                     self.model,
@@ -253,10 +277,9 @@ def log_path(out: Path) -> Path:
     return out.with_suffix(".jsonl")
 
 
-def _keep_previous(out: Path) -> None:
-    """A new run must not destroy an earlier model of the same name: model.npz -> model.previous.npz."""
-    if out.exists():
-        out.replace(out.with_name(f"{out.stem}.previous{out.suffix}"))
+def files_of(out: Path) -> list[Path]:
+    """All files of a run."""
+    return [out, last_path(out), log_path(out)]
 
 
 def _differences(before: Any, now: Any, ignore: tuple[str, ...] = ()) -> list[str]:

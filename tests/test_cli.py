@@ -170,7 +170,8 @@ def test_help(name, tmp_path):
 def test_help_and_version_of_all(tmp_path):
     assert "npgpt train" in npgpt_command("--help", cwd=tmp_path).stdout
     assert npgpt.__version__ in npgpt_command("--version", cwd=tmp_path).stdout
-    assert npgpt_command(cwd=tmp_path).returncode == 2
+    nothing = npgpt_command(cwd=tmp_path)
+    assert (nothing.returncode, nothing.stdout, len(nothing.stderr.splitlines())) == (2, "", 1)
 
 
 # ---------------------------------------------------------------- wrong requests
@@ -195,7 +196,7 @@ WRONG = {
         ("binary.txt", "NUL byte"),
         ("latin1.txt", "not UTF-8 text: byte 0xe9 at offset 1"),
         ("utf16.txt", "UTF-16"),
-        ("model.npz", "not a text file"),
+        ("model.npz --out other.npz", "not a text file"),
         ("text.txt --n-embd 10 --n-head 4", "multiple of n_head"),
         ("text.txt --n-embd 0", "n_embd must be a whole number at least 1, got 0"),
         ("text.txt --steps 0", "steps must be"),
@@ -213,6 +214,7 @@ WRONG = {
         ("", "required: DATA"),
         ("text.txt --out nowhere/m.npz", "no folder nowhere"),
         ("text.txt --out text.txt", "must end in .npz"),
+        ("model.jsonl", "one of the files this run would write"),
         ("text.txt --out folder.npz", "got a folder"),
         ("text.txt --resume none.npz", "no such checkpoint"),
         ("text.txt --resume not-a-checkpoint.npz", "not a checkpoint"),
@@ -320,15 +322,32 @@ def test_bin_scripts(workshop, tmp_path):
         result = subprocess.run([script, "--help"], env=environment, capture_output=True, encoding="utf-8", check=False)
         assert result.returncode == 0, result.stderr
         assert f"bin/{name}" in result.stdout
+    linked = tmp_path / "write"
+    linked.symlink_to(ROOT / "bin" / "generate")
     result = subprocess.run(
-        [ROOT / "bin" / "generate", "--ckpt", "model.npz", "--prompt", "a  b", "--max-new-tokens", "0"],
+        [linked, "--ckpt", "model.npz", "--prompt", "a  b", "--max-new-tokens", "0"],
         cwd=workshop,
         env=environment,
         capture_output=True,
         encoding="utf-8",
         check=False,
     )
-    assert result.stdout == "a  b\n"
+    assert result.stdout == "a  b\n", result.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closed pipes are told differently elsewhere")
+def test_training_goes_on_when_nobody_reads(workshop, tmp_path):
+    shutil.copy(workshop / "text.txt", tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "npgpt", "train", "text.txt", *QUICK, "--eval-interval", "1"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+    )
+    process.stderr.readline()
+    process.stderr.close()
+    assert process.wait(60) == 0
+    assert npgpt.load(tmp_path / "model.last.npz").step == 6
 
 
 def test_device_cuda_without_a_gpu_is_one_line(workshop, capsys, monkeypatch):

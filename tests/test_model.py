@@ -1,6 +1,8 @@
 """The GPT: shapes, names, masking, initialisation, the flat buffer."""
 
+import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -86,6 +88,18 @@ def test_parameters_and_gradients_are_views_into_flat_buffers(model, rng):
     model.blocks[0].attn.qkv.weight.grad = None
     with pytest.raises(RuntimeError, match="replaced"):
         AdamW(flat).step()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_a_copy_of_a_model_learns_by_itself(model, rng, copied):
+    before = model.flat.data.copy()
+    other = copied(model)
+    ids = rng.integers(0, model.config.vocab_size, (2, 8))
+    other(ids, ids)[1].backward()
+    AdamW(other.parameters(), lr=0.1).step()
+    np.testing.assert_array_equal(model.flat.data, before)
+    assert not np.array_equal(other.wte.weight.data, model.wte.weight.data)
+    assert np.shares_memory(other.flat.data, other.wte.weight.data)
 
 
 def test_part_of_a_model_can_be_listed_without_harm(model):

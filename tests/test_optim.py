@@ -105,6 +105,8 @@ def test_bad_requests():
             AdamW([p], **wrong)
     with pytest.raises(ValueError, match="no parameters"):
         AdamW([])
+    with pytest.raises(ValueError, match="AdamW got a parameter twice"):
+        AdamW([p, p])
     with pytest.raises(ValueError, match="twice"):
         Parameters([p, p])
     with pytest.raises(ValueError, match="dtype"):

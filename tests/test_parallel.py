@@ -97,6 +97,7 @@ def test_the_blas_is_held_and_given_back():
         return [library["num_threads"] for library in ThreadpoolController().info() if library["user_api"] == "blas"]
 
     before = blas_threads()
+    assert before, "threadpoolctl sees no BLAS here"
     with Workers(2):
         assert all(n == 1 for n in blas_threads())
     assert blas_threads() == before

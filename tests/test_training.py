@@ -11,6 +11,7 @@ import pytest
 
 import npgpt
 from npgpt import GPT, AdamW, CheckpointError, Dataset, GPTConfig, RequestError, TrainConfig, Trainer, evaluate, ops
+from npgpt.checkpoint import MOMENTS
 from npgpt.evaluate import Loss
 from npgpt.train import Evaluation, Outcome, Progress, Step, advice, estimate_memory, last_path, log_path
 
@@ -144,10 +145,47 @@ def test_divergence_stops_before_the_weights(text, tokenizer, small_config, tmp_
     assert np.isfinite(npgpt.load(out).model.parameters().data).all()
 
 
-def test_a_new_run_keeps_the_earlier_model(text, tokenizer, small_config, trained):
-    before = trained.read_bytes()
+@pytest.mark.parametrize("val_fraction", [0.1, 0.0])
+def test_weights_gone_bad_are_not_saved(text, tokenizer, small_config, tmp_path, val_fraction):
+    """The loss of a step is of the weights before it; what the step made of them shows at the evaluation."""
+    out = tmp_path / "model.npz"
+    config = quick(lr=1e20, warmup_steps=0, eval_interval=1, val_fraction=val_fraction, grad_clip=0.0)
+    _, events = run(text[:4000], tokenizer, small_config, config, out)
+    assert events[-1].outcome is Outcome.DIVERGED
+    for path in (out, last_path(out)):
+        if path.exists():
+            assert np.isfinite(npgpt.load(path).model.parameters().data).all()
+
+
+def test_a_new_run_keeps_the_earlier_one(text, tokenizer, small_config, trained):
+    names = ["model.npz", "model.last.npz", "model.jsonl"]
+    before = [(trained.parent / name).read_bytes() for name in names]
     run(text[:4000], tokenizer, small_config, quick(), trained)
-    assert (trained.parent / "model.previous.npz").read_bytes() == before
+    kept = ["model.previous.npz", "model.previous.last.npz", "model.previous.jsonl"]
+    assert [(trained.parent / name).read_bytes() for name in kept] == before
+
+
+def test_interrupted_before_the_first_evaluation_there_is_a_model(text, tokenizer, small_config, tmp_path):
+    out = tmp_path / "model.npz"
+    run(text[:4000], tokenizer, small_config, quick(), out, stop_requested=lambda: True)
+    assert npgpt.load(out).step == npgpt.load(last_path(out)).step == 1
+
+
+def test_a_dataset_that_is_not_the_runs_is_refused(text, tokenizer, small_config):
+    dataset = Dataset(tokenizer.encode_array(text[:4000]), small_config.block_size, 8)
+    with pytest.raises(RequestError, match="batch_size is 8, the run's is 4"):
+        Trainer(GPT(small_config), tokenizer, dataset, quick())
+
+
+def test_a_damaged_training_state_is_refused(text, tokenizer, small_config, trained):
+    dataset = Dataset(tokenizer.encode_array(text[:4000]), small_config.block_size, 4)
+    for damage in (
+        {"progress": {"step": 6, "colour": 1}},
+        {"optimizer_state": {"steps": 1, **dict.fromkeys(MOMENTS, np.zeros(3))}},
+    ):
+        last = dataclasses.replace(npgpt.load(last_path(trained), with_optimizer=True), **damage)
+        with pytest.raises(RequestError, match="damaged"):
+            Trainer(GPT(small_config), tokenizer, dataset, quick(steps=9)).resume(last)
 
 
 def test_without_held_out_text(text, tokenizer, small_config, tmp_path):
@@ -289,6 +327,8 @@ def test_a_checkpoint_at_odds_with_itself_is_refused(tmp_path, tokenizer, small_
         (changed(config=header["config"] | {"n_embd": -1}), "n_embd"),
         (changed(config=header["config"] | {"colour": 1}), "colour"),
         (changed(vocabulary="abc"), "vocabulary of 3"),
+        (changed(progress=None), "progress"),
+        ({"ln_f.bias.npy": members["ln_f.bias.npy"][:-4] + b"\0\0\xc0\x7f"}, "finite"),
         ({"checkpoint.json": b"{"}, "cannot be used"),
         ({"wte.weight.npy": members["wpe.weight.npy"]}, "wte.weight has shape"),
         ({"wte.weight.npy": b"nonsense"}, "wte.weight cannot be read"),

@@ -90,7 +90,7 @@ class CpuKernels(Kernels):
         past = n_key - n_query
         q = q * q.dtype.type(1 / sqrt(head_dim))
         longest = np.einsum("bhtd,bhtd->bht", q, q).max(initial=0) * np.einsum("bhtd,bhtd->bht", k, k).max(initial=0)
-        safe = longest <= SAFE_SCORE**2
+        safe = q.dtype.itemsize >= 4 and longest <= SAFE_SCORE**2
         draws, threshold = None, 0
         if dropout > 0 and rng is not None:
             draws, threshold = self.dropout_draws((b, h, n_query, n_key), dropout, rng)
@@ -110,7 +110,8 @@ class CpuKernels(Kernels):
                 corner *= np.tri(n_rows, dtype=e.dtype)
             else:
                 np.copyto(corner, -np.inf, where=~np.tri(n_rows, dtype=bool))
-                e -= e.max(axis=-1, keepdims=True)
+                with np.errstate(over="ignore"):  # see softmax_forward in reference.py
+                    e -= e.max(axis=-1, keepdims=True)
                 np.exp(e, out=e)
             total = (e @ np.ones(seen, dtype=e.dtype))[..., None]
             kept = e
@@ -128,7 +129,8 @@ class CpuKernels(Kernels):
         g = dy * factor
         row_term = np.einsum("bhtd,bhtd->bht", dy, out)[..., None] * factor * q.dtype.type(keep)
         scale = q.dtype.type(1 / sqrt(q.shape[-1]))
-        dq, dk, dv = np.empty_like(q), np.empty(k.shape, dtype=k.dtype), np.empty(v.shape, dtype=v.dtype)
+        new = np.empty if blocks else np.zeros  # without queries, keys and values have no gradient
+        dq, dk, dv = new(q.shape, dtype=q.dtype), new(k.shape, dtype=k.dtype), new(v.shape, dtype=v.dtype)
         written = False
         while blocks:  # from the last, which sees every key, and freeing each as it goes
             rows, seen, e, kept = blocks.pop()
@@ -161,9 +163,9 @@ class CpuKernels(Kernels):
         x = _as_rows(x)
         y, xhat = np.empty_like(x), np.empty_like(x)
         rstd = np.empty((len(x), 1), dtype=x.dtype)
-        mean_of = np.full(c, 1 / c, dtype=x.dtype)
+        ones = np.ones(c, dtype=x.dtype)
         for s in _blocks(*x.shape):
-            np.subtract(x[s], (x[s] @ mean_of)[:, None], out=xhat[s])
+            np.subtract(x[s], (x[s] @ ones / c)[:, None], out=xhat[s])
             variance = np.einsum("ij,ij->i", xhat[s], xhat[s])[:, None] / c
             np.divide(1, np.sqrt(variance + eps), out=rstd[s])
             xhat[s] *= rstd[s]
