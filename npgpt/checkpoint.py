@@ -117,7 +117,7 @@ def load(path: str | Path, backend: Backend = CPU, with_optimizer: bool = False)
         with zipfile.ZipFile(path) as archive:
             return _read(path, archive, backend, with_optimizer)
     except FileNotFoundError:
-        raise CheckpointError(f"no such checkpoint: {path}; train one with: bin/train TEXT --out {path}") from None
+        raise CheckpointError(f"no such checkpoint: {path}; bin/train writes one") from None
     except IsADirectoryError:
         raise CheckpointError(f"expected a checkpoint, got a folder: {path}") from None
     except OSError as error:

@@ -81,6 +81,8 @@ def train(args: argparse.Namespace) -> int:
         config = GPTConfig(vocab_size=tokenizer.vocab_size, **asked_model)
         train_config = TrainConfig(**asked_training)
     else:
+        if not resumed_from.exists():
+            raise RequestError(f"nothing to resume: there is no {resumed_from}; a run with --out {out} writes {last_path(out)}")
         last = load(resumed_from, with_optimizer=True)
         before = {} if last.train_config is None else vars(last.train_config)
         config = GPTConfig(**(vars(last.config) | {"vocab_size": tokenizer.vocab_size} | asked_model))
@@ -283,8 +285,12 @@ def evaluate_command(args: argparse.Namespace) -> int:
         held_out = split(ids, trained.val_fraction)[1]
     if args.text is None and held_out is None:
         raise RequestError(f"{path} is no longer the text this model was trained on; name a text to evaluate it on another")
-    what = f"all of {path}" if held_out is None or not len(held_out) else f"the held-out part of {path}"
-    ids = ids if held_out is None or not len(held_out) else held_out
+    if held_out is None:
+        what = f"all of {path}"
+    elif len(held_out):
+        what, ids = f"the held-out part of {path}", held_out
+    else:
+        what = f"all of {path}, every character of which the model was trained on"
     result = evaluate(checkpoint.model, ids)
     plus_minus = "" if result.stderr is None else f" ± {result.stderr:.4f}"
     print(f"{what}: {result.n_targets:,} characters predicted")
@@ -296,19 +302,23 @@ def evaluate_command(args: argparse.Namespace) -> int:
 # ---------------------------------------------------------------- gradcheck
 
 
+GRADCHECK_MODEL = {"vocab_size": 11, "block_size": 6, "n_layer": 2, "n_head": 2, "n_embd": 8}
+
+
 def gradcheck_parser() -> argparse.ArgumentParser:
     parser = _parser(
         "gradcheck",
-        "Hold every parameter's gradient in a small GPT against finite differences, in float64, dropout on.",
+        "Hold every parameter's gradient in a small GPT against finite differences, in float64, dropout on: of each\n"
+        "parameter a dozen elements, and three random directions that every element has a part in. Where the function\n"
+        "is not smooth (a kink, as ReLU's at 0) there is nothing to compare with; such places are counted.",
         ["bin/gradcheck", "bin/gradcheck --activation relu --n-layer 3"],
     )
-    add_flags(parser, GPTConfig)
+    add_flags(parser, GPTConfig, defaults=GRADCHECK_MODEL)
     return parser
 
 
 def gradcheck(args: argparse.Namespace) -> int:
-    small = {"vocab_size": 11, "block_size": 6, "n_layer": 2, "n_head": 2, "n_embd": 8}
-    config = GPTConfig(**(small | given(GPTConfig, args)))
+    config = GPTConfig(**(GRADCHECK_MODEL | given(GPTConfig, args)))
     model = GPT(config, dtype=np.float64)
     rng = np.random.default_rng(0)
     for p in model.parameters():  # weights of ordinary size, so that no term is too small to show

@@ -137,17 +137,20 @@ class GenerateConfig(Settings):
 # ---------------------------------------------------------------- command line
 
 
-def add_flags(parser: argparse.ArgumentParser, cls: type[Settings], skip: Sequence[str] = ()) -> None:
+def add_flags(
+    parser: argparse.ArgumentParser, cls: type[Settings], skip: Sequence[str] = (), defaults: dict[str, Any] | None = None
+) -> None:
     """A `--flag` for every field. A flag not given leaves no attribute, so that what was asked for can be
-    told from what is default."""
+    told from what is default; `defaults` are shown where a command has its own."""
     group = parser.add_argument_group(cls.__doc__.splitlines()[0].rstrip(".") if cls.__doc__ else cls.__name__)
     for f, kind, _ in _fields(cls):
         if f.name in skip:
             continue
         flag = "--" + f.name.replace("_", "-")
         help = f.metadata["help"]
-        if f.default not in (None, dataclasses.MISSING):
-            help += f" (default: {f.default})"
+        default = (defaults or {}).get(f.name, f.default)
+        if default not in (None, dataclasses.MISSING):
+            help += f" (default: {default})"
         if kind is bool:
             group.add_argument(flag, help=help, dest=f.name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)
         else:

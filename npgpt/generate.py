@@ -10,6 +10,7 @@ import numpy as np
 from npgpt.backend import Stream, generator
 from npgpt.config import GenerateConfig, RequestError
 from npgpt.gpt import GPT
+from npgpt.parallel import one_blas_thread
 from npgpt.tensor import no_grad
 from npgpt.tokenizer import CharTokenizer
 
@@ -66,7 +67,7 @@ def _draw(model: GPT, ids: list[int], settings: GenerateConfig, sample: int) -> 
 def next_logits(model: GPT, ids: Sequence[int]) -> np.ndarray:
     """The logits (V,) of the token that follows `ids`, at most block_size of them. Raises FloatingPointError
     when they are not finite."""
-    with np.errstate(over="ignore", invalid="ignore"):  # told below
+    with one_blas_thread(), np.errstate(over="ignore", invalid="ignore"):  # told below
         logits, _ = model(np.asarray([ids]))
     last = logits.numpy()[0, -1]
     if not np.isfinite(last).all():

@@ -9,6 +9,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
 from npgpt.backend import to_numpy
 from npgpt.kernels.reference import Array
 from npgpt.nn import Parameters, zero_grad
@@ -103,7 +105,8 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> float:
         raise ValueError(f"clip_grad_norm needs max_norm > 0, got {max_norm}")
     parameters = parameters if isinstance(parameters, Parameters) else list(parameters)
     gradients = [grad for _, grad, _ in _pieces(parameters) if grad is not None]
-    norm = math.sqrt(sum(float(g.reshape(-1) @ g.reshape(-1)) for g in gradients))
+    with np.errstate(over="ignore", invalid="ignore"):  # a norm that is not finite says it itself
+        norm = math.sqrt(sum(float(g.reshape(-1) @ g.reshape(-1)) for g in gradients))
     if math.isfinite(norm) and norm > max_norm:
         for g in gradients:
             g *= max_norm / norm

@@ -10,9 +10,11 @@ No formulas here, and nothing of GPT beyond its call.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -35,6 +37,17 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
+@functools.cache
+def _blas() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
+def one_blas_thread() -> AbstractContextManager[Any]:
+    """Inside `with`, the BLAS of this process uses one thread: for products so small that handing them to
+    threads costs more than it gains, far more when the machine is busy."""
+    return _blas().limit(limits=1, user_api="blas")
+
+
 class Workers:
     """A number of threads that work through a list together. Use it as a context manager: inside, the BLAS
     is held to one thread (the workers are the threads); on leaving, it gets back what it had."""
@@ -44,7 +57,7 @@ class Workers:
         self.threads = threads or available_cores()
 
     def __enter__(self) -> Workers:
-        self._limit = ThreadpoolController().limit(limits=1, user_api="blas")
+        self._limit = one_blas_thread()
         self._limit.__enter__()
         self._executor = ThreadPoolExecutor(self.threads, thread_name_prefix="npgpt")
         return self

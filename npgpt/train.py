@@ -137,9 +137,7 @@ class Trainer:
         if differing:
             raise RequestError("cannot resume: " + "; ".join(differing) + ". Start a new run, or use the same settings")
         if last.step >= self.config.steps:
-            raise RequestError(
-                f"nothing to do: the checkpoint is at step {last.step} of {self.config.steps}; ask for more --steps"
-            )
+            raise RequestError(f"nothing to do: the run is at step {last.step} already; ask for more than that with --steps")
         try:
             progress = Progress(**last.progress)
             self.optimizer.load_state_dict(last.optimizer_state)
@@ -295,20 +293,17 @@ def _differences(before: Any, now: Any, ignore: tuple[str, ...] = ()) -> list[st
 
 def advice(progress: Progress, config: TrainConfig, model: GPTConfig, outcome: Outcome) -> str:
     """One line: what the losses say, and the one thing to change next."""
+    lower = f"lower the learning rate (--lr {min(config.lr / 3, 1e-3):.1g}, it was {config.lr:g})"
     if outcome is Outcome.DIVERGED:
-        return (
-            f"The loss stopped being a number at step {progress.step + 1}: lower the learning rate "
-            f"(--lr {config.lr / 3:.1g}) or lengthen the warm-up (--warmup-steps {2 * max(50, config.warmup_steps)})."
-        )
+        return f"The loss stopped being a number after step {progress.step}: {lower} or lengthen the warm-up."
     rows = progress.history
-    if outcome is Outcome.INTERRUPTED or len(rows) < 2:
+    if outcome is Outcome.INTERRUPTED:
         return ""
+    if len(rows) < 2:
+        return "One evaluation is too little to judge by: train longer (--steps) or evaluate more often (--eval-interval)."
     first_train, last_train = rows[0][1], rows[-1][1]
     if last_train > first_train + 0.1:
-        return (
-            f"The training loss rose from {first_train:.2f} to {last_train:.2f}: it diverged; lower the learning rate "
-            f"(--lr {config.lr / 3:.1g})."
-        )
+        return f"The training loss rose from {first_train:.2f} to {last_train:.2f}: it diverged; {lower}."
     # Judge by the loss that matters: held-out where there is one.
     losses = [row[1] if row[2] is None else row[2] for row in rows]
     best, last, noise = min(losses), losses[-1], rows[-1][3] or 0.0
@@ -320,8 +315,8 @@ def advice(progress: Progress, config: TrainConfig, model: GPTConfig, outcome: O
         )
     middle = losses[(len(losses) - 1) // 2]
     which = "training" if rows[-1][2] is None else "validation"
-    if last < middle - 0.02 * middle:
-        return f"The {which} loss was still falling at the end: train longer (--steps {2 * config.steps})."
+    if last < middle - 0.02 * middle or (len(rows) < 4 and last == best):
+        return f"The {which} loss was still falling at the end: train longer (--resume --steps {2 * config.steps})."
     return (
         f"The {which} loss has levelled off at {best:.2f}: more steps alone will help little; change one thing, such as a "
         f"larger model (--n-embd {2 * model.n_embd}) or a longer context (--block-size {2 * model.block_size})."

@@ -1,6 +1,10 @@
 """What the tests share: a small text, a small model."""
 
+import os
 from pathlib import Path
+
+# Tests run side by side, in processes; a BLAS with threads of its own would fight with itself. Before NumPy.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
 import pytest

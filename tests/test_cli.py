@@ -216,7 +216,7 @@ WRONG = {
         ("text.txt --out text.txt", "must end in .npz"),
         ("model.jsonl", "one of the files this run would write"),
         ("text.txt --out folder.npz", "got a folder"),
-        ("text.txt --resume none.npz", "no such checkpoint"),
+        ("text.txt --resume none.npz", "nothing to resume: there is no none.npz"),
         ("text.txt --resume not-a-checkpoint.npz", "not a checkpoint"),
         ("short.txt --resume model.npz --block-size 4", "cannot resume: the text is not the one"),
         ("text.txt --resume model.npz", "nothing to do"),

@@ -4,7 +4,7 @@ import threading
 
 import numpy as np
 import pytest
-from threadpoolctl import ThreadpoolController
+from threadpoolctl import ThreadpoolController, threadpool_limits
 
 from npgpt import GPT, GPTConfig, ops
 from npgpt.backend import Stream, generator
@@ -96,8 +96,9 @@ def test_the_blas_is_held_and_given_back():
     def blas_threads():
         return [library["num_threads"] for library in ThreadpoolController().info() if library["user_api"] == "blas"]
 
-    before = blas_threads()
-    assert before, "threadpoolctl sees no BLAS here"
-    with Workers(2):
-        assert all(n == 1 for n in blas_threads())
-    assert blas_threads() == before
+    with threadpool_limits(limits=2, user_api="blas"):
+        before = blas_threads()
+        assert before, "threadpoolctl sees no BLAS here"
+        with Workers(2):
+            assert all(n == 1 for n in blas_threads())
+        assert blas_threads() == before

@@ -200,11 +200,12 @@ def test_without_held_out_text(text, tokenizer, small_config, tmp_path):
     ("history", "words"),
     [
         ([[100, 2.5, 2.6, 0.02], [200, 1.5, 2.0, 0.02], [300, 1.0, 2.4, 0.02]], "Over-fitting since step 200"),
-        ([[100, 2.5, 2.6, 0.02], [200, 2.2, 2.3, 0.02], [300, 2.0, 2.1, 0.02]], "still falling.*--steps 2000"),
-        ([[100, 2.5, 2.6, 0.02], [200, 2.0, 2.1, 0.02], [300, 1.99, 2.09, 0.02]], "levelled off"),
+        ([[100, 2.5, 2.6, 0.02], [200, 2.2, 2.3, 0.02], [300, 2.0, 2.1, 0.02]], "still falling.*--resume --steps 2000"),
+        ([[10, 3.69, 3.68, 0.02], [20, 3.65, 3.63, 0.02]], "still falling"),
+        ([[i, 2.5, 2.6 - 0.001 * i, 0.02] for i in range(1, 7)], "levelled off"),
         ([[100, 2.5, 2.6, 0.02], [200, 3.9, 3.9, 0.02], [300, 4.2, 4.1, 0.02]], "diverged; lower the learning rate"),
         ([[100, 2.5, None, None], [200, 2.0, None, None]], "training loss was still falling"),
-        ([[100, 2.5, 2.6, 0.02]], "^$"),
+        ([[100, 2.5, 2.6, 0.02]], "too little to judge"),
     ],
 )
 def test_advice(history, words):
