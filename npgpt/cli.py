@@ -32,6 +32,7 @@ from npgpt.evaluate import evaluate
 from npgpt.generate import generate_text
 from npgpt.gpt import GPT
 from npgpt.gradcheck import GradientError, check_tensors
+from npgpt.parallel import available_cores, describe_blas
 from npgpt.tokenizer import CharTokenizer
 from npgpt.train import (
     End,
@@ -126,6 +127,8 @@ def _banner(trainer: Trainer, source: str) -> None:
     _say(f"block_size {c.block_size}, dropout {c.dropout:g}, {c.activation}")
     _say(f"run     {config.steps:,} steps of {config.batch_size} x {c.block_size} tokens on {model.backend.name},", end=" ")
     _say(f"seed {config.seed}, log in {log_path(trainer.out)}" if trainer.out else f"seed {config.seed}")
+    if model.backend.name == "cpu":
+        _say(f"        {config.threads or available_cores()} threads, {describe_blas()}")
     if trainer.progress.step:
         _say(f"        resumed at step {trainer.progress.step}")
 
@@ -396,7 +399,7 @@ def main(argv: list[str] | None = None) -> int:
         print("\nnpgpt NAME --help says more; bin/NAME is the same as npgpt NAME.")
         return 0
     if argv[0] == "--version":
-        print(f"npgpt {npgpt.__version__}, NumPy {np.__version__}")
+        print(f"npgpt {npgpt.__version__}, NumPy {np.__version__}, {describe_blas()}, {available_cores()} cores")
         return 0
     name = argv[0]
     if name not in COMMANDS:

@@ -1,12 +1,18 @@
 """Worker threads: the same numbers as one, errors that arrive, the BLAS given back."""
 
+import os
+import re
+import subprocess
+import sys
 import threading
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from threadpoolctl import ThreadpoolController, threadpool_limits
 
-from npgpt import GPT, GPTConfig, ops
+from npgpt import GPT, GPTConfig, ops, parallel
 from npgpt.backend import Stream, generator
 from npgpt.parallel import ParallelStep, Workers, micro_batches
 
@@ -92,6 +98,23 @@ def test_an_exception_arrives_with_its_traceback():
         assert workers.map(fail_on_two, [1]) == [1]
 
 
+@pytest.mark.parametrize(
+    ("kernel", "avx512", "words"),
+    [
+        ("SkylakeX", True, r"openblas 0\.3 \(SkylakeX kernels\)$"),
+        ("Haswell", True, "AVX-512 unused"),
+        ("Haswell", False, r"kernels\)$"),
+    ],
+)
+def test_the_blas_is_described(monkeypatch, kernel, avx512, words):
+    library = {"user_api": "blas", "internal_api": "openblas", "version": "0.3", "architecture": kernel}
+    monkeypatch.setattr(parallel, "_blas", lambda: SimpleNamespace(info=lambda: [library]))
+    monkeypatch.setattr(parallel, "_has_avx512", lambda: avx512)
+    monkeypatch.setenv("OPENBLAS_CORETYPE", kernel)
+    assert re.search(words, parallel.describe_blas())
+    assert ("OPENBLAS_CORETYPE=Haswell" in parallel.describe_blas()) == (words == "AVX-512 unused")
+
+
 def test_the_blas_is_held_and_given_back():
     def blas_threads():
         return [library["num_threads"] for library in ThreadpoolController().info() if library["user_api"] == "blas"]
@@ -102,3 +125,23 @@ def test_the_blas_is_held_and_given_back():
         with Workers(2):
             assert all(n == 1 for n in blas_threads())
         assert blas_threads() == before
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc is Linux's")
+def test_a_step_takes_no_new_pages_once_warm():
+    """In a process of its own: page faults of later steps are few, where there is a glibc to tell."""
+    program = (
+        "import resource, numpy as np\n"
+        "from npgpt import GPT, GPTConfig\n"
+        "from npgpt.parallel import ParallelStep, Workers, keep_freed_memory\n"
+        "ids = np.zeros((8, 128), dtype=int)\n"
+        "with Workers(2) as workers:\n"
+        "    step = ParallelStep(GPT(GPTConfig(65, n_layer=2, n_embd=128)), workers, 4)\n"
+        "    for number in range(4):\n"
+        "        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "        step(ids, ids, 0, number)\n"
+        "faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "assert faults < 1000 or not keep_freed_memory(), faults\n"
+    )
+    root = str(Path(__file__).parent.parent)
+    subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": root}, check=True, timeout=100)
