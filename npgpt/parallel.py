@@ -83,7 +83,9 @@ def keep_freed_memory() -> bool:
     the arenas of threads are handed back whatever they are told. Elsewhere (macOS, Windows, musl) nothing is
     done.
     """
-    libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    if not sys.platform.startswith("linux"):
+        return False
+    libc = ctypes.CDLL(None)
     if not hasattr(libc, "gnu_get_libc_version"):
         return False
     arena_max, mmap_threshold, trim_threshold = -8, -3, -1  # of malloc.h
