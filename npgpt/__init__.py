@@ -1,8 +1,9 @@
 """npgpt: a GPT built from NumPy, with its own automatic differentiation.
 
-The package reads from the bottom up: kernels (what each operation computes, there and back), tensor and
-ops (the engine), nn, optim and gpt (the model and its training step), tokenizer and data, checkpoint,
-train, evaluate and generate, and the command line on top.
+The package reads from the bottom up: kernels (what each operation computes, there and back) and backend
+(where), tensor and ops (the engine) with gradcheck beside them, nn and optim, config, gpt (the model),
+tokenizer and data, checkpoint, parallel (a step on worker threads), evaluate, generate and train, and the
+command line on top.
 """
 
 from npgpt import ops
