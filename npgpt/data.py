@@ -116,10 +116,8 @@ def split(ids: np.ndarray, val_fraction: float) -> tuple[np.ndarray, np.ndarray]
 
 def fingerprint(ids: np.ndarray) -> str:
     """SHA-256 of the ids, to tell one text from another."""
-    digest = hashlib.sha256()
-    for start in range(0, len(ids), 1 << 20):
-        digest.update(ids[start : start + (1 << 20)].astype("<u4").tobytes())
-    return digest.hexdigest()
+    smallest = np.min_scalar_type(int(ids.max(initial=0))).newbyteorder("<")  # the same on every machine
+    return hashlib.sha256(np.ascontiguousarray(ids, dtype=smallest).data).hexdigest()
 
 
 def windows(ids: np.ndarray, block_size: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

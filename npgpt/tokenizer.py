@@ -9,6 +9,8 @@ import numpy as np
 
 from npgpt.config import RequestError
 
+CHUNK = 1 << 20  # characters encoded at a time, so that a large text needs little more memory than its ids
+
 
 class CharTokenizer:
     """One token per character (Unicode code point).
@@ -52,11 +54,15 @@ class CharTokenizer:
 
     def encode_array(self, text: str) -> np.ndarray:
         """Text -> ids, shape (len(text),), in the smallest unsigned dtype that holds the vocabulary: for whole corpora."""
-        codes = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
-        ids = self._table[np.minimum(codes, len(self._table) - 1)]
-        if ids.min(initial=0) < 0:
-            raise self._unknown(text, int((ids < 0).argmax()))
-        return ids.astype(np.min_scalar_type(self.vocab_size - 1))
+        ids = np.empty(len(text), dtype=np.min_scalar_type(self.vocab_size - 1))
+        for start in range(0, len(text), CHUNK):  # a chunk takes twelve times its size while it is worked on
+            chunk = text[start : start + CHUNK]
+            codes = np.frombuffer(chunk.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
+            found = self._table[np.minimum(codes, len(self._table) - 1)]
+            if found.min() < 0:
+                raise self._unknown(text, start + int((found < 0).argmax()))
+            ids[start : start + CHUNK] = found
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Ids -> text. Raises RequestError naming the first id that is not in the vocabulary."""

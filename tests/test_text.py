@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+import npgpt.tokenizer
 from npgpt import CharTokenizer, Dataset, RequestError, read_text
 from npgpt.data import windows
 
@@ -42,6 +43,15 @@ def test_unknown_character(text, words):
         CharTokenizer.build_vocab("abcxe").encode(text)
 
 
+def test_long_texts_are_encoded_in_pieces(monkeypatch):
+    monkeypatch.setattr(npgpt.tokenizer, "CHUNK", 3)
+    tokenizer = CharTokenizer.build_vocab("abc€")
+    for text in ("", "ab", "abc", "abc€", "cba€abc"):
+        assert tokenizer.decode(tokenizer.encode_array(text)) == text
+    with pytest.raises(RequestError, match=r"'x' .* at position 5"):
+        tokenizer.encode("abcabx")
+
+
 def test_bad_vocabularies_and_ids():
     with pytest.raises(RequestError, match="empty"):
         CharTokenizer.build_vocab("")
@@ -77,6 +87,13 @@ def test_split_is_ninety_ten_in_order():
     np.testing.assert_array_equal(np.concatenate([data.train, data.val]), np.arange(1005))
     assert len(Dataset(np.arange(100), 8, 2, val_fraction=0).val) == 0
     assert data.ids.dtype == np.uint16
+
+
+def test_a_fingerprint_tells_texts_apart_and_not_dtypes():
+    ids = np.arange(100)
+    same = [Dataset(ids.astype(dtype), 8, 1).fingerprint() for dtype in (np.uint8, np.int64, ">u4")]
+    assert len(set(same)) == 1
+    assert Dataset(ids[::-1], 8, 1).fingerprint() != same[0]
 
 
 def test_batches_are_shifted_windows_of_their_split():
