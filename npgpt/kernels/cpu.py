@@ -53,20 +53,6 @@ class CpuKernels(Kernels):
         dx, dweight, _ = super().linear_backward(dy, saved, (needs[0], needs[1], False))
         return dx, dweight, _column_sums(_as_rows(dy)) if needs[2] else None
 
-    # ---------------------------------------------------------------- dropout
-
-    def dropout_forward(self, x: Array, p: float, rng: Any) -> tuple[Array, Saved]:
-        draws, threshold = self.dropout_draws(x.shape, p, rng)
-        scale = x.dtype.type(1 / (1 - p) if p < 1 else 0)
-        shape = x.shape
-        x, draws = np.ascontiguousarray(x).reshape(-1), draws.reshape(-1)
-        mask, y = np.empty_like(x), np.empty_like(x)
-        for s in _blocks(x.size, 1):
-            np.greater_equal(draws[s], threshold, out=mask[s], casting="unsafe")
-            mask[s] *= scale
-            np.multiply(x[s], mask[s], out=y[s])
-        return y.reshape(shape), mask.reshape(shape)
-
     # ---------------------------------------------------------------- causal attention
     #
     # A block of queries meets only the keys up to its end, so little above the diagonal is computed.

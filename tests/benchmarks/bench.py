@@ -111,7 +111,6 @@ def kernels():
     cases = {
         "gelu": lambda: (wide,),
         "layer_norm": lambda: (x, np.ones(c, np.float32), np.zeros(c, np.float32)),
-        "dropout": lambda: (x, 0.1, generator()),
         "causal_attention": lambda: (q, k, v, 0.1, generator()),
         "embedding": lambda: (normal(65, c), rng.integers(0, 65, rows)),
         "linear": lambda: (x, normal(c, 4 * c), normal(4 * c)),
