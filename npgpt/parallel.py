@@ -80,8 +80,8 @@ def keep_freed_memory() -> bool:
 
     By default it hands large blocks back to the system at every free, and the next step takes each page anew:
     30,000 page faults a step on the default model, a twentieth of its time. One arena for all threads, since
-    the arenas of threads are handed back whatever they are told. Elsewhere (macOS, Windows, musl) nothing is
-    done.
+    the arenas of threads are handed back whatever they are told. It concerns the whole process, so only
+    training asks for it. Elsewhere (macOS, Windows, musl) nothing is done.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -105,7 +105,6 @@ class Workers:
         self.threads = threads or available_cores()
 
     def __enter__(self) -> Workers:
-        keep_freed_memory()
         self._limit = one_blas_thread()
         self._limit.__enter__()
         self._executor = ThreadPoolExecutor(self.threads, thread_name_prefix="npgpt")
@@ -130,6 +129,7 @@ class ParallelStep:
 
     def __init__(self, model: GPT, workers: Workers, micro_batch: int | None = None) -> None:
         """micro_batch: sequences in a micro-batch; None chooses by the number of tokens (on a GPU: all)."""
+        keep_freed_memory()
         self.model, self.workers, self.micro_batch = model, workers, micro_batch
         # The first worker uses the model itself; the others models that look at the same weights.
         self._models = [model]
