@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 
+from npgpt import GPT, AdamW, Dataset, GPTConfig, backend
 from npgpt.backend import CPU
 from npgpt.kernels import cpu
 from npgpt.kernels.cpu import CpuKernels
 from npgpt.kernels.reference import Kernels
+from npgpt.parallel import ParallelStep, Workers
 
 REFERENCE = Kernels(np)
 
@@ -114,6 +116,25 @@ def test_adamw_is_the_reference_to_the_bit(fast, dtype):
         results.append([*arrays, *strided])
     for expected, found in zip(*results, strict=True):
         np.testing.assert_array_equal(found, expected)
+
+
+def test_training_with_either_is_the_same(monkeypatch):
+    """Twenty steps, dropout on: the losses differ by rounding alone."""
+    config = GPTConfig(13, block_size=70, n_layer=2, n_head=2, n_embd=24, dropout=0.2)
+    losses = []
+    for kernels in (REFERENCE, CPU.kernels):
+        monkeypatch.setitem(backend._backends, np.ndarray, backend.Backend("cpu", np, kernels))
+        model = GPT(config, seed=1)
+        assert model.backend.kernels is kernels
+        optimizer = AdamW(model.parameters(), lr=1e-3)
+        dataset = Dataset(np.random.default_rng(0).integers(0, 13, 5000), 70, 4)
+        with Workers(2) as workers:
+            step = ParallelStep(model, workers, 1)
+            for number in range(20):
+                losses.append(step(*dataset.get_batch("train", number), seed=1, number=number))
+                optimizer.step()
+    np.testing.assert_allclose(losses[:20], losses[20:], rtol=2e-5)
+    assert losses[19] < losses[0]
 
 
 def test_every_override_is_what_runs_and_is_tested():
