@@ -129,7 +129,8 @@ def test_the_blas_is_held_and_given_back():
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc is Linux's")
 def test_a_step_takes_no_new_pages_once_warm():
-    """In a process of its own: page faults of later steps are few, where there is a glibc to tell."""
+    """In a process of its own: page faults of later steps are few, where there is a glibc to tell. Now and then a
+    step needs more memory than any before, when the workers happen to overlap differently; so the best of several."""
     program = (
         "import resource, numpy as np\n"
         "from npgpt import GPT, GPTConfig\n"
@@ -137,11 +138,12 @@ def test_a_step_takes_no_new_pages_once_warm():
         "ids = np.zeros((8, 128), dtype=int)\n"
         "with Workers(2) as workers:\n"
         "    step = ParallelStep(GPT(GPTConfig(65, n_layer=2, n_embd=128)), workers, 4)\n"
-        "    for number in range(4):\n"
+        "    faults = []\n"
+        "    for number in range(8):\n"
         "        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "        step(ids, ids, 0, number)\n"
-        "faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
-        "assert faults < 1000 or not keep_freed_memory(), faults\n"
+        "        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
+        "assert min(faults) < 200 or not keep_freed_memory(), faults\n"
     )
     root = str(Path(__file__).parent.parent)
     subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": root}, check=True, timeout=100)
