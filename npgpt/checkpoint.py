@@ -124,6 +124,7 @@ def load(path: str | Path, backend: Backend = CPU, with_optimizer: bool = False)
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
     except CheckpointError:
         raise
+    # What zipfile raises for damaged directories, compressed, encrypted or otherwise unsupported members.
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path} is not a checkpoint, or is damaged: {error}") from None
 

@@ -32,6 +32,7 @@ from npgpt.data import Dataset
 from npgpt.evaluate import evaluate
 from npgpt.generate import generate_text
 from npgpt.gpt import GPT
+from npgpt.kernels.cpu import QUERY_BLOCK
 from npgpt.optim import AdamW, clip_grad_norm, learning_rate
 from npgpt.parallel import ParallelStep, Workers, micro_batches
 from npgpt.tokenizer import CharTokenizer
@@ -235,7 +236,7 @@ class Trainer:
         return result
 
     def _sample(self) -> str:
-        """A short text from the model as it is. The seed is the step, so looking changes nothing in the run."""
+        """A short text from the model as it is. Drawn from a stream of its own, so looking changes nothing in the run."""
         settings = GenerateConfig(max_new_tokens=self.config.sample_tokens, seed=self.config.seed)
         return "".join(generate_text(self.model, self.tokenizer, "", settings, sample=self.progress.step))
 
@@ -338,7 +339,7 @@ def estimate_memory(model: GPTConfig, config: TrainConfig) -> int:
     masks = 1 if model.dropout > 0 else 0
     # Per token and block: inputs of layer norms, qkv, attention output, residual masks; fc's output and
     # GELU's slope and output; the attention's exponentials up to the diagonal, with and without dropout.
-    attention = model.n_head * (model.block_size + 64) / 2 * (1 + masks)
+    attention = model.n_head * (model.block_size + QUERY_BLOCK) / 2 * (1 + masks)
     kept = model.n_layer * (8 * c + 2 * masks * c + 3 * d_ff + attention) + (2 + masks) * c + 2 * v
     temporaries = max(3 * d_ff, 2 * model.n_head * model.block_size, 4 * v)
     return int(4 * ((3 + workers) * parameters + workers * rows * model.block_size * (kept + temporaries)))
