@@ -5,8 +5,9 @@ Everything works on the flat buffer of `nn.Parameters`. Nothing here knows the g
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,12 @@ from npgpt.backend import to_numpy
 from npgpt.kernels.reference import Array
 from npgpt.nn import Parameters, zero_grad
 from npgpt.tensor import Tensor
+
+Over = Callable[[Callable[[slice], None], int], None]  # calls a function on slices that cover range(n)
+
+
+def _at_once(function: Callable[[slice], None], n: int) -> None:
+    function(slice(0, n))
 
 
 class AdamW:
@@ -50,27 +57,39 @@ class AdamW:
         self.exp_avg: Array = first.backend.xp.zeros(n, dtype=first.dtype)
         self.exp_avg_sq: Array = first.backend.xp.zeros(n, dtype=first.dtype)
 
-    def step(self) -> None:
-        """Update the parameters from their gradients; one without a gradient stays as it is."""
+    def step(self, over: Over = _at_once) -> None:
+        """Update the parameters from their gradients; one without a gradient stays as it is.
+
+        `over(update, n)` calls update(slice) until range(n) is covered; `Workers.over` does it side by side.
+        The result is the same to the bit, since no element depends on another.
+        """
         self.steps += 1
-        kernels = self.parameters[0].backend.kernels
         start = 0
         for data, grad, decay in _pieces(self.parameters):
             state = slice(start, start + data.size)
             start += data.size
             if grad is None:
                 continue
-            kernels.adamw(
-                data,
-                grad,
-                self.exp_avg[state].reshape(data.shape),
-                self.exp_avg_sq[state].reshape(data.shape),
-                step=self.steps,
-                lr=self.lr,
-                betas=self.betas,
-                eps=self.eps,
-                weight_decay=self.weight_decay if decay else 0.0,
-            )
+            arrays = (data, grad, self.exp_avg[state].reshape(data.shape), self.exp_avg_sq[state].reshape(data.shape))
+            update = functools.partial(self._update, arrays, self.weight_decay if decay else 0.0)
+            if data.ndim == 1:
+                over(update, data.size)
+            else:
+                update(slice(None))
+
+    def _update(self, arrays: tuple[Array, ...], weight_decay: float, at: slice) -> None:
+        parameter, grad, exp_avg, exp_avg_sq = (a[at] if a.ndim else a for a in arrays)
+        self.parameters[0].backend.kernels.adamw(
+            parameter,
+            grad,
+            exp_avg,
+            exp_avg_sq,
+            step=self.steps,
+            lr=self.lr,
+            betas=self.betas,
+            eps=self.eps,
+            weight_decay=weight_decay,
+        )
 
     def zero_grad(self) -> None:
         """Forget the gradients of all parameters."""

@@ -26,6 +26,7 @@ from threadpoolctl import ThreadpoolController
 
 from npgpt.backend import Stream
 from npgpt.gpt import GPT
+from npgpt.kernels.cpu import BLOCK
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -123,6 +124,14 @@ class Workers:
             raise failures[0]
         return [future.result() for future in futures]
 
+    def over(self, function: Callable[[slice], None], n: int) -> None:
+        """Call function(slice) side by side on slices that cover range(n), a worker each; short ranges at once."""
+        pieces = max(1, min(self.threads, n // BLOCK))
+        if pieces == 1:
+            function(slice(0, n))
+        else:
+            self.map(function, _cut(n, pieces))
+
 
 class ParallelStep:
     """Forward and backward of a batch over workers: loss = step(x, y, seed, number)."""
@@ -162,9 +171,14 @@ class ParallelStep:
 
         busy = min(self.workers.threads, len(pieces))
         losses = self.workers.map(work, range(busy))
-        gradient = self.model.flat.grad
-        for twin in self._models[1:busy]:
-            gradient += twin.flat.grad
+        first, *others = (twin.flat.grad for twin in self._models[:busy])
+
+        def add_up(at: slice) -> None:
+            for gradient in others:
+                first[at] += gradient[at]
+
+        if others:
+            self.workers.over(add_up, first.size)
         return sum(losses)
 
 
@@ -176,5 +190,9 @@ def micro_batches(rows: int, tokens_in_row: int, size: int | None = None) -> lis
         n = min(rows, n + n % 2)  # even, for an even number of cores
     else:
         n = -(-rows // size)
-    edges = [rows * i // n for i in range(n + 1)]
-    return [slice(a, b) for a, b in pairwise(edges)]
+    return _cut(rows, n)
+
+
+def _cut(n: int, pieces: int) -> list[slice]:
+    """range(n) in slices of nearly equal length."""
+    return [slice(a, b) for a, b in pairwise(n * i // pieces for i in range(pieces + 1))]

@@ -26,7 +26,7 @@ from npgpt.backend import Backend, backend_of, to_numpy
 from npgpt.kernels.reference import Array
 
 Scalar = int | float
-Backward = Callable[[Array], Sequence[Array | None]]
+Backward = Callable[[Array], Sequence["Array | Part | None"]]
 
 # Per thread and per task, so that a worker evaluating under no_grad does not switch off another's graph.
 _recording: ContextVar[bool] = ContextVar("recording", default=True)
@@ -60,12 +60,31 @@ class Node:
         self.depth: int = 1 + max((n.depth for n in inputs if isinstance(n, Node)), default=0)
 
 
+class Part:
+    """The gradient of an input of which only the slice at `index` was used: `values` there, zero elsewhere.
+
+    Gradients of several slices of one array are written into one array, instead of being filled up with
+    zeros and added.
+    """
+
+    __slots__ = ("index", "values")
+
+    def __init__(self, index: Any, values: Array) -> None:
+        self.index, self.values = index, values
+
+    def whole(self, source: Node | Tensor) -> Array:
+        """As an array of the input's shape."""
+        array = backend_of(self.values).xp.zeros(source.shape, dtype=source.dtype)
+        array[self.index] = self.values
+        return array
+
+
 def record(data: Array, inputs: tuple[Tensor, ...], backward: Backward) -> Tensor:
     """Wrap an operation's output array and remember how to go back through it.
 
     `backward(dy)` gets dL/d(output), of the output's shape, which it must not write to. It returns one
     gradient per input, in order; None where there is none. A gradient may have the shape the input was
-    broadcast to: it is summed back. Nothing is remembered under `no_grad` or when no input requires a
+    broadcast to, it is summed back; or be a Part. Nothing is remembered under `no_grad` or when no input requires a
     gradient; `backward` is then dropped with all it holds.
     """
     output = Tensor(data)
@@ -314,12 +333,11 @@ class Tensor:
         index = _raw_index(index)
         xp, shape, dtype = self.backend.xp, self.shape, self.dtype
 
-        def backward(dy: Array) -> tuple[Array]:
-            dx = xp.zeros(shape, dtype=dtype)
+        def backward(dy: Array) -> tuple[Array | Part]:
             if _is_basic(index):
-                dx[index] = dy  # each element picked once
-            else:
-                xp.add.at(dx, index, dy)
+                return (Part(index, xp.asarray(dy)),)  # each element picked once
+            dx = xp.zeros(shape, dtype=dtype)
+            xp.add.at(dx, index, dy)
             return (dx,)
 
         return record(xp.asarray(self.data[index]), (self,), backward)
@@ -336,38 +354,66 @@ def _used_up(dy: Array) -> Sequence[Array | None]:
 
 
 def _walk_back(root: Node, gradient: Array) -> None:
-    """Run backward functions from `root` to the leaves, without recursion.
-
-    Nodes are taken deepest first: everything that used a node's output is deeper than the node, so its
-    gradient is complete when its turn comes.
-    """
-    gradients: dict[Node, Array] = {root: gradient}
-    summed: set[Node] = set()  # nodes whose entry in `gradients` is a sum made here, free to be added to
-    queue = [(-root.depth, 0, root)]
-    found = 1  # breaks ties between equal depths in order of discovery: the same order on every run
-    while queue:
-        _, _, node = heapq.heappop(queue)
-        dy = gradients.pop(node)
+    """Run backward functions from `root` to the leaves, without recursion."""
+    pending = _Pending()
+    pending.add(root, gradient)
+    while pending:
+        node, dy = pending.pop()
         inputs, backward = node.inputs, node.backward
         node.inputs, node.backward = (), _used_up
         for source, dx in zip(inputs, backward(dy), strict=True):
             if source is None or dx is None:
                 continue
-            dx = _fit(dx, source)
             if isinstance(source, Tensor):
                 _add_to_leaf(source, dx)
-            elif source not in gradients:
-                gradients[source] = dx  # borrowed: it may be another node's array, or a read-only view
-                heapq.heappush(queue, (-source.depth, found, source))
-                found += 1
-            elif source in summed:
-                gradients[source] += dx
             else:
-                gradients[source] = gradients[source] + dx
-                summed.add(source)
+                pending.add(source, dx)
 
 
-def _add_to_leaf(leaf: Tensor, gradient: Array) -> None:
+class _Pending:
+    """The nodes on the way back whose gradients are being collected.
+
+    They are taken deepest first: everything that used a node's output is deeper than the node, so its
+    gradient is complete when its turn comes.
+    """
+
+    def __init__(self) -> None:
+        self._gradients: dict[Node, Array] = {}
+        self._own: set[Node] = set()  # nodes whose gradient is an array made here, free to be added to
+        self._queue: list[tuple[int, int, Node]] = []
+        self._found = 0  # breaks ties between equal depths in order of discovery: the same order on every run
+
+    def __bool__(self) -> bool:
+        return bool(self._queue)
+
+    def add(self, node: Node, dx: Array | Part) -> None:
+        if node not in self._gradients:
+            heapq.heappush(self._queue, (-node.depth, self._found, node))
+            self._found += 1
+            if isinstance(dx, Part):
+                self._gradients[node] = dx.whole(node)
+                self._own.add(node)
+            else:
+                self._gradients[node] = _fit(dx, node)  # borrowed: another node's array, or a read-only view
+        elif isinstance(dx, Part):
+            if node not in self._own:
+                self._gradients[node] = self._gradients[node].copy()
+                self._own.add(node)
+            self._gradients[node][dx.index] += dx.values
+        elif node in self._own:
+            self._gradients[node] += _fit(dx, node)
+        else:
+            self._gradients[node] = self._gradients[node] + _fit(dx, node)
+            self._own.add(node)
+
+    def pop(self) -> tuple[Node, Array]:
+        _, _, node = heapq.heappop(self._queue)
+        self._own.discard(node)
+        return node, self._gradients.pop(node)
+
+
+def _add_to_leaf(leaf: Tensor, gradient: Array | Part) -> None:
+    gradient = gradient.whole(leaf) if isinstance(gradient, Part) else _fit(gradient, leaf)
     if leaf.grad is None:
         leaf.grad = leaf.backend.xp.array(gradient)  # a copy: the leaf owns its gradient
     else:

@@ -203,7 +203,7 @@ class Trainer:
             schedule=config.schedule,
         )
         if math.isfinite(loss) and math.isfinite(grad_norm):
-            self.optimizer.step()
+            self.optimizer.step(self._workers.over)
             p.step += 1
             p.loss_sum += loss
             p.loss_count += 1

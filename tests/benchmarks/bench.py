@@ -113,7 +113,6 @@ def kernels():
         "layer_norm": lambda: (x, np.ones(c, np.float32), np.zeros(c, np.float32)),
         "causal_attention": lambda: (q, k, v, 0.1, generator()),
         "embedding": lambda: (normal(65, c), rng.integers(0, 65, rows)),
-        "linear": lambda: (x, normal(c, 4 * c), normal(4 * c)),
     }
     results = {}
     for name, arguments in cases.items():

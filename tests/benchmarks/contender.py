@@ -31,7 +31,7 @@ def npgpt_step(workload):
     def step(x, y):
         loss = forward_backward(x, y, seed=0, number=next(number))
         npgpt.clip_grad_norm(model.parameters(), 1.0)
-        optimizer.step()
+        optimizer.step(workers.over)
         return loss
 
     return step
