@@ -15,10 +15,10 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -27,13 +27,12 @@ from npgpt import ops
 from npgpt.backend import DeviceError, Stream, generator, select
 from npgpt.checkpoint import load
 from npgpt.config import GenerateConfig, GPTConfig, RequestError, TrainConfig, add_flags, given
-from npgpt.data import Dataset, fingerprint, read_text, split
+from npgpt.data import PIECE, Dataset, fingerprint, read_ids, split
 from npgpt.evaluate import evaluate
 from npgpt.generate import generate_text
 from npgpt.gpt import GPT
 from npgpt.gradcheck import GradientError, check_tensors
 from npgpt.parallel import available_cores, describe_blas
-from npgpt.tokenizer import CharTokenizer
 from npgpt.train import (
     End,
     Evaluation,
@@ -73,8 +72,7 @@ def train(args: argparse.Namespace) -> int:
     out = _checkpoint_path(args.out)
     if Path(args.text).resolve() in [path.resolve() for path in files_of(out)]:
         raise RequestError(f"{args.text} is one of the files this run would write; choose another --out")
-    text = read_text(args.text)
-    tokenizer = CharTokenizer.build_vocab(text)
+    tokenizer, ids = read_ids(args.text, track=_progress_bar)
     resumed_from = None if args.resume is None else Path(args.resume) if args.resume else last_path(out)
     asked_model, asked_training = given(GPTConfig, args), given(TrainConfig, args)
     if resumed_from is None:
@@ -90,9 +88,7 @@ def train(args: argparse.Namespace) -> int:
         train_config = TrainConfig(**(before | asked_training))
     backend = select(train_config.device)
 
-    dataset = Dataset(
-        tokenizer.encode_array(text), config.block_size, train_config.batch_size, train_config.val_fraction, train_config.seed
-    )
+    dataset = Dataset(ids, config.block_size, train_config.batch_size, train_config.val_fraction, train_config.seed)
     try:
         with _interruptible() as stop_requested:
             model = GPT(config, seed=train_config.seed, backend=backend)
@@ -131,6 +127,13 @@ def _banner(trainer: Trainer, source: str) -> None:
         _say(f"        {config.threads or available_cores()} threads, {describe_blas()}")
     if trainer.progress.step:
         _say(f"        resumed at step {trainer.progress.step}")
+
+
+def _progress_bar(iterable: Iterable[Any], total: int | None, desc: str) -> Iterable[Any]:
+    """tqdm over the pieces of a text, on a terminal, once it takes longer than a second."""
+    from tqdm import tqdm
+
+    return tqdm(iterable, desc=desc, total=total, unit="MiB", unit_scale=PIECE >> 20, delay=1, disable=None, leave=False)
 
 
 def _show_run(trainer: Trainer, stop_requested: Callable[[], bool]) -> End:
@@ -281,7 +284,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
     path = args.text or checkpoint.source
     if path is None:
         raise RequestError("this checkpoint does not say what text it was trained on; name one: bin/evaluate --ckpt FILE TEXT")
-    ids = checkpoint.tokenizer.encode_array(read_text(path))
+    _, ids = read_ids(path, checkpoint.tokenizer, _progress_bar)
     trained = checkpoint.train_config
     held_out = None
     if trained is not None and fingerprint(ids) == checkpoint.fingerprint:

@@ -103,6 +103,7 @@ class TrainConfig(Settings):
     weight_decay: float = setting(0.1, "AdamW: weight decay, of matrices alone", at_least=0)
     grad_clip: float = setting(1.0, "largest norm of the gradient; 0: no clipping", at_least=0)
     eval_interval: int = setting(100, "steps between evaluations, each with a sample and a checkpoint", at_least=1)
+    eval_tokens: int = setting(131_072, "held-out tokens an evaluation looks at, evenly spread; 0: all of them", at_least=0)
     patience: int = setting(5, "stop after this many evaluations without a better one; 0: never", at_least=0)
     log_interval: int = setting(10, "steps between lines of the log file", at_least=1)
     sample_tokens: int = setting(200, "length of the sample at each evaluation; 0: none", at_least=0)

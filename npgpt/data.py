@@ -1,10 +1,14 @@
-"""A text as training data: the file, its ids, the split, the batches. The model is not known here."""
+"""A text as training data: the file, its ids, the split, the batches and windows. The model is not known here."""
 
 from __future__ import annotations
 
 import codecs
+import functools
 import hashlib
-from collections.abc import Iterator
+import io
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +16,14 @@ import numpy as np
 
 from npgpt.backend import Stream, generator
 from npgpt.config import RequestError
+from npgpt.tokenizer import CharTokenizer
 
 SPLITS = ("train", "val")
+PIECE = 1 << 26  # bytes of a text file worked on at a time: blocks this large go back to the system when freed
+
+
+def _unwatched(iterable: Iterable[Any], **_: Any) -> Iterable[Any]:
+    return iterable
 
 
 def read_text(path: str | Path) -> str:
@@ -21,9 +31,52 @@ def read_text(path: str | Path) -> str:
 
     Raises RequestError when there is no such file, it cannot be read, is empty, or is not UTF-8 text.
     """
+    return "".join(_pieces(path))
+
+
+def read_ids(
+    path: str | Path, tokenizer: CharTokenizer | None = None, track: Callable[..., Iterable[Any]] | None = None
+) -> tuple[CharTokenizer, np.ndarray]:
+    """The text of a file, as `read_text` reads it, as ids in the smallest unsigned dtype that holds them; and
+    the tokenizer, built from the text unless one is given.
+
+    For texts of any size: time grows in proportion, and memory never holds more than the text, a byte a
+    character for most, or the ids. `track(iterable, total=..., desc=...)` may watch the progress, as `tqdm`
+    does, counting pieces of PIECE bytes. Raises RequestError like `read_text`, and for a character the
+    given tokenizer does not know.
+    """
+    track = track or _unwatched
+    pieces = deque(_pieces(path, track))
+    tokenizer = tokenizer or CharTokenizer.build_vocab(pieces)
+    ids = np.empty(sum(map(len, pieces)), dtype=tokenizer.id_dtype)
+    done = 0
+    for _ in track(range(len(pieces)), total=len(pieces), desc="Encoding"):
+        piece = pieces.popleft()  # its memory goes as the ids come
+        ids[done : done + len(piece)] = tokenizer.encode_array(piece, position=done)
+        done += len(piece)
+    return tokenizer, ids
+
+
+def _pieces(path: str | Path, track: Callable[..., Iterable[Any]] = _unwatched) -> Iterator[str]:
+    """The text of a file, checked and decoded piece by piece."""
     path = Path(path)
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
+    done, empty = 0, True
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as file:
+            total = -(-os.fstat(file.fileno()).st_size // PIECE)  # 0 for a pipe
+            for raw in track(iter(functools.partial(file.read, PIECE), b""), total=total or None, desc="Reading"):
+                if done == 0 and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                    raise RequestError(f"{path} is UTF-16, expected UTF-8; save it as UTF-8 and try again")
+                if (nul := raw.find(b"\0")) >= 0:
+                    raise RequestError(f"{path} is not a text file: it has a NUL byte at offset {done + nul}")
+                done += len(raw)
+                piece = decoder.decode(raw)
+                empty = empty and not piece
+                yield piece
+        if piece := decoder.decode(b"", final=True):
+            empty = False
+            yield piece
     except FileNotFoundError:
         raise RequestError(f"no such file: {path}") from None
     except IsADirectoryError:
@@ -31,20 +84,12 @@ def read_text(path: str | Path) -> str:
     except OSError as error:
         kind = "a folder" if path.is_dir() else error.strerror  # Windows says PermissionError for a folder
         raise RequestError(f"cannot read {path}: {kind}") from None
-    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise RequestError(f"{path} is UTF-16, expected UTF-8; save it as UTF-8 and try again")
-    if (nul := raw.find(b"\0")) >= 0:
-        raise RequestError(f"{path} is not a text file: it has a NUL byte at offset {nul}")
-    try:
-        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise RequestError(
-            f"{path} is not UTF-8 text: byte 0x{raw[error.start]:02x} at offset {error.start}; save it as UTF-8 and try again"
-        ) from None
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    if not text:
+        offset = done - len(error.object) + error.start  # the decoder may have kept bytes of earlier pieces
+        byte = f"byte 0x{error.object[error.start]:02x} at offset {offset}"
+        raise RequestError(f"{path} is not UTF-8 text: {byte}; save it as UTF-8 and try again") from None
+    if empty:
         raise RequestError(f"{path} is empty; expected a text to learn from")
-    return text
 
 
 class Dataset:
@@ -100,8 +145,7 @@ class Dataset:
             self._drawn[split] += 1
         rng = generator(self.seed, Stream.BATCH, SPLITS.index(split), k)
         starts = rng.integers(0, len(ids) - self.block_size, size=self.batch_size)
-        windows = ids[starts[:, None] + np.arange(self.block_size + 1)].astype(np.int64)
-        return windows[:, :-1], windows[:, 1:]
+        return windows_at(ids, starts, self.block_size)
 
     def fingerprint(self) -> str:
         """See the function of this name."""
@@ -120,16 +164,16 @@ def fingerprint(ids: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(ids, dtype=smallest).data).hexdigest()
 
 
-def windows(ids: np.ndarray, block_size: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Every token once as a target: x and y of shape (<= batch_size, block_size), windows side by side from
-    the first token, and at the end one of shape (1, the rest)."""
-    n_targets = len(ids) - 1
-    whole = n_targets // block_size
-    for first in range(0, whole, batch_size):
-        rows = min(batch_size, whole - first)
-        start, stop = first * block_size, (first + rows) * block_size
-        x, y = ids[start:stop], ids[start + 1 : stop + 1]
-        yield x.reshape(rows, block_size).astype(np.int64), y.reshape(rows, block_size).astype(np.int64)
-    rest = whole * block_size
-    if rest < n_targets:
-        yield ids[rest:-1].astype(np.int64)[None], ids[rest + 1 :].astype(np.int64)[None]
+def window_starts(n_ids: int, block_size: int, max_tokens: int | None = None) -> np.ndarray:
+    """Where windows of block_size tokens start that lie side by side from the first token; at most so many
+    that they have `max_tokens` targets, evenly spread. Each has a token after it; what is left over at the end
+    is shorter than a window."""
+    n = (n_ids - 1) // block_size
+    kept = n if max_tokens is None else max(1, min(n, max_tokens // block_size))
+    return np.arange(min(n, kept), dtype=np.int64) * n // kept * block_size
+
+
+def windows_at(ids: np.ndarray, starts: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """x and y of shape (len(starts), block_size): the tokens from each start on, and those one further."""
+    rows = ids[starts[:, None] + np.arange(block_size + 1)].astype(np.int64)
+    return rows[:, :-1], rows[:, 1:]

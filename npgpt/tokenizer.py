@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 from npgpt.config import RequestError
 
-CHUNK = 1 << 20  # characters encoded at a time, so that a large text needs little more memory than its ids
+CHUNK = 1 << 16  # characters worked on at a time, so that a large text needs little more memory than its ids
 
 
 class CharTokenizer:
@@ -33,15 +33,24 @@ class CharTokenizer:
         self._table[[ord(c) for c in characters]] = np.arange(len(characters))
 
     @classmethod
-    def build_vocab(cls, text: str) -> CharTokenizer:
-        """The tokenizer whose vocabulary is the characters of `text`, in code-point order."""
-        if not text:
+    def build_vocab(cls, text: str | Iterable[str]) -> CharTokenizer:
+        """The tokenizer whose vocabulary is the characters of `text` (or of its pieces), in code-point order."""
+        seen = np.zeros(0x110000, dtype=bool)  # Unicode ends at U+10FFFF
+        for piece in [text] if isinstance(text, str) else text:
+            for codes in _code_points(piece):
+                seen[codes] = True
+        if not seen.any():
             raise RequestError("cannot build a vocabulary from an empty text")
-        return cls(sorted(set(text)))
+        return cls([chr(code) for code in np.flatnonzero(seen)])
 
     @property
     def vocab_size(self) -> int:
         return len(self.itos)
+
+    @property
+    def id_dtype(self) -> np.dtype:
+        """The smallest unsigned dtype that holds every id."""
+        return np.min_scalar_type(self.vocab_size - 1)
 
     @property
     def characters(self) -> str:
@@ -52,16 +61,18 @@ class CharTokenizer:
         """Text -> ids. Raises RequestError naming the first character outside the vocabulary."""
         return self.encode_array(text).tolist()
 
-    def encode_array(self, text: str) -> np.ndarray:
-        """Text -> ids, shape (len(text),), in the smallest unsigned dtype that holds the vocabulary: for whole corpora."""
-        ids = np.empty(len(text), dtype=np.min_scalar_type(self.vocab_size - 1))
-        for start in range(0, len(text), CHUNK):  # a chunk takes twelve times its size while it is worked on
-            chunk = text[start : start + CHUNK]
-            codes = np.frombuffer(chunk.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
+    def encode_array(self, text: str, position: int = 0) -> np.ndarray:
+        """Text -> ids, shape (len(text),), of `id_dtype`: for whole corpora. `position`: where the text starts in
+        the whole, for the message about an unknown character."""
+        ids = np.empty(len(text), dtype=self.id_dtype)
+        done = 0
+        for codes in _code_points(text):
             found = self._table[np.minimum(codes, len(self._table) - 1)]
             if found.min() < 0:
-                raise self._unknown(text, start + int((found < 0).argmax()))
-            ids[start : start + CHUNK] = found
+                at = done + int((found < 0).argmax())
+                raise self._unknown(text[at], position + at)
+            ids[done : done + len(codes)] = found
+            done += len(codes)
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -71,8 +82,7 @@ class CharTokenizer:
         except KeyError as error:
             raise RequestError(f"id {error.args[0]} is not in the vocabulary, whose ids are 0..{self.vocab_size - 1}") from None
 
-    def _unknown(self, text: str, position: int) -> RequestError:
-        character = text[position]
+    def _unknown(self, character: str, position: int) -> RequestError:
         name = unicodedata.name(character, f"U+{ord(character):04X}")
         close = self._closest(character)
         instead = f"use {close!r} instead, or " if close else "leave it out, or "
@@ -94,3 +104,9 @@ class CharTokenizer:
 
     def __repr__(self) -> str:
         return f"CharTokenizer({self.characters!r})"
+
+
+def _code_points(text: str) -> Iterator[np.ndarray]:
+    """The text's code points, a chunk at a time: an array of them takes four times the memory of most texts."""
+    for start in range(0, len(text), CHUNK):
+        yield np.frombuffer(text[start : start + CHUNK].encode("utf-32-le", errors="surrogatepass"), dtype="<u4")

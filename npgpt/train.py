@@ -56,7 +56,7 @@ class Evaluation:
 
     step: int
     train_loss: float
-    val_loss: float | None  # exact, over all held-out tokens; None when none are held out
+    val_loss: float | None  # over the held-out tokens, at most `eval_tokens` of them; None when none are held out
     val_stderr: float | None
     best: bool  # the lowest validation loss so far
     sample: str
@@ -216,7 +216,9 @@ class Trainer:
         p = self.progress
         train_loss = p.loss_sum / max(1, p.loss_count)
         p.loss_sum, p.loss_count = 0.0, 0
-        held_out = evaluate(self.model, self.dataset.val, self._workers) if len(self.dataset.val) > 1 else None
+        held_out = None
+        if len(self.dataset.val) > 1:
+            held_out = evaluate(self.model, self.dataset.val, self._workers, self.config.eval_tokens or None)
         val_loss, val_stderr = (held_out.loss, held_out.stderr) if held_out else (None, None)
         try:
             sample = self._sample()

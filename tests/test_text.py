@@ -5,7 +5,7 @@ import pytest
 
 import npgpt.tokenizer
 from npgpt import CharTokenizer, Dataset, RequestError, read_text
-from npgpt.data import windows
+from npgpt.data import read_ids, window_starts, windows_at
 
 
 def test_vocabulary_and_round_trip():
@@ -62,7 +62,9 @@ def test_bad_vocabularies_and_ids():
         CharTokenizer("ab").decode([0, 3])
 
 
-def test_read_text(tmp_path):
+@pytest.mark.parametrize("piece", [1, 3, 1 << 26])
+def test_read_text(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(npgpt.data, "PIECE", piece)
     path = tmp_path / "a.txt"
     path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree\n")
     assert read_text(path) == "one\ntwo\nthree\n"
@@ -70,7 +72,10 @@ def test_read_text(tmp_path):
         (b"", "empty"),
         (b"ab\0c", "NUL byte at offset 2"),
         (b"ab\xffc", "byte 0xff at offset 2"),
-        ("ab".encode("utf-16"), "UTF-16"),
+        (b"\xef\xbb\xbfab\xe2\x82c", "byte 0xe2 at offset 5"),
+        (b"abcd\xe2\x82", "byte 0xe2 at offset 4"),
+        (b"\xef\xbb\xbf", "empty"),
+        *([("ab".encode("utf-16"), "UTF-16")] if piece > 1 else []),
     ]:
         path.write_bytes(content)
         with pytest.raises(RequestError, match=words):
@@ -79,6 +84,27 @@ def test_read_text(tmp_path):
         read_text(tmp_path / "none.txt")
     with pytest.raises(RequestError, match="folder"):
         read_text(tmp_path)
+
+
+@pytest.mark.parametrize("piece", [1, 5, 1 << 26])
+def test_read_ids(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(npgpt.data, "PIECE", piece)
+    path = tmp_path / "a.txt"
+    path.write_bytes("one\r\ntwo €𝄞\r".encode())
+    watched = []
+
+    def track(iterable, total, desc):
+        items = list(iterable)
+        watched.append((desc, len(items) == total))
+        return items
+
+    tokenizer, ids = read_ids(path, track=track)
+    assert tokenizer == CharTokenizer.build_vocab(read_text(path))
+    assert (ids.dtype, tokenizer.decode(ids)) == (np.uint8, "one\ntwo €𝄞\n")
+    assert watched == [("Reading", True), ("Encoding", True)]
+    assert read_ids(path, CharTokenizer("\n €𝄞enotwx"))[1].tolist() == [6, 5, 4, 0, 7, 8, 6, 1, 2, 3, 0]
+    with pytest.raises(RequestError, match=r"'w' .* at position 5"):
+        read_ids(path, CharTokenizer("\n €𝄞enot"))
 
 
 def test_split_is_ninety_ten_in_order():
@@ -124,14 +150,19 @@ def test_batch_k_is_a_function_of_seed_and_k():
     assert not np.array_equal(Dataset(np.arange(500), 8, 4, seed=6).get_batch("train")[0], drawn[0])
 
 
-def test_windows_cover_every_target_once():
-    for n in (2, 9, 10, 17, 50):
-        ids = np.arange(n)
-        batches = list(windows(ids, block_size=8, batch_size=2))
-        targets = np.concatenate([y.ravel() for _, y in batches])
-        np.testing.assert_array_equal(targets, ids[1:])
-        for x, y in batches:
-            np.testing.assert_array_equal(y, x + 1)
+def test_windows_lie_side_by_side():
+    for n in (1, 2, 8, 9, 10, 17, 50):
+        starts = window_starts(n, block_size=8)
+        x, y = windows_at(np.arange(n), starts, 8)
+        np.testing.assert_array_equal(y, x + 1)
+        np.testing.assert_array_equal(y.ravel(), np.arange(1, 8 * len(starts) + 1))
+        assert n - 1 - y.size < 8  # less than a window is left over
+
+
+def test_some_windows_are_spread_evenly():
+    assert window_starts(1001, 10, max_tokens=40).tolist() == [0, 250, 500, 750]
+    assert window_starts(1001, 10, max_tokens=3).tolist() == [0]
+    np.testing.assert_array_equal(window_starts(1001, 10, max_tokens=5000), window_starts(1001, 10))
 
 
 def test_bad_datasets():

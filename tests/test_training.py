@@ -247,6 +247,10 @@ def test_evaluation_is_exact(tokenizer, text, small_config):
     assert evaluate(model, ids[:10]).stderr is None
     with pytest.raises(RequestError, match="at least 2"):
         evaluate(model, ids[:1])
+    assert evaluate(model, ids, max_tokens=999) == result
+    quick_look = evaluate(model, ids, max_tokens=5 * 16)
+    assert quick_look.n_targets == 80
+    assert quick_look.loss == pytest.approx(np.mean([losses[i * 62 // 5] for i in range(5)]), rel=1e-6)
     assert Loss(math.log(8), None, 1).bits_per_token == pytest.approx(3)
     assert Loss(math.log(8), None, 1).perplexity == pytest.approx(8)
 
