@@ -26,7 +26,7 @@ import npgpt
 from npgpt import ops
 from npgpt.backend import DeviceError, Stream, generator, select
 from npgpt.checkpoint import load
-from npgpt.config import GenerateConfig, GPTConfig, RequestError, TrainConfig, add_flags, given
+from npgpt.config import PRESETS, GenerateConfig, GPTConfig, RequestError, TrainConfig, add_flags, given
 from npgpt.data import PIECE, Dataset, fingerprint, read_ids, split
 from npgpt.evaluate import evaluate
 from npgpt.generate import generate_text
@@ -63,6 +63,12 @@ def train_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="continue a run: from its last state (the .last.npz beside --out), or from FILE",
     )
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        help="a whole configuration, which other flags change: quick (readable text in half a minute), nano and char "
+        "(nanoGPT's for a CPU and for a GPU)",
+    )
     add_flags(parser, TrainConfig)
     add_flags(parser, GPTConfig, skip=("vocab_size",))
     return parser
@@ -74,6 +80,9 @@ def train(args: argparse.Namespace) -> int:
         raise RequestError(f"{args.text} is one of the files this run would write; choose another --out")
     tokenizer, ids = read_ids(args.text, track=_progress_bar)
     resumed_from = None if args.resume is None else Path(args.resume) if args.resume else last_path(out)
+    for name, value in PRESETS.get(args.preset, {}).items():
+        if not hasattr(args, name):
+            setattr(args, name, value)
     asked_model, asked_training = given(GPTConfig, args), given(TrainConfig, args)
     if resumed_from is None:
         last = None

@@ -13,6 +13,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from workloads import WORKLOADS
 
 import npgpt
 from npgpt.backend import CPU
+from npgpt.data import read_ids
 from npgpt.kernels.reference import Kernels
 from npgpt.parallel import available_cores
 
@@ -164,14 +166,27 @@ def start_up():
 
 
 def large_texts(sizes):
-    """Milliseconds to draw a batch of `seed` from texts of growing size, and the bytes the ids take."""
+    """Seconds to read and encode texts of growing size (a file in the page cache), milliseconds to draw a batch
+    of `seed` from them, and the bytes their ids take."""
     rows = {}
-    for size in sizes:
-        ids = np.resize(np.arange(65, dtype=np.uint8), size)
-        dataset = npgpt.Dataset(ids, 128, 32)
-        counter = iter(range(1 << 62))
-        draw = seconds_of(lambda d=dataset, c=counter: d.get_batch("train", next(c)), 50)
-        rows[f"{size:,}"] = {"draw_ms": round(1e3 * draw, 3), "bytes_per_token": dataset.ids.nbytes / size}
+    characters = "".join(map(chr, range(32, 97))).encode()
+    with tempfile.TemporaryDirectory() as folder:
+        for size in sizes:
+            path = Path(folder) / "text.txt"
+            with path.open("wb") as file:
+                for start in range(0, size, 65 << 14):
+                    file.write((characters * (1 << 14))[: size - start])
+            started = time.perf_counter()
+            _, ids = read_ids(path)
+            read = time.perf_counter() - started
+            dataset = npgpt.Dataset(ids, 128, 32)
+            counter = iter(range(1 << 62))
+            draw = seconds_of(lambda d=dataset, c=counter: d.get_batch("train", next(c)), 50)
+            rows[f"{size:,}"] = {
+                "read_s": round(read, 3),
+                "draw_ms": round(1e3 * draw, 3),
+                "bytes_per_token": dataset.ids.nbytes / size,
+            }
     return rows
 
 
