@@ -2,21 +2,31 @@
 
 The file is an `.npz`, a zip of NumPy arrays that any NumPy reads:
 
-    checkpoint.json               everything that is not an array
+    checkpoint.json               everything that is not an array, and the SHA-256 of every other member
     blocks.0.attn.qkv.weight.npy  one member per parameter, under its name in the model
     optimizer.exp_avg.npy         AdamW's running means, flat, as optim.AdamW keeps them
     optimizer.exp_avg_sq.npy
+    batch.x.npy  batch.y.npy      of a crash file alone: the batch of the step that went wrong
 
-Members are stored, not compressed: weights hardly shrink. Nothing in it is ever executed.
+Members are stored, not compressed: weights hardly shrink. The same state gives the same bytes. Reading
+trusts nothing: every size is checked against the file's before memory is taken, nothing is evaluated or
+unpickled, and what is left over or missing is an error. Either a file is exactly what was written, or
+`CheckpointError` says what is wrong with it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import math
 import os
+import re
+import struct
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,13 +35,17 @@ import numpy as np
 
 from npgpt.backend import CPU, Backend
 from npgpt.config import GPTConfig, RequestError, TrainConfig
+from npgpt.files import whole_file
 from npgpt.gpt import GPT
 from npgpt.optim import AdamW
 from npgpt.tokenizer import CharTokenizer
 
-FORMAT = 1
+FORMAT = 2  # 1 had no hashes, machine or crash
 HEADER = "checkpoint.json"
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("optimizer.exp_avg", "optimizer.exp_avg_sq")
+BATCH = ("batch.x", "batch.y")
+LARGEST_HEADER = 4 << 20  # bytes; room for every character of Unicode, or sixty thousand evaluations
+CHUNK = 1 << 20  # bytes read at a time
 
 
 class CheckpointError(RequestError):
@@ -49,6 +63,10 @@ class Checkpoint:
     source: str | None = None  # the text it was trained on: where it was
     fingerprint: str | None = None  # and the SHA-256 of its ids
     optimizer_state: dict[str, Any] | None = None  # for AdamW.load_state_dict
+    machine: dict[str, Any] | None = None  # what decides the rounding: threads, BLAS, device
+    crash: str | None = None  # of a crash file: what went wrong
+    batch: tuple[np.ndarray, np.ndarray] | None = None  # and x and y of that step
+    format: int = FORMAT
 
     @property
     def config(self) -> GPTConfig:
@@ -57,6 +75,9 @@ class Checkpoint:
     @property
     def step(self) -> int:
         return self.progress.get("step", 0)
+
+
+# ---------------------------------------------------------------- writing
 
 
 def save(
@@ -69,41 +90,83 @@ def save(
     progress: dict[str, Any] | None = None,
     source: str | None = None,
     fingerprint: str | None = None,
+    machine: dict[str, Any] | None = None,
+    crash: str | None = None,
+    batch: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> None:
-    """Write a checkpoint. What was at `path` before stays whole until the new file is complete.
+    """Write a checkpoint. What was at `path` before stays whole until the new file is complete, on the disk and
+    has been read back.
 
-    Raises OSError when it cannot be written; nothing is left behind then.
+    Raises OSError when it cannot be written or does not read back; nothing is left behind then.
     """
-    header: dict[str, Any] = {
-        "format": FORMAT,
-        "config": dataclasses.asdict(model.config),
-        "vocabulary": tokenizer.characters,
-        "train_config": dataclasses.asdict(train_config) if train_config else None,
-        "progress": progress or {},
-        "source": source,
-        "fingerprint": fingerprint,
-        "optimizer_steps": optimizer.steps if optimizer else None,
-    }
     arrays = model.state_dict()
     if optimizer:
         state = optimizer.state_dict()
-        arrays |= {f"optimizer.{name}": state[name] for name in MOMENTS}
+        arrays |= {name: state[name.removeprefix("optimizer.")] for name in MOMENTS}
+    if batch:
+        arrays |= {name: np.asarray(ids, dtype=np.int64) for name, ids in zip(BATCH, batch, strict=True)}
+    members = {name: _npy(array) for name, array in arrays.items()}
+    header = json.dumps(
+        {
+            "format": FORMAT,
+            "config": dataclasses.asdict(model.config),
+            "vocabulary": tokenizer.characters,
+            "train_config": dataclasses.asdict(train_config) if train_config else None,
+            "progress": progress or {},
+            "source": source,
+            "fingerprint": fingerprint,
+            "machine": machine,
+            "crash": crash,
+            "optimizer_steps": optimizer.steps if optimizer else None,
+            "sha256": {name: _sha256(*parts) for name, parts in members.items()},
+        },
+        ensure_ascii=False,
+        allow_nan=False,
+    ).encode()
 
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-                # ZipInfo's own date, not today's: the same contents are the same bytes.
-                archive.writestr(zipfile.ZipInfo(HEADER), json.dumps(header, ensure_ascii=False, allow_nan=False))
-                for name, array in arrays.items():
-                    with archive.open(zipfile.ZipInfo(name + ".npy"), "w", force_zip64=True) as member:
-                        np.lib.format.write_array(member, np.ascontiguousarray(array), allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    def verify(written: Path) -> None:
+        """Every byte is what it should be."""
+        try:
+            with _open(written) as found:
+                found.check_hashes()
+        except CheckpointError as error:
+            raise OSError(f"what was written to {path} reads back differently: {error}") from None
+
+    with whole_file(Path(path), verify) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        # ZipInfo's own date, not today's: the same contents are the same bytes.
+        archive.writestr(zipfile.ZipInfo(HEADER), header)
+        for name, parts in members.items():
+            with archive.open(zipfile.ZipInfo(name + ".npy"), "w", force_zip64=True) as member:
+                for part in parts:
+                    member.write(part)
+
+
+def _npy(array: np.ndarray) -> tuple[bytes, memoryview]:
+    """An array as a file of NumPy's format, version 1.0: its header, and its data."""
+    array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+    text = f"{{'descr': '{array.dtype.str}', 'fortran_order': False, 'shape': {array.shape}, }}"
+    text += " " * (-(len(NPY_MAGIC) + 2 + len(text) + 1) % 64) + "\n"
+    return NPY_MAGIC + struct.pack("<H", len(text)) + text.encode(), array.reshape(-1).view(np.uint8).data
+
+
+def _sha256(*parts: bytes | memoryview) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------- reading
+
+NPY_MAGIC = b"\x93NUMPY\x01\x00"
+NPY_HEADER = re.compile(
+    rb"\{'descr': '([<|]\w\d)', 'fortran_order': False, 'shape': \(((?:\d{1,18}, ?)*(?:\d{1,18})?)\), \} *\n"
+)
+
+KEYS = {
+    1: {"format", "config", "vocabulary", "train_config", "progress", "source", "fingerprint", "optimizer_steps"},
+}
+KEYS[2] = KEYS[1] | {"machine", "crash", "sha256"}
 
 
 def load(path: str | Path, backend: Backend = CPU, with_optimizer: bool = False) -> Checkpoint:
@@ -112,66 +175,258 @@ def load(path: str | Path, backend: Backend = CPU, with_optimizer: bool = False)
     with_optimizer: also read what resuming needs. Raises CheckpointError when the file is missing, damaged,
     of another format or at odds with its own configuration.
     """
-    path = Path(path)
+    with _open(Path(path)) as found:
+        header = found.header
+        model = GPT(found.config, seed=None, backend=backend)
+        found.check_shapes({name: p.shape for name, p in model.named_parameters()})
+        finite = header.get("crash") is None  # a crash file shows what is not
+        for name, p in model.named_parameters():
+            p.data[...] = backend.asarray(found.array(name, p.dtype, finite))
+        batch = optimizer_state = None
+        if header.get("crash") is not None:
+            x, y = (found.array(name) for name in BATCH)
+            batch = x, y
+        if with_optimizer and header["optimizer_steps"] is not None:
+            dtype = model.wte.weight.dtype
+            moments = {name.removeprefix("optimizer."): found.array(name, dtype, finite) for name in MOMENTS}
+            optimizer_state = {"steps": header["optimizer_steps"]} | moments
+        return Checkpoint(
+            model,
+            found.tokenizer,
+            found.train_config,
+            header["progress"],
+            header["source"],
+            header["fingerprint"],
+            optimizer_state,
+            header.get("machine"),
+            header.get("crash"),
+            batch,
+            header["format"],
+        )
+
+
+class _Archive:
+    """An opened checkpoint whose members and header have been checked, but not yet its arrays."""
+
+    def __init__(self, archive: zipfile.ZipFile, size: int) -> None:
+        """size: of the file, in bytes."""
+        self._zip = archive
+        self._members = _members(archive, size)
+        self.header = _parse_header(archive.read(self._members[HEADER]))
+        self.config = GPTConfig.from_dict(self.header["config"])
+        self.tokenizer = CharTokenizer(self.header["vocabulary"])
+        if self.tokenizer.vocab_size != self.config.vocab_size:
+            raise CheckpointError(f"vocabulary of {self.tokenizer.vocab_size} characters, model of {self.config.vocab_size}")
+        trained = self.header["train_config"]
+        self.train_config = None if trained is None else TrainConfig.from_dict(trained)
+        n = self.config.num_parameters()
+        if 4 * n > size:  # before a model of that size is made
+            raise CheckpointError(f"its configuration describes {n:,} parameters, more than its {size:,} bytes can hold")
+        self._check_names()
+
+    def _check_names(self) -> None:
+        """The arrays are those that have a hash."""
+        names = {name.removesuffix(".npy") for name in self._members} - {HEADER}
+        if self.header["format"] > 1 and names != set(self.header["sha256"]):
+            differing = sorted(names ^ set(self.header["sha256"]))
+            raise CheckpointError(f"its list of hashes and its arrays differ: {_some(differing)}")
+
+    def check_shapes(self, expected: dict[str, tuple[int, ...]]) -> None:
+        """The arrays are those that the configuration demands, in the shapes it demands; `expected` has those of
+        the parameters."""
+        if self.header["optimizer_steps"] is not None:
+            expected = expected | dict.fromkeys(MOMENTS, (self.config.num_parameters(),))
+        if self.header.get("crash") is not None:
+            rows = self.train_config.batch_size if self.train_config else 0
+            expected = expected | dict.fromkeys(BATCH, (rows, self.config.block_size))
+        names = [name.removesuffix(".npy") for name in self._members if name != HEADER]
+        problems = [f"missing {name}" for name in expected if name not in names]
+        problems += [f"unknown {name}" for name in names if name not in expected]
+        for name in names if not problems else []:
+            info = self._members[name + ".npy"]
+            with self._zip.open(info) as member:
+                dtype, shape, _ = _read_npy_header(name, member, info.file_size)
+            if (dtype.kind == "i") != (name in BATCH):
+                problems.append(f"{name} is of dtype {dtype}")
+            if shape != expected[name]:
+                problems.append(f"{name} has shape {shape}, expected {expected[name]}")
+        if problems:
+            raise CheckpointError(_some(problems))
+
+    def array(self, name: str, dtype: Any = None, finite: bool = True) -> np.ndarray:
+        """An array, its hash verified, as `dtype`; finite: a number that is not is an error."""
+        info = self._members[name + ".npy"]
+        with self._zip.open(info) as member:
+            stored, shape, header = _read_npy_header(name, member, info.file_size)
+            array = np.empty(shape, dtype=stored)
+            data = array.reshape(-1).view(np.uint8).data
+            digest = hashlib.sha256(header)
+            for start in range(0, len(data), CHUNK):
+                piece = member.read(min(CHUNK, len(data) - start))
+                data[start : start + len(piece)] = piece
+                digest.update(piece)
+            if member.read(1):
+                raise CheckpointError(f"array {name} is longer than its shape")
+        self._compare_hash(name, digest.hexdigest())
+        with np.errstate(over="ignore", invalid="ignore"):  # what becomes infinite is seen below
+            array = array.astype(dtype or stored.newbyteorder("="), copy=False)
+        if finite and array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise CheckpointError(f"array {name} does not hold finite numbers")
+        return array
+
+    def check_hashes(self) -> None:
+        """Read every array and compare its hash, without keeping it."""
+        for name in self.header["sha256"]:
+            digest = hashlib.sha256()
+            with self._zip.open(self._members[name + ".npy"]) as member:
+                while piece := member.read(CHUNK):
+                    digest.update(piece)
+            self._compare_hash(name, digest.hexdigest())
+
+    def _compare_hash(self, name: str, found: str) -> None:
+        if self.header["format"] > 1 and self.header["sha256"][name] != found:
+            raise CheckpointError(f"array {name} is not what was written (its SHA-256 differs)")
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[_Archive]:
+    """A checked archive; every way of being unreadable, here or in the block, is a CheckpointError naming the file."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            return _read(path, archive, backend, with_optimizer)
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            yield _Archive(archive, os.fstat(file.fileno()).st_size)
     except FileNotFoundError:
         raise CheckpointError(f"no such checkpoint: {path}; bin/train writes one") from None
     except IsADirectoryError:
         raise CheckpointError(f"expected a checkpoint, got a folder: {path}") from None
+    except _UnusableError as error:
+        raise CheckpointError(f"{path} {error}") from None
+    except RequestError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
+    # What zipfile raises for damaged directories, compressed, encrypted or otherwise unsupported members.
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError, struct.error) as error:
+        raise CheckpointError(f"{path} is not a checkpoint, or is damaged: {error}") from None
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
-    except CheckpointError:
-        raise
-    # What zipfile raises for damaged directories, compressed, encrypted or otherwise unsupported members.
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a checkpoint, or is damaged: {error}") from None
 
 
-def _read(path: Path, archive: zipfile.ZipFile, backend: Backend, with_optimizer: bool) -> Checkpoint:
-    names = set(archive.namelist())
-    if HEADER not in names:
-        raise CheckpointError(f"{path} is not an npgpt checkpoint: it has no {HEADER}")
+class _UnusableError(CheckpointError):
+    """Not damaged, but nothing for this version; the message goes on after the file's name."""
+
+
+def _members(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
+    """The archive's members by name: each once, stored as it is, within the file."""
+    members: dict[str, zipfile.ZipInfo] = {}
+    total = 0
+    for info in archive.infolist():
+        name = info.filename
+        if name in members:
+            raise CheckpointError(f"it has two members named {name!r}")
+        if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size or info.flag_bits & 1:
+            raise CheckpointError(f"its member {name!r} is compressed or encrypted, expected it as it is")
+        total += info.file_size
+        members[name] = info
+    if HEADER not in members:
+        shown = ", ".join(list(members)[:3]) + (", ..." if len(members) > 3 else "")
+        raise _UnusableError(f"is not an npgpt checkpoint: it has no {HEADER}, but {shown or 'nothing'}")
+    if total > size:
+        raise CheckpointError(f"its members claim {total:,} bytes, the file has {size:,}")
+    if members[HEADER].file_size > LARGEST_HEADER:
+        raise CheckpointError(f"its {HEADER} has {members[HEADER].file_size:,} bytes, expected {LARGEST_HEADER:,} at most")
+    return members
+
+
+def _parse_header(data: bytes) -> dict[str, Any]:
+    """checkpoint.json as a dictionary whose keys and types are as `save` writes them."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) != len(pairs):
+            raise ValueError("a name occurs twice")
+        return dict(pairs)
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not a number")
+
     try:
-        header = json.loads(archive.read(HEADER))
-        if header["format"] != FORMAT:
-            raise CheckpointError(f"{path} has checkpoint format {header['format']!r}, this version reads {FORMAT}")
-        config = GPTConfig.from_dict(header["config"])
-        tokenizer = CharTokenizer(header["vocabulary"])
-        train_config = TrainConfig.from_dict(header["train_config"]) if header["train_config"] else None
-        progress, source, fingerprint = header["progress"], header["source"], header["fingerprint"]
-        optimizer_steps = header["optimizer_steps"]
-    except CheckpointError:
-        raise
-    except (RequestError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is damaged: its {HEADER} cannot be used ({error})") from None
-    if not isinstance(progress, dict):
-        raise CheckpointError(f"{path} is damaged: its progress is not a table of values")
-    if tokenizer.vocab_size != config.vocab_size:
-        raise CheckpointError(
-            f"{path} is damaged: vocabulary of {tokenizer.vocab_size} characters, model of {config.vocab_size}"
+        header = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"its {HEADER} cannot be used ({error})") from None
+    if not isinstance(header, dict) or "format" not in header:
+        raise _UnusableError(f"is not an npgpt checkpoint: its {HEADER} has no format")
+    number = header["format"]
+    if type(number) is not int or number not in KEYS:
+        raise _UnusableError(f"has checkpoint format {str(number)[:20]}, this version reads {' and '.join(map(str, KEYS))}")
+    wrong = sorted(KEYS[number] ^ set(header))
+    if wrong:
+        raise CheckpointError(f"its {HEADER} cannot be used (missing or unknown: {', '.join(wrong)})")
+    for key, fits in FIELDS.items():
+        if key in header and not fits(header[key]):
+            raise CheckpointError(f"its {HEADER} cannot be used ({key} is {str(header[key])[:60]!r})")
+    return header
+
+
+def _some(problems: list[str]) -> str:
+    """The first few."""
+    return "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_text(value: Any) -> bool:
+    """A text that can be written as UTF-8 (JSON can spell halves of characters)."""
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
+
+
+def _is_progress(value: Any) -> bool:
+    """train.Progress as a dictionary, or nothing."""
+    numbers = {"best_loss", "loss_sum"}
+    return isinstance(value, dict) and all(
+        all(
+            isinstance(row, list)
+            and len(row) == 4
+            and _is_count(row[0])
+            and _is_number(row[1])
+            and all(n is None or _is_number(n) for n in row[2:])
+            for row in entry
         )
+        if key == "history" and isinstance(entry, list)
+        else (entry is None or _is_number(entry))
+        if key in numbers
+        else key in {"step", "best_step", "stale_evaluations", "loss_count"} and _is_count(entry)
+        for key, entry in value.items()
+    )
 
-    def array(name: str) -> np.ndarray:
-        try:
-            with archive.open(name + ".npy") as member:
-                found = np.lib.format.read_array(member, allow_pickle=False)
-        except (KeyError, ValueError) as error:
-            raise CheckpointError(f"{path} is damaged: array {name} cannot be read ({error})") from None
-        if found.dtype.kind != "f" or not np.isfinite(found).all():
-            raise CheckpointError(f"{path} is damaged: array {name} does not hold finite numbers")
-        return found
 
-    stored = [n.removesuffix(".npy") for n in archive.namelist() if n.endswith(".npy")]
-    model = GPT(config, seed=None, backend=backend)
-    try:
-        model.load_state_dict({name: array(name) for name in stored if not name.startswith("optimizer.")})
-    except CheckpointError:
-        raise
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from None
-    optimizer_state = None
-    if with_optimizer and optimizer_steps is not None:
-        optimizer_state = {"steps": optimizer_steps} | {name: array(f"optimizer.{name}") for name in MOMENTS}
-    return Checkpoint(model, tokenizer, train_config, progress, source, fingerprint, optimizer_state)
+FIELDS = {
+    "config": lambda value: isinstance(value, dict),
+    "vocabulary": _is_text,
+    "train_config": lambda value: value is None or isinstance(value, dict),
+    "progress": _is_progress,
+    "source": lambda value: value is None or _is_text(value),
+    "fingerprint": lambda value: value is None or (isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)),
+    "optimizer_steps": lambda value: value is None or _is_count(value),
+    "machine": lambda value: value is None or (isinstance(value, dict) and all(map(_is_text, value.values()))),
+    "crash": lambda value: value is None or _is_text(value),
+    "sha256": lambda value: isinstance(value, dict) and all(isinstance(v, str) for v in value.values()),
+}
+
+
+def _read_npy_header(name: str, member: Any, size: int) -> tuple[np.dtype, tuple[int, ...], bytes]:
+    """(dtype, shape, the header's bytes) of a member of `size` bytes, which are as many as the shape says."""
+    start = member.read(len(NPY_MAGIC) + 2)
+    if len(start) != len(NPY_MAGIC) + 2 or not start.startswith(NPY_MAGIC):
+        raise CheckpointError(f"array {name} is not in NumPy's format 1.0")
+    text = member.read(struct.unpack("<H", start[-2:])[0])
+    match = NPY_HEADER.fullmatch(text)
+    if not match or match[1] not in (b"<f4", b"<f8", b"<i8"):
+        raise CheckpointError(f"array {name} does not hold plain numbers of a known kind")
+    dtype, shape = np.dtype(match[1].decode()), tuple(int(n) for n in re.findall(rb"\d+", match[2]))
+    expected = len(start) + len(text) + math.prod(shape) * dtype.itemsize
+    if expected != size:
+        raise CheckpointError(f"array {name} of shape {shape} would take {expected:,} bytes, it has {size:,}")
+    return dtype, shape, start + text

@@ -32,13 +32,14 @@ from npgpt.evaluate import evaluate
 from npgpt.generate import generate_text
 from npgpt.gpt import GPT
 from npgpt.gradcheck import GradientError, check_tensors
-from npgpt.parallel import available_cores, describe_blas
+from npgpt.parallel import ParallelStep, Workers, available_cores, describe_blas
 from npgpt.train import (
     End,
     Evaluation,
     Outcome,
     Step,
     Trainer,
+    crash_path,
     files_of,
     last_path,
     log_path,
@@ -102,9 +103,12 @@ def train(args: argparse.Namespace) -> int:
         with _interruptible() as stop_requested:
             model = GPT(config, seed=train_config.seed, backend=backend)
             trainer = Trainer(model, tokenizer, dataset, train_config, out, source=args.text)
-            if last is not None:
-                trainer.resume(last)
+            different = trainer.resume(last) if last is not None else []
             _banner(trainer, args.text)
+            if different:
+                _say(
+                    f"warning: {'; '.join(different)}: the numbers will differ in their last digits from an uninterrupted run's"
+                )
             end = _show_run(trainer, stop_requested)
     except MemoryError:
         return _failed("train", f"out of memory: {memory_advice(config, train_config)}")
@@ -113,6 +117,9 @@ def train(args: argparse.Namespace) -> int:
         return 128 + stop_requested.signal_number
     if end.outcome is Outcome.EARLY_STOP:
         _say(f"stopped early at step {end.step}: {train_config.patience} evaluations without a better one (see --patience)")
+    if end.outcome is Outcome.DIVERGED:
+        _say(f"stopped before step {end.step + 1} changed a weight: {end.reason}")
+        _say(f"repeat that step with: bin/npgpt replay {shlex.quote(str(crash_path(out)))}")
     if end.advice:
         _say(end.advice)
     if end.outcome is Outcome.DIVERGED:
@@ -356,6 +363,34 @@ def gradcheck(args: argparse.Namespace) -> int:
     return 0
 
 
+# ---------------------------------------------------------------- replay
+
+
+def replay_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "replay",
+        "Repeat the step at which a training run found a number that is not finite, and say which operation gave it.",
+        ["bin/npgpt replay model.crash.npz"],
+    )
+    parser.add_argument("ckpt", metavar="FILE", help="the crash file the run has left")
+    return parser
+
+
+def replay(args: argparse.Namespace) -> int:
+    crash = load(args.ckpt)
+    if crash.crash is None or crash.batch is None or crash.train_config is None:
+        raise RequestError(f"{args.ckpt} is no crash file, but the checkpoint of a run; train writes a NAME.crash.npz")
+    config = crash.train_config
+    with Workers(1) as workers:
+        step = ParallelStep(crash.model, workers, config.micro_batch)
+        loss = step(*crash.batch, config.seed, crash.step)
+        found = step.diagnose(*crash.batch, config.seed, crash.step)
+    print(f"step {crash.step + 1}, loss {loss}: {found}")
+    if found != crash.crash:
+        print(f"the run itself had found: {crash.crash}")
+    return 0
+
+
 # ---------------------------------------------------------------- inspect
 
 
@@ -367,14 +402,21 @@ def inspect_parser() -> argparse.ArgumentParser:
 
 
 def inspect(args: argparse.Namespace) -> int:
-    checkpoint = load(args.ckpt)
+    checkpoint = load(args.ckpt, with_optimizer=True)
     config, progress = checkpoint.config, checkpoint.progress
     print(f"{args.ckpt}: {checkpoint.model.num_parameters():,} parameters, step {checkpoint.step}")
+    verified = "the SHA-256 of every array verified" if checkpoint.format > 1 else "which has no hashes to verify"
+    print(f"file        format {checkpoint.format}, {verified}")
+    if checkpoint.crash is not None:
+        print(f"crash       {checkpoint.crash} (npgpt replay repeats the step)")
     print("model       " + ", ".join(f"{k} {v}" for k, v in vars(config).items()))
     if checkpoint.train_config:
         print("training    " + ", ".join(f"{k} {v}" for k, v in vars(checkpoint.train_config).items()))
     print(f"vocabulary  {checkpoint.tokenizer.characters!r}")
-    print(f"text        SHA-256 of its ids {checkpoint.fingerprint}")
+    if checkpoint.fingerprint:
+        print(f"text        SHA-256 of its ids {checkpoint.fingerprint}")
+    if checkpoint.machine:
+        print("machine     " + ", ".join(f"{k} {v}" for k, v in checkpoint.machine.items()))
     for step, train_loss, val_loss, _ in progress.get("history", []):
         best = " (best)" if step == progress.get("best_step") else ""
         val = "" if val_loss is None else f", val loss {val_loss:.4f}{best}"
@@ -392,6 +434,7 @@ COMMANDS: dict[str, tuple[Callable[[], argparse.ArgumentParser], Callable[[argpa
     "generate": (generate_parser, generate, "write text with a trained model"),
     "evaluate": (evaluate_parser, evaluate_command, "the exact loss of a model on a text"),
     "gradcheck": (gradcheck_parser, gradcheck, "check the hand-written gradients"),
+    "replay": (replay_parser, replay, "repeat the step at which a run went wrong"),
     "inspect": (inspect_parser, inspect, "what a checkpoint holds"),
 }
 

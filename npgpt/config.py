@@ -87,6 +87,16 @@ class GPTConfig(Settings):
         if self.d_ff is None:
             object.__setattr__(self, "d_ff", 4 * self.n_embd)
 
+    def num_parameters(self) -> int:
+        """The number of parameters of a model of this shape."""
+        assert self.d_ff is not None  # filled in when made
+        c, d_ff = self.n_embd, self.d_ff
+        norm = c * (1 + self.bias)
+        matrices, biases = c * 3 * c + c * c + 2 * c * d_ff, 3 * c + c + d_ff + c
+        block = 2 * norm + matrices + self.bias * biases
+        tables = (self.vocab_size * (1 if self.tie_weights else 2) + self.block_size) * c
+        return tables + self.n_layer * block + norm
+
 
 @dataclass(frozen=True)
 class TrainConfig(Settings):

@@ -27,6 +27,7 @@ from threadpoolctl import ThreadpoolController
 from npgpt.backend import Stream
 from npgpt.gpt import GPT
 from npgpt.kernels.cpu import BLOCK
+from npgpt.tensor import NonFiniteError, detect_anomaly
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -51,6 +52,13 @@ def one_blas_thread() -> AbstractContextManager[Any]:
     """Inside `with`, the BLAS of this process uses one thread: for products so small that handing them to
     threads costs more than it gains, far more when the machine is busy."""
     return _blas().limit(limits=1, user_api="blas")
+
+
+def machine(device: str, threads: int) -> dict[str, str]:
+    """What decides the rounding of a run: with the same, the same seed gives the same bytes."""
+    found = [library for library in _blas().info() if library["user_api"] == "blas"]
+    blas = " ".join(str(found[0].get(key)) for key in ("internal_api", "version", "architecture")) if found else "unknown"
+    return {"device": device, "threads": str(threads), "blas": blas}
 
 
 def describe_blas() -> str:
@@ -150,24 +158,13 @@ class ParallelStep:
     def __call__(self, x: np.ndarray, y: np.ndarray, seed: int, number: int) -> float:
         """The batch's mean loss; its gradient is then in the model's parameters. Dropout in micro-batch i is a
         function of (seed, number, i)."""
-        rows = len(x)
-        on_cpu = self.model.backend.name == "cpu"
-        pieces = micro_batches(rows, x.shape[1], self.micro_batch if on_cpu else self.micro_batch or rows)
+        pieces = self._pieces(x)
 
         def work(worker: int) -> float:
             model = self._models[worker]
             model.zero_grad()
-            total = 0.0
-            for i in range(worker, len(pieces), self.workers.threads):
-                piece = pieces[i]
-                rng = model.backend.generator(seed, Stream.DROPOUT, number, i)
-                with np.errstate(over="ignore", invalid="ignore"):  # a loss that is no number says it itself
-                    _, loss = model(x[piece], y[piece], rng)
-                    assert loss is not None  # there are targets
-                    share = (piece.stop - piece.start) / rows
-                    loss.backward(model.backend.xp.asarray(share, dtype=loss.dtype))
-                total += share * loss.item()
-            return total
+            mine = range(worker, len(pieces), self.workers.threads)
+            return sum(_forward_backward(model, x, y, pieces[i], seed, number, i) for i in mine)
 
         busy = min(self.workers.threads, len(pieces))
         losses = self.workers.map(work, range(busy))
@@ -180,6 +177,45 @@ class ParallelStep:
         if others:
             self.workers.over(add_up, first.size)
         return sum(losses)
+
+    def diagnose(self, x: np.ndarray, y: np.ndarray, seed: int, number: int) -> str:
+        """Why this step's loss or gradient is not finite: the step once more, in one thread, watching every
+        operation. Names the weight, or the operation and the weight beside it, or the gradient."""
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        isfinite = self.model.backend.xp.isfinite
+        for p in self.model.parameters():
+            if not isfinite(p.data).all():
+                return f"the weight {names[id(p)]} is not finite"
+        self.model.zero_grad()
+        try:
+            with detect_anomaly():
+                for i, piece in enumerate(self._pieces(x)):
+                    _forward_backward(self.model, x, y, piece, seed, number, i)
+        except NonFiniteError as error:
+            leaf = names.get(id(error.leaf))
+            return f"{error}" + (f", at or just after {leaf}" if leaf else "")
+        for p in self.model.parameters():
+            if not isfinite(p.grad).all():
+                return f"the gradient of {names[id(p)]} is not finite, though its parts are"
+        with np.errstate(over="ignore"):
+            norm = float(self.model.flat.grad @ self.model.flat.grad)
+        return "every part of it is finite" + ("" if np.isfinite(norm) else ", but the norm of the gradient is not")
+
+    def _pieces(self, x: np.ndarray) -> list[slice]:
+        rows, tokens = x.shape
+        on_cpu = self.model.backend.name == "cpu"
+        return micro_batches(rows, tokens, self.micro_batch if on_cpu else self.micro_batch or rows)
+
+
+def _forward_backward(model: GPT, x: np.ndarray, y: np.ndarray, piece: slice, seed: int, number: int, i: int) -> float:
+    """Add the gradient of micro-batch i, weighted by its share of the batch; returns its share of the loss."""
+    rng = model.backend.generator(seed, Stream.DROPOUT, number, i)
+    with np.errstate(over="ignore", invalid="ignore"):  # a loss that is no number says it itself
+        _, loss = model(x[piece], y[piece], rng)
+        assert loss is not None  # there are targets
+        share = (piece.stop - piece.start) / len(x)
+        loss.backward(model.backend.xp.asarray(share, dtype=loss.dtype))
+    return share * loss.item()
 
 
 def micro_batches(rows: int, tokens_in_row: int, size: int | None = None) -> list[slice]:

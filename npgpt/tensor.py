@@ -42,6 +42,60 @@ def no_grad() -> Iterator[None]:
         _recording.reset(before)
 
 
+class NonFiniteError(FloatingPointError):
+    """Under `detect_anomaly`: an operation gave numbers that are not finite, though it got only finite ones.
+
+    `op` is its name. `leaf` is a leaf among its inputs, or the one used last before it; None when there was none.
+    """
+
+    def __init__(self, op: str, pass_: str, array: Array, leaf: Tensor | None) -> None:
+        bad = array.size - int(np.isfinite(to_numpy(array)).sum())
+        super().__init__(f"the {pass_} pass of {op} gave {bad:,} of {array.size:,} numbers that are not finite")
+        self.op, self.leaf = op, leaf
+
+
+class _Watch:
+    """What `detect_anomaly` looks at: every result and every gradient as it comes."""
+
+    def __init__(self) -> None:
+        self._leaf: Tensor | None = None  # the last one an operation used
+
+    def result(self, backward: Backward, data: Array, inputs: tuple[Tensor, ...]) -> None:
+        self._see("forward", backward, data, [t for t in inputs if t._node is None and t.requires_grad])
+
+    def gradient(self, backward: Backward, dx: Array | Part, sources: tuple[Node | Tensor | None, ...]) -> None:
+        values = dx.values if isinstance(dx, Part) else dx
+        self._see("backward", backward, values, [t for t in sources if isinstance(t, Tensor)])
+
+    def _see(self, pass_: str, backward: Backward, array: Array, leaves: list[Tensor]) -> None:
+        self._leaf = leaves[0] if leaves else self._leaf
+        if not backend_of(array).xp.isfinite(array).all():
+            raise NonFiniteError(_name_of(backward), pass_, array, self._leaf)
+
+
+_watch: ContextVar[_Watch | None] = ContextVar("watch", default=None)
+
+
+@contextmanager
+def detect_anomaly() -> Iterator[None]:
+    """Within it, the first operation whose result or gradient is not finite raises NonFiniteError. Slow: for
+    finding out where a loss that is no number comes from."""
+    before = _watch.set(_Watch())
+    try:
+        yield
+    finally:
+        _watch.reset(before)
+
+
+def _name_of(backward: Callable[..., Any]) -> str:
+    """The operation that made a backward function: the name of the function it was written in."""
+    name = backward.__qualname__.split(".<locals>")[0]
+    if name == _binary.__name__:  # which wraps the derivatives that an operator hands it
+        inner = [cell.cell_contents for cell in backward.__closure__ or () if callable(cell.cell_contents)]
+        return _name_of(inner[0])
+    return name
+
+
 class Node:
     """One recorded operation: where its inputs came from and how to go back through it.
 
@@ -88,6 +142,8 @@ def record(data: Array, inputs: tuple[Tensor, ...], backward: Backward) -> Tenso
     gradient; `backward` is then dropped with all it holds.
     """
     output = Tensor(data)
+    if watch := _watch.get():
+        watch.result(backward, output.data, inputs)
     if _recording.get() and any(t.requires_grad for t in inputs):
         edges = tuple((t._node or t) if t.requires_grad else None for t in inputs)
         output.requires_grad = True
@@ -357,6 +413,7 @@ def _walk_back(root: Node, gradient: Array) -> None:
     """Run backward functions from `root` to the leaves, without recursion."""
     pending = _Pending()
     pending.add(root, gradient)
+    watch = _watch.get()
     while pending:
         node, dy = pending.pop()
         inputs, backward = node.inputs, node.backward
@@ -364,6 +421,8 @@ def _walk_back(root: Node, gradient: Array) -> None:
         for source, dx in zip(inputs, backward(dy), strict=True):
             if source is None or dx is None:
                 continue
+            if watch:
+                watch.gradient(backward, dx, inputs)
             if isinstance(source, Tensor):
                 _add_to_leaf(source, dx)
             else:

@@ -10,11 +10,15 @@ Files of a run whose checkpoint is `model.npz`:
     model.last.npz   the state at the last evaluation or interruption, from which a run is resumed
     model.jsonl      the log: one JSON object per line
 
-What an earlier run left under these names is kept as `model.previous.npz` and so on.
+What an earlier run left under these names is kept as `model.previous.npz` and so on. While a run lasts,
+`.model.npz.lock` keeps a second one from writing the same files.
+
+    model.crash.npz  after a loss or gradient that was not finite: that step, to be repeated with `replay`
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import json
@@ -30,12 +34,15 @@ from npgpt.checkpoint import Checkpoint
 from npgpt.config import GenerateConfig, GPTConfig, RequestError, TrainConfig
 from npgpt.data import Dataset
 from npgpt.evaluate import evaluate
+from npgpt.files import lock, remove_leftovers
 from npgpt.generate import generate_text
 from npgpt.gpt import GPT
 from npgpt.kernels.cpu import QUERY_BLOCK
 from npgpt.optim import AdamW, clip_grad_norm, learning_rate
-from npgpt.parallel import ParallelStep, Workers, micro_batches
+from npgpt.parallel import ParallelStep, Workers, machine, micro_batches
 from npgpt.tokenizer import CharTokenizer
+
+LONGEST_HISTORY = 10_000  # evaluations a checkpoint remembers; the log has all of them
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,7 @@ class End:
     step: int
     outcome: Outcome
     advice: str
+    reason: str = ""  # of a run that diverged: what was not finite, and where it came from
 
 
 @dataclass
@@ -119,11 +127,13 @@ class Trainer:
                 )
         self.progress = Progress()
         self._workers = Workers(config.threads if model.backend.name == "cpu" else 1)
+        self.machine = machine(model.backend.name, self._workers.threads)
         self._forward_backward = ParallelStep(model, self._workers, config.micro_batch)
         self.optimizer = AdamW(model.parameters(), config.lr, (config.beta1, config.beta2), weight_decay=config.weight_decay)
 
-    def resume(self, last: Checkpoint) -> None:
-        """Continue where `last` (loaded with its optimiser) stopped.
+    def resume(self, last: Checkpoint) -> list[str]:
+        """Continue where `last` (loaded with its optimiser) stopped. Returns what is different about the machine, and
+        makes the same seed give other bytes: the number of threads, the BLAS, the device.
 
         Raises RequestError, naming the difference, when it comes from another text, vocabulary or
         configuration. What does not change the numbers of a step may differ, and so may the number of steps.
@@ -146,21 +156,41 @@ class Trainer:
             raise RequestError(f"cannot resume: the checkpoint's training state is damaged ({error})") from None
         self.model.load_state_dict(last.model.state_dict())
         self.progress = progress
+        before = last.machine or self.machine
+        return [
+            f"{key} was {before.get(key)} and is now {value}" for key, value in self.machine.items() if before.get(key) != value
+        ]
 
     def run(self, stop_requested: Callable[[], bool] = lambda: False) -> Iterator[Step | Evaluation | End]:
         """Train to the end. `stop_requested` is asked after every step; when it says yes, the state is saved
         and the run ends. Raises OSError when a file cannot be written."""
+        with lock(lock_path(self.out), str(self.out)) if self.out else contextlib.nullcontext():
+            yield from self._run(stop_requested)
+
+    def _run(self, stop_requested: Callable[[], bool]) -> Iterator[Step | Evaluation | End]:
         p, config = self.progress, self.config
-        if self.out and p.step == 0 and self.out.exists():
-            for path in files_of(self.out):
-                if path.exists():
-                    path.replace(path.with_name(path.name.replace(self.out.stem, f"{self.out.stem}.previous", 1)))
+        if self.out:
+            for path in (self.out, last_path(self.out), crash_path(self.out)):
+                remove_leftovers(path)
+            if p.step == 0 and self.out.exists():
+                for path in files_of(self.out):
+                    if path.exists():
+                        path.replace(path.with_name(path.name.replace(self.out.stem, f"{self.out.stem}.previous", 1)))
         self._log("start" if p.step == 0 else "resume", {"step": p.step, "config": dataclasses.asdict(config)})
         with self._workers:
             outcome = yield from self._steps(stop_requested)
-        end = End(p.step, outcome, advice(p, config, self.model.config, outcome))
-        self._log("end", {"step": end.step, "outcome": outcome.name.lower(), "advice": end.advice})
+            reason = self._crash() if outcome is Outcome.DIVERGED else ""
+        end = End(p.step, outcome, advice(p, config, self.model.config, outcome), reason)
+        self._log("end", {"step": end.step, "outcome": outcome.name.lower(), "advice": end.advice, "reason": reason})
         yield end
+
+    def _crash(self) -> str:
+        """Find out why the next step's loss or gradient is not finite, and write what is needed to repeat it."""
+        x, y = self.dataset.get_batch("train", self.progress.step)
+        reason = self._forward_backward.diagnose(x, y, self.config.seed, self.progress.step)
+        if self.out:
+            self._write(crash_path(self.out), crash=reason, batch=(x, y))
+        return reason
 
     def _steps(self, stop_requested: Callable[[], bool]) -> Generator[Step | Evaluation, None, Outcome]:
         """Steps and evaluations until something ends them; returns what."""
@@ -232,6 +262,7 @@ class Trainer:
         else:
             p.stale_evaluations += 1
         p.history.append([p.step, train_loss, val_loss, val_stderr])
+        del p.history[:-LONGEST_HISTORY]
         self._save(best)
         result = Evaluation(p.step, train_loss, val_loss, val_stderr, best, sample, time.perf_counter() - started)
         self._log("evaluation", dataclasses.asdict(result))
@@ -245,18 +276,23 @@ class Trainer:
     def _save(self, best: bool = False) -> None:
         """Write the resumable state and, when these are the best weights so far, the run's checkpoint."""
         if self.out:
-            # Interrupted before the first evaluation, a run still leaves a model.
-            for path in [self.out, last_path(self.out)] if best or not self.out.exists() else [last_path(self.out)]:
-                checkpoint.save(
-                    path,
-                    self.model,
-                    self.tokenizer,
-                    optimizer=self.optimizer,
-                    train_config=self.config,
-                    progress=dataclasses.asdict(self.progress),
-                    source=self.source,
-                    fingerprint=self.fingerprint,
-                )
+            self._write(last_path(self.out))
+            if best or not self.out.exists():  # interrupted before the first evaluation, a run still leaves a model
+                self._write(self.out)
+
+    def _write(self, path: Path, **more: Any) -> None:
+        checkpoint.save(
+            path,
+            self.model,
+            self.tokenizer,
+            optimizer=self.optimizer,
+            train_config=self.config,
+            progress=dataclasses.asdict(self.progress),
+            source=self.source,
+            fingerprint=self.fingerprint,
+            machine=self.machine,
+            **more,
+        )
 
     def _log(self, event: str, values: dict[str, Any]) -> None:
         if self.out:
@@ -278,9 +314,19 @@ def log_path(out: Path) -> Path:
     return out.with_suffix(".jsonl")
 
 
+def crash_path(out: Path) -> Path:
+    """Where a step that went wrong is: model.npz -> model.crash.npz."""
+    return out.with_name(f"{out.stem}.crash{out.suffix}")
+
+
+def lock_path(out: Path) -> Path:
+    """model.npz -> .model.npz.lock."""
+    return out.with_name(f".{out.name}.lock")
+
+
 def files_of(out: Path) -> list[Path]:
     """All files of a run."""
-    return [out, last_path(out), log_path(out)]
+    return [out, last_path(out), log_path(out), crash_path(out)]
 
 
 def _differences(before: Any, now: Any, ignore: tuple[str, ...] = ()) -> list[str]:

@@ -25,6 +25,7 @@ ORDER = [
     "nn.py",
     "optim.py",
     "config.py",
+    "files.py",
     "gpt.py",
     "tokenizer.py",
     "data.py",
