@@ -14,7 +14,7 @@ VENV_BIN := .venv/bin
 endif
 PIP := $(VENV_BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help train test lint bench gradcheck data venv clean
+.PHONY: help train test soak lint bench gradcheck data venv clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -27,6 +27,9 @@ train: .venv/.core ## train on DATA (a path, or a name under data/), write OUT
 
 test: .venv/.test ## run all tests
 	$(VENV_BIN)/python -m pytest -n auto
+
+soak: .venv/.test ## the reliability tests at full size: kills, faults, damaged files; a quarter of an hour
+	$(VENV_BIN)/python tests/soak.py $(ARGS)
 
 lint: .venv/.dev ## check style and types
 	$(VENV_BIN)/python -m ruff check .

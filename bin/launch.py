@@ -11,4 +11,6 @@ try:
     from npgpt.cli import main
 except ModuleNotFoundError as error:
     sys.exit(f"npgpt: the package {error.name} is missing; run 'make venv' in {root} first")
+except KeyboardInterrupt:  # before the command could see to it
+    sys.exit(130)
 sys.exit(main())

@@ -2,6 +2,9 @@
 
 import sys
 
-from npgpt.cli import main
+try:
+    from npgpt.cli import main
 
-sys.exit(main())
+    sys.exit(main())
+except KeyboardInterrupt:  # before the command could see to it
+    sys.exit(130)

@@ -17,6 +17,7 @@ unpickled, and what is left over or missing is an error. Either a file is exactl
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import math
@@ -130,7 +131,7 @@ def save(
             with _open(written) as found:
                 found.check_hashes()
         except CheckpointError as error:
-            raise OSError(f"what was written to {path} reads back differently: {error}") from None
+            raise OSError(errno.EIO, f"what was written reads back differently ({error})") from None
 
     with whole_file(Path(path), verify) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         # ZipInfo's own date, not today's: the same contents are the same bytes.
@@ -160,7 +161,7 @@ def _sha256(*parts: bytes | memoryview) -> str:
 
 NPY_MAGIC = b"\x93NUMPY\x01\x00"
 NPY_HEADER = re.compile(
-    rb"\{'descr': '([<|]\w\d)', 'fortran_order': False, 'shape': \(((?:\d{1,18}, ?)*(?:\d{1,18})?)\), \} *\n"
+    rb"\{'descr': '([<|]\w\d)', 'fortran_order': False, 'shape': \(((?:\d{1,18}, ?){0,4}(?:\d{1,18})?)\), \} *\n"
 )
 
 KEYS = {

@@ -112,6 +112,11 @@ def train(args: argparse.Namespace) -> int:
             end = _show_run(trainer, stop_requested)
     except MemoryError:
         return _failed("train", f"out of memory: {memory_advice(config, train_config)}")
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        kept = last_path(out)
+        resume = f"; {kept} is whole, continue with: {_resume_command(args)}" if kept.exists() else ""
+        return _failed("train", f"cannot write: {error.strerror or error}{where}{resume}")
     if end.outcome is Outcome.INTERRUPTED:
         _say(f"stopped after step {end.step}; continue with: {_resume_command(args)}")
         return 128 + stop_requested.signal_number

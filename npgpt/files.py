@@ -31,15 +31,17 @@ def whole_file(path: Path, verify: Callable[[Path], None]) -> Iterator[BinaryIO]
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with open(temporary, "wb") as file:
             yield file
             file.flush()
             _sync(file.fileno())
         verify(temporary)
-        temporary.replace(path)
-    except BaseException:
+        os.replace(temporary, path)
+    except BaseException as error:
         with contextlib.suppress(OSError):  # the error that brought us here says more
             temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # a write does not know its file's name
+            error.filename = str(path)
         raise
     sync_folder(path.parent)
 

@@ -171,8 +171,9 @@ class ParallelStep:
         first, *others = (twin.flat.grad for twin in self._models[:busy])
 
         def add_up(at: slice) -> None:
-            for gradient in others:
-                first[at] += gradient[at]
+            with np.errstate(over="ignore", invalid="ignore"):
+                for gradient in others:
+                    first[at] += gradient[at]
 
         if others:
             self.workers.over(add_up, first.size)

@@ -69,6 +69,7 @@ class _Watch:
 
     def _see(self, pass_: str, backward: Backward, array: Array, leaves: list[Tensor]) -> None:
         self._leaf = leaves[0] if leaves else self._leaf
+        array = np.asarray(array) if isinstance(array, np.generic) else array  # what operators make of one element
         if not backend_of(array).xp.isfinite(array).all():
             raise NonFiniteError(_name_of(backward), pass_, array, self._leaf)
 

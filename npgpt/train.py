@@ -296,8 +296,10 @@ class Trainer:
 
     def _log(self, event: str, values: dict[str, Any]) -> None:
         if self.out:
-            mode = "w" if event == "start" else "a"
-            with log_path(self.out).open(mode, encoding="utf-8", newline="\n") as log:
+            path = log_path(self.out)
+            if event == "resume" and path.exists():
+                _drop_half_a_line(path)
+            with path.open("w" if event == "start" else "a", encoding="utf-8", newline="\n") as log:
                 log.write(json.dumps({"event": event} | values, ensure_ascii=False) + "\n")
 
 
@@ -327,6 +329,12 @@ def lock_path(out: Path) -> Path:
 def files_of(out: Path) -> list[Path]:
     """All files of a run."""
     return [out, last_path(out), log_path(out), crash_path(out)]
+
+
+def _drop_half_a_line(path: Path) -> None:
+    """Cut off what a killed process left of its last line."""
+    with path.open("r+b") as file:
+        file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def _differences(before: Any, now: Any, ignore: tuple[str, ...] = ()) -> list[str]:

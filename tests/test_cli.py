@@ -1,5 +1,6 @@
 """The commands as a user runs them: real processes, their output and exit status."""
 
+import errno
 import os
 import re
 import shutil
@@ -12,6 +13,8 @@ import pytest
 
 import npgpt
 import npgpt.cli
+from npgpt.files import lock
+from npgpt.train import lock_path
 
 ROOT = Path(__file__).parent.parent
 SMALL_MODEL = ["--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--block-size", "16"]
@@ -181,6 +184,7 @@ def test_help_and_version_of_all(tmp_path):
 FILES = {
     "empty.txt": b"",
     "one.txt": b"a",
+    "other.txt": b"the bell rang over the water. " * 100,
     "short.txt": b"too short for a window",
     "binary.txt": bytes(range(256)) * 20,
     "latin1.txt": "déjà vu, ".encode("latin-1") * 100,
@@ -223,6 +227,43 @@ WRONG = {
         ("short.txt --resume model.npz --block-size 4", "cannot resume: the text is not the one"),
         ("text.txt --resume model.npz", "nothing to do"),
         ("text.txt --resume model.npz --steps 9 --n-embd 32", "n_embd was 16 and is now 32"),
+        ("text.txt --resume model.npz --steps 9 --dropout 0.3", "dropout was 0.1 and is now 0.3"),
+        ("text.txt --resume model.npz --steps 9 --lr 0.5", "lr was 0.001 and is now 0.5"),
+        ("text.txt --resume model.npz --steps 9 --seed 5", "seed was 1337 and is now 5"),
+        ("other.txt --resume model.npz --steps 9", "cannot resume: the text is not the one"),
+        ("text.txt --resume text.txt", "not a checkpoint"),
+        ("text.txt --resume folder.npz", "folder|cannot read"),
+        ("text.txt --out none.npz --resume", "nothing to resume: there is no none.last.npz"),
+        ("text.txt --preset fast", "invalid choice: 'fast'|quick"),
+        ("text.txt --preset char --n-head 5", "multiple of n_head"),
+        ("text.txt --batch-size 0", "batch_size must be a whole number at least 1, got 0"),
+        ("text.txt --batch-size 1.5", "batch_size must be a whole number at least 1, got '1.5'"),
+        ("text.txt --batch-size", "expected one argument"),
+        ("text.txt --block-size -3", "block_size must be"),
+        ("text.txt --n-layer 0", "n_layer must be"),
+        ("text.txt --n-head 0", "n_head must be"),
+        ("text.txt --d-ff 0", "d_ff must be"),
+        ("text.txt --lr 0", "lr must be a number above 0"),
+        ("text.txt --lr inf", "lr must be"),
+        ("text.txt --lr fast", "lr must be a number above 0, got 'fast'"),
+        ("text.txt --beta1 1", "beta1 must be"),
+        ("text.txt --beta2 -0.1", "beta2 must be"),
+        ("text.txt --weight-decay -1", "weight_decay must be"),
+        ("text.txt --grad-clip -1", "grad_clip must be"),
+        ("text.txt --eval-interval 0", "eval_interval must be"),
+        ("text.txt --eval-tokens -1", "eval_tokens must be"),
+        ("text.txt --patience -1", "patience must be"),
+        ("text.txt --log-interval 0", "log_interval must be"),
+        ("text.txt --sample-tokens -1", "sample_tokens must be"),
+        ("text.txt --warmup-steps -1", "warmup_steps must be"),
+        ("text.txt --val-fraction -0.1", "val_fraction must be"),
+        ("text.txt --schedule linear", "cosine"),
+        ("text.txt --seed -1", "seed must be"),
+        ("text.txt --seed 1e3", "seed must be"),
+        ("text.txt --threads 0", "threads must be"),
+        ("text.txt --micro-batch 0", "micro_batch must be"),
+        ("text.txt --no-biass", "did you mean --no-bias"),
+        ("one.txt --block-size 1", "too short"),
     ],
     "generate": [
         ("", "required: --ckpt"),
@@ -250,9 +291,43 @@ WRONG = {
         ("--ckpt none.npz text.txt", "no such checkpoint"),
     ],
     "gradcheck": [("--n-embd 5", "multiple of n_head"), ("--steps 5", "unknown argument")],
+    "replay": [
+        ("none.npz", "no such checkpoint"),
+        ("model.npz", "is no crash file"),
+        ("text.txt", "not a checkpoint"),
+        ("", "required: FILE"),
+    ],
     "inspect": [("none.npz", "no such checkpoint"), ("text.txt", "not a checkpoint"), ("", "required: FILE")],
     "trian": [("", "did you mean train")],
 }
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(workshop, tmp_path, capsys, monkeypatch):
+    for path in workshop.iterdir():
+        shutil.copy(path, tmp_path) if path.is_file() else None
+    monkeypatch.chdir(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.npz")}
+
+    def full_disk(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    assert npgpt.cli.main(["train", "text.txt", "--resume", "--steps", "20"]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(
+        "npgpt train: cannot write: No space left on device: model.last.npz; model.last.npz is whole, continue"
+    )
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.npz")} == before
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_checkpoint_in_use_is_refused(workshop, capsys, monkeypatch):
+    monkeypatch.chdir(workshop)
+    before = {path.name: path.stat().st_mtime_ns for path in workshop.iterdir()}
+    with lock(lock_path(Path("model.npz")), "model.npz"):
+        assert npgpt.cli.main(["train", "text.txt", "--steps", "5", "--batch-size", "2"]) == 2
+    assert f"model.npz is in use by another run (process {os.getpid()})" in capsys.readouterr().err
+    assert {path.name: path.stat().st_mtime_ns for path in workshop.iterdir()} == before
 
 
 @pytest.mark.parametrize(("name", "arguments", "words"), [(n, a, w) for n, rows in WRONG.items() for a, w in rows])

@@ -1,0 +1,109 @@
+"""Runs that are killed, interrupted, resumed, or find a number that is not finite."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+import reliability
+
+import npgpt
+from npgpt import RequestError
+from npgpt.cli import main
+from npgpt.train import last_path, log_path
+
+posix_only = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+
+
+def sound(tally):
+    """Nothing lost, nothing wrong."""
+    assert tally.tried > 0
+    assert (tally.lost, tally.wrong) == (0, 0), tally.notes[:5]
+    return tally
+
+
+def test_killed_runs_go_on_where_they_were(tmp_path):
+    sound(reliability.kills(tmp_path, 20))  # R1
+
+
+@posix_only
+def test_signals_end_a_run_in_good_order(tmp_path):
+    sound(reliability.signals(tmp_path, 20))  # R8
+
+
+def test_a_resumed_run_writes_the_same_bytes(tmp_path):
+    sound(reliability.resumptions(tmp_path, 20, range(1, 20, 2)))  # R7
+
+
+def test_numbers_that_are_not_finite_stop_a_run(tmp_path, monkeypatch):
+    assert sound(reliability.not_finite(tmp_path, monkeypatch.setattr)).tried >= 12  # R9
+
+
+def test_replay_repeats_the_step(tmp_path, capsys):
+    run = reliability.trainer(tmp_path / "model.npz")
+    events = run.run()
+    next(events)
+    run.model.wte.weight.data[...] = float("inf")
+    end = list(events)[-1]
+    assert main(["replay", str(tmp_path / "model.crash.npz")]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"step 2, loss nan: {end.reason}\n" == "step 2, loss nan: the weight wte.weight is not finite\n"
+    assert err == ""
+    assert main(["inspect", str(tmp_path / "model.crash.npz")]) == 0
+    assert "crash       the weight wte.weight" in capsys.readouterr().out
+    run = reliability.trainer(tmp_path / "other.npz", steps=2)
+    list(run.run())
+    assert main(["replay", str(tmp_path / "other.npz")]) == 2
+    assert "is no crash file" in capsys.readouterr().err
+
+
+def test_a_second_run_on_the_same_files_is_refused(tmp_path):
+    events = reliability.trainer(tmp_path / "model.npz").run()
+    next(events)
+    before = sorted((p.name, p.read_bytes()) for p in tmp_path.iterdir())
+    with pytest.raises(RequestError, match="in use by another run"):
+        next(reliability.trainer(tmp_path / "model.npz").run())
+    assert sorted((p.name, p.read_bytes()) for p in tmp_path.iterdir()) == before
+    list(events)
+    assert not list(tmp_path.glob(".*"))
+    list(reliability.trainer(tmp_path / "model.npz").run())
+
+
+def test_another_machine_is_told(tmp_path):
+    out = tmp_path / "model.npz"
+    first = reliability.trainer(out)
+    list(first.run(lambda: first.progress.step >= 3))
+    assert reliability.trainer(out).resume(npgpt.load(last_path(out), with_optimizer=True)) == []
+    other = reliability.trainer(out, threads=1)
+    assert other.resume(npgpt.load(last_path(out), with_optimizer=True)) == ["threads was 2 and is now 1"]
+    list(other.run())
+
+
+def test_half_a_line_of_the_log_is_dropped(tmp_path):
+    out = tmp_path / "model.npz"
+    first = reliability.trainer(out)
+    list(first.run(lambda: first.progress.step >= 8))
+    with log_path(out).open("a", encoding="utf-8") as log:
+        log.write('{"event": "ste')
+    second = reliability.trainer(out)
+    second.resume(npgpt.load(last_path(out), with_optimizer=True))
+    list(second.run())
+    events = [json.loads(line)["event"] for line in log_path(out).read_text(encoding="utf-8").splitlines()]
+    assert events[0] == "start"
+    assert "resume" in events
+    assert events[-1] == "end"
+
+
+@posix_only
+def test_a_closed_pipe_is_quiet(tmp_path):
+    list(reliability.trainer(tmp_path / "model.npz", steps=2).run())
+    command = [sys.executable, "-m", "npgpt", "generate", "--ckpt", "model.npz", "--max-new-tokens", "100000"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env={"PYTHONPATH": str(reliability.ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.read(20)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait(timeout=60) in (0, -signal.SIGPIPE)
