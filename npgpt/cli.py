@@ -124,7 +124,8 @@ def train(args: argparse.Namespace) -> int:
         _say(f"stopped early at step {end.step}: {train_config.patience} evaluations without a better one (see --patience)")
     if end.outcome is Outcome.DIVERGED:
         _say(f"stopped before step {end.step + 1} changed a weight: {end.reason}")
-        _say(f"repeat that step with: bin/npgpt replay {shlex.quote(str(crash_path(out)))}")
+        if crash_path(out).exists():
+            _say(f"repeat that step with: bin/npgpt replay {shlex.quote(str(crash_path(out)))}")
     if end.advice:
         _say(end.advice)
     if end.outcome is Outcome.DIVERGED:

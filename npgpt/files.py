@@ -46,6 +46,22 @@ def whole_file(path: Path, verify: Callable[[Path], None]) -> Iterator[BinaryIO]
     sync_folder(path.parent)
 
 
+def also_at(source: Path, path: Path) -> bool:
+    """Make `path` a second name of the whole file `source`, in place of what was there; False, and nothing done,
+    where the file system has no second names. Replacing one name later leaves the file at the other."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        os.link(source, temporary)
+    except OSError:
+        return False
+    try:
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # when both were the same file already, or it could not be replaced
+    sync_folder(path.parent)
+    return True
+
+
 def sync_folder(folder: Path) -> None:
     """Wait until the names in a folder are on the disk, where a folder can be asked for that (not on Windows)."""
     if sys.platform == "win32":

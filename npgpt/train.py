@@ -34,7 +34,7 @@ from npgpt.checkpoint import Checkpoint
 from npgpt.config import GenerateConfig, GPTConfig, RequestError, TrainConfig
 from npgpt.data import Dataset
 from npgpt.evaluate import evaluate
-from npgpt.files import lock, remove_leftovers
+from npgpt.files import also_at, lock, remove_leftovers
 from npgpt.generate import generate_text
 from npgpt.gpt import GPT
 from npgpt.kernels.cpu import QUERY_BLOCK
@@ -176,6 +176,8 @@ class Trainer:
                 for path in files_of(self.out):
                     if path.exists():
                         path.replace(path.with_name(path.name.replace(self.out.stem, f"{self.out.stem}.previous", 1)))
+            if p.step and p.step == p.best_step:  # it may have been killed between the two files of a save
+                self._save(best=True)
         self._log("start" if p.step == 0 else "resume", {"step": p.step, "config": dataclasses.asdict(config)})
         with self._workers:
             outcome = yield from self._steps(stop_requested)
@@ -189,7 +191,10 @@ class Trainer:
         x, y = self.dataset.get_batch("train", self.progress.step)
         reason = self._forward_backward.diagnose(x, y, self.config.seed, self.progress.step)
         if self.out:
-            self._write(crash_path(self.out), crash=reason, batch=(x, y))
+            try:
+                self._write(crash_path(self.out), crash=reason, batch=(x, y))
+            except OSError as error:  # the reason must not be lost with it
+                return f"{reason} (and {crash_path(self.out)} could not be written: {error.strerror})"
         return reason
 
     def _steps(self, stop_requested: Callable[[], bool]) -> Generator[Step | Evaluation, None, Outcome]:
@@ -277,7 +282,8 @@ class Trainer:
         """Write the resumable state and, when these are the best weights so far, the run's checkpoint."""
         if self.out:
             self._write(last_path(self.out))
-            if best or not self.out.exists():  # interrupted before the first evaluation, a run still leaves a model
+            # Interrupted before the first evaluation, a run still leaves a model.
+            if (best or not self.out.exists()) and not also_at(last_path(self.out), self.out):
                 self._write(self.out)
 
     def _write(self, path: Path, **more: Any) -> None:

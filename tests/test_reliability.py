@@ -1,6 +1,8 @@
 """Runs that are killed, interrupted, resumed, or find a number that is not finite."""
 
+import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -78,6 +80,41 @@ def test_another_machine_is_told(tmp_path):
     other = reliability.trainer(out, threads=1)
     assert other.resume(npgpt.load(last_path(out), with_optimizer=True)) == ["threads was 2 and is now 1"]
     list(other.run())
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_best_and_the_last_are_two_files(tmp_path, monkeypatch, links):
+    """Also where a file cannot have two names."""
+
+    def no_links(source, target):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    out = tmp_path / "model.npz"
+    run = reliability.trainer(out, steps=12, eval_interval=3)
+    for event in run.run():
+        if isinstance(event, npgpt.train.Evaluation):
+            best = npgpt.load(out).step
+            assert best == run.progress.best_step
+            assert npgpt.load(last_path(out)).step == event.step
+            if event.best:
+                assert out.read_bytes() == last_path(out).read_bytes()
+                run.progress.best_loss = 0.0  # so that none after it is better
+    assert best == 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.jsonl", "model.last.npz", "model.npz"]
+
+
+def test_killed_between_the_two_files_of_a_save(tmp_path):
+    out = tmp_path / "model.npz"
+    first = reliability.trainer(out, steps=12, eval_interval=3)
+    list(first.run(lambda: first.progress.step >= 6))
+    assert first.progress.best_step == 6
+    reliability.write_checkpoint(out, seed=3)  # as it was before the save at step 6
+    second = reliability.trainer(out, steps=12, eval_interval=100)
+    second.resume(npgpt.load(last_path(out), with_optimizer=True))
+    next(second.run())
+    assert npgpt.load(out).step == 6
 
 
 def test_half_a_line_of_the_log_is_dropped(tmp_path):

@@ -148,6 +148,25 @@ def generation(tokens=200):
     return results
 
 
+def saving(step_ms):
+    """Milliseconds to save the state of a workload, and the share of training time that takes at the default interval."""
+    interval, rows = npgpt.TrainConfig().eval_interval, {}
+    tokenizer = npgpt.CharTokenizer("".join(map(chr, range(32, 97))))
+    with tempfile.TemporaryDirectory(dir=".") as folder:  # not where it might be memory
+        for name, ms in step_ms.items():
+            settings = {k: v for k, v in vars(WORKLOADS[name]).items() if k != "batch_size"}
+            model = npgpt.GPT(npgpt.GPTConfig(**settings))
+            optimizer = npgpt.AdamW(model.parameters())
+            path = Path(folder) / "model.npz"
+            seconds = seconds_of(lambda m=model, o=optimizer, p=path: npgpt.save(p, m, tokenizer, optimizer=o), 5)
+            rows[name] = {
+                "file_mb": round(path.stat().st_size / 1e6, 1),
+                "save_ms": round(1e3 * seconds, 1),
+                "percent_of_training": round(100 * 1e3 * seconds / (interval * ms), 2),
+            }
+    return rows
+
+
 def start_up():
     """Seconds to import the package and to answer --help, each as a whole process."""
 
@@ -246,6 +265,7 @@ def main():
     for title, measure in [
         ("kernels, there and back, a micro-batch of seed", kernels),
         ("generation, tokens/s, one sequence", generation),
+        ("saving", lambda: saving({name: rows["npgpt"]["ms"] for name, rows in results["training"].items()})),
         ("start-up", start_up),
         ("large texts", lambda: large_texts(sizes)),
     ]:
