@@ -317,18 +317,22 @@ class _UnusableError(CheckpointError):
 def _members(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
     """The archive's members by name: each once, stored as it is, within the file."""
     members: dict[str, zipfile.ZipInfo] = {}
-    total = 0
+    others, total = [], 0
     for info in archive.infolist():
         name = info.filename
         if name in members:
             raise CheckpointError(f"it has two members named {name!r}")
         if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size or info.flag_bits & 1:
             raise CheckpointError(f"its member {name!r} is compressed or encrypted, expected it as it is")
+        if name != HEADER and not name.endswith(".npy"):
+            others.append(name)
         total += info.file_size
         members[name] = info
     if HEADER not in members:
         shown = ", ".join(list(members)[:3]) + (", ..." if len(members) > 3 else "")
         raise _UnusableError(f"is not an npgpt checkpoint: it has no {HEADER}, but {shown or 'nothing'}")
+    if others:
+        raise CheckpointError(f"its member {others[0]!r} is not an array")
     if total > size:
         raise CheckpointError(f"its members claim {total:,} bytes, the file has {size:,}")
     if members[HEADER].file_size > LARGEST_HEADER:

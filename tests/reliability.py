@@ -527,6 +527,8 @@ def hostile_files(folder):
         write("folder", members | {"wte.weight.npy/": b""}),
         write("extra array", members | {"evil.npy": wte}),
         write("extra file", members | {"readme.txt": b"hello"}),
+        write("array without its suffix", {k.replace("wte.weight.npy", "wte.weight"): v for k, v in members.items()}),
+        write("array with half its suffix", {k.replace("wte.weight.npy", "wte.weight\0npy"): v for k, v in members.items()}),
         write("missing array", {k: v for k, v in members.items() if k != "ln_f.bias.npy"}),
         write("missing moments", {k: v for k, v in members.items() if "exp_avg" not in k}),
         write("no header", {k: v for k, v in members.items() if k != "checkpoint.json"}),
