@@ -14,7 +14,7 @@ VENV_BIN := .venv/bin
 endif
 PIP := $(VENV_BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help train test soak lint bench gradcheck data venv clean
+.PHONY: help train test soak lint bench gradcheck gradcheck-full parity mutation data venv clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -42,6 +42,15 @@ bench: .venv/.core ## time training, kernels, generation, start-up; against PyTo
 gradcheck: .venv/.core ## hold every gradient of a small GPT against finite differences
 	$(VENV_BIN)/python -m npgpt gradcheck $(ARGS)
 
+gradcheck-full: .venv/.test ## every operation, 200 examples of each property, every element
+	GRADCHECK_EXAMPLES=200 $(VENV_BIN)/python -m pytest -n auto --timeout 1200 tests/test_properties.py tests/test_gradients.py
+
+parity: .venv/.parity ## the same numbers as PyTorch (installs it)
+	$(VENV_BIN)/python -m pytest -n auto tests/test_parity.py
+
+mutation: .venv/.test ## plant bugs in the backward passes; every one must be caught
+	$(VENV_BIN)/python tests/mutation.py $(ARGS)
+
 data: ## fetch tiny Shakespeare into data/ (needs a network)
 	$(PYTHON) data/fetch.py
 
@@ -63,6 +72,10 @@ clean: ## remove .venv and what tests and tools leave behind
 
 .venv/.test: .venv/.core
 	$(PIP) -e ".[test]"
+	@touch $@
+
+.venv/.parity: .venv/.test
+	$(PIP) -e ".[parity]"
 	@touch $@
 
 .venv/.dev: .venv/.test

@@ -32,7 +32,7 @@ from npgpt.evaluate import evaluate
 from npgpt.generate import generate_text
 from npgpt.gpt import GPT
 from npgpt.gradcheck import GradientError, check_tensors
-from npgpt.parallel import ParallelStep, Workers, available_cores, describe_blas
+from npgpt.parallel import ParallelStep, Workers, available_cores, describe_blas, one_blas_thread
 from npgpt.train import (
     End,
     Evaluation,
@@ -339,19 +339,31 @@ def gradcheck_parser() -> argparse.ArgumentParser:
         "Hold every parameter's gradient in a small GPT against finite differences, in float64, dropout on: of each\n"
         "parameter a dozen elements, and three random directions that every element has a part in. Where the function\n"
         "is not smooth (a kink, as ReLU's at 0) there is nothing to compare with; such places are counted.",
-        ["bin/gradcheck", "bin/gradcheck --activation relu --n-layer 3"],
+        ["bin/gradcheck --activation relu --n-layer 3", "bin/gradcheck --ckpt model.npz"],
+    )
+    parser.add_argument(
+        "--ckpt", metavar="FILE", help="check the model of a checkpoint, with its weights (default: a small one)"
     )
     add_flags(parser, GPTConfig, defaults=GRADCHECK_MODEL)
     return parser
 
 
 def gradcheck(args: argparse.Namespace) -> int:
-    config = GPTConfig(**(GRADCHECK_MODEL | given(GPTConfig, args)))
+    from tqdm import tqdm
+
+    asked = given(GPTConfig, args)
+    if args.ckpt and asked:
+        raise RequestError(f"a checkpoint has its own shape: leave out --ckpt or --{next(iter(asked)).replace('_', '-')}")
+    trained = load(args.ckpt).model if args.ckpt else None
+    config = trained.config if trained else GPTConfig(**(GRADCHECK_MODEL | asked))
     model = GPT(config, dtype=np.float64)
     rng = np.random.default_rng(0)
-    for p in model.parameters():  # weights of ordinary size, so that no term is too small to show
-        p.data[...] += 0.3 * rng.standard_normal(p.shape)
-    ids = rng.integers(0, config.vocab_size, (2, config.block_size + 1))
+    if trained:
+        model.load_state_dict(trained.state_dict())
+    else:
+        for p in model.parameters():  # weights of ordinary size, so that no term is too small to show
+            p.data[...] += 0.3 * rng.standard_normal(p.shape)
+    ids = rng.integers(0, config.vocab_size, (2, min(config.block_size, 8) + 1))
     x, y = ids[:, :-1], ids[:, 1:]
 
     def loss() -> npgpt.Tensor:
@@ -361,10 +373,14 @@ def gradcheck(args: argparse.Namespace) -> int:
     parameters = dict(model.named_parameters())
     width = max(map(len, parameters))
     print(f"{'parameter':{width}}  {'shape':>9}  checked  kinks  largest error  median error")
-    for report in check_tensors(loss, parameters, op="GPT", rtol=1e-7, max_elements=12):
-        shape = "x".join(map(str, parameters[report.name].shape))
-        errors = f"{report.max_error:13.1e}  {report.median_error:12.1e}"
-        print(f"{report.name:{width}}  {shape:>9}  {report.checked:7}  {report.kinks:5}  {errors}", flush=True)
+    reports = check_tensors(loss, parameters, op="GPT", rtol=1e-7, max_elements=12)
+    with one_blas_thread(), tqdm(total=len(parameters), unit="parameter", disable=None, leave=False) as bar:
+        for report in reports:
+            shape = "x".join(map(str, parameters[report.name].shape))
+            errors = f"{report.max_error:13.1e}  {report.median_error:12.1e}"
+            with bar.external_write_mode(file=sys.stdout):
+                print(f"{report.name:{width}}  {shape:>9}  {report.checked:7}  {report.kinks:5}  {errors}", flush=True)
+            bar.update()
     print("all gradients agree with finite differences to 1e-7")
     return 0
 

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from npgpt.backend import to_numpy
-from npgpt.tensor import Tensor, no_grad
+from npgpt.tensor import Node, Tensor, no_grad, watched
+from npgpt.watch import Trace
 
 LEVELS = 4  # step sizes h, h/2, h/4, h/8: truncation error of order h^8
 STEPS = (1e-2, 1e-3, 1e-4)  # h for an element of size up to 1, larger in proportion
@@ -96,7 +97,8 @@ def check_tensors(
     max_kinks: the largest fraction of derivatives that may be left out as not smooth.
     seed: of the output's weighting and the random choices.
 
-    Yields one report per tensor as it goes, and raises as `gradcheck` does.
+    Yields one report per tensor as it goes, and raises as `gradcheck` does. The message of a GradientError ends with
+    the first operation on the way back that is wrong.
     """
     if not tensors:
         raise ValueError(f"gradcheck of {op}: no float64 input to check")
@@ -119,14 +121,55 @@ def check_tensors(
         raise ValueError(f"gradcheck of {op}: two calls on equal inputs differ; fix the generator's seed inside it")
     for name, tensor in tensors.items():
         gradient = np.zeros(tensor.shape) if analytic[name] is None else to_numpy(analytic[name])
-        yield _check_one(op, name, tensor, gradient, weighted, rng, rtol, max_elements, max_kinks)
+        try:
+            report = _check_one(op, name, tensor, gradient, weighted, rng, rtol, max_elements, max_kinks)
+        except GradientError as error:
+            culprit = first_wrong_operation(fn, tensor, upstream, max(rtol, 1e-8))
+            raise GradientError(f"{error}; the first wrong operation on the way back: {culprit}") from None
+        yield report
+
+
+def first_wrong_operation(fn: Callable[[], Tensor], tensor: Tensor, upstream: np.ndarray, rtol: float) -> str:
+    """Which operation's backward pass gives `tensor` a wrong gradient, `upstream` being that of fn's output.
+
+    Every operation's result is shifted in a random direction, and the change of the output held against the
+    gradient that arrives there on the way back. The operation nearest to the output whose own gradient is wrong got
+    it from one that used its result.
+    """
+    trace, before = Trace(), tensor.grad
+    with watched(trace):
+        fn().backward(upstream)
+    tensor.grad = before
+    rng = np.random.default_rng(0)
+    for k in reversed(range(len(trace.names))):
+        if k not in trace.gradients or not trace.gradients[k].size:
+            continue
+        direction = rng.standard_normal(trace.shapes[k])
+        direction /= np.linalg.norm(direction)
+
+        def at(offset: float, k: int = k, direction: np.ndarray = direction) -> np.ndarray:
+            with watched(Trace((k, offset * direction))):
+                return upstream * fn().numpy()
+
+        numeric, uncertainty = _best_extrapolation(at, 1.0)
+        analytic = float(np.sum(to_numpy(trace.gradients[k]) * direction))
+        scale = max(abs(numeric), abs(analytic), 1e-3 * float(np.abs(at(0.0)).max(initial=0.0)))
+        if uncertainty <= rtol * scale and abs(numeric - analytic) > rtol * scale:
+            users = [n for n, inputs in enumerate(trace.inputs) if any(_is_node(i, k, trace) for i in inputs)]
+            return " or ".join(dict.fromkeys(trace.names[n] for n in users))
+    users = [n for n, inputs in enumerate(trace.inputs) if any(i is tensor for i in inputs)]
+    return " or ".join(dict.fromkeys(trace.names[n] for n in users)) or "none that uses it"
+
+
+def _is_node(source: Any, k: int, trace: Trace) -> bool:
+    return isinstance(source, Node) and trace.number(source) == k
 
 
 def _as_input(op: str, position: int, x: Any) -> Tensor:
     x = x.data if isinstance(x, Tensor) else np.asarray(x)
     if x.dtype.kind == "f" and x.dtype != np.float64:
         raise TypeError(f"gradcheck of {op}: input {position} must be float64 (finite differences need it), got {x.dtype}")
-    return Tensor(x.copy(), requires_grad=x.dtype == np.float64)
+    return Tensor(x.copy(order="K"), requires_grad=x.dtype == np.float64)  # in the layout it came in
 
 
 def _check_one(
@@ -202,9 +245,14 @@ def _derivative(tensor: Tensor, probe: Any, output: Callable[[], np.ndarray]) ->
         finally:
             tensor.data = base
 
+    return _best_extrapolation(at, max(1.0, float(size)))
+
+
+def _best_extrapolation(at: Callable[[float], np.ndarray], size: float) -> tuple[float, float]:
+    """(derivative, a bound on its error) of the sum of at(offset) at 0."""
     best = (math.nan, math.inf)
     for step in STEPS:
-        value, uncertainty = _extrapolate(at, step * max(1.0, float(size)))
+        value, uncertainty = _extrapolate(at, step * size)
         if uncertainty < best[1]:
             best = value, uncertainty
         if best[1] <= SETTLED * max(1.0, abs(best[0])):

@@ -27,7 +27,7 @@ from threadpoolctl import ThreadpoolController
 from npgpt.backend import Stream
 from npgpt.gpt import GPT
 from npgpt.kernels.cpu import BLOCK
-from npgpt.tensor import NonFiniteError, detect_anomaly
+from npgpt.watch import NonFiniteError, detect_anomaly
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

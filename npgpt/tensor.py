@@ -42,59 +42,34 @@ def no_grad() -> Iterator[None]:
         _recording.reset(before)
 
 
-class NonFiniteError(FloatingPointError):
-    """Under `detect_anomaly`: an operation gave numbers that are not finite, though it got only finite ones.
+class Watch:
+    """Looks on as a graph is made and walked back, inside `with watched(watch):`. See watch.py for the uses."""
 
-    `op` is its name. `leaf` is a leaf among its inputs, or the one used last before it; None when there was none.
-    """
+    def result(self, backward: Backward, data: Array, inputs: tuple[Tensor, ...]) -> Array:
+        """An operation has computed `data`; what is returned takes its place."""
+        return data
 
-    def __init__(self, op: str, pass_: str, array: Array, leaf: Tensor | None) -> None:
-        bad = array.size - int(np.isfinite(to_numpy(array)).sum())
-        super().__init__(f"the {pass_} pass of {op} gave {bad:,} of {array.size:,} numbers that are not finite")
-        self.op, self.leaf = op, leaf
+    def recorded(self, node: Node) -> None:
+        """The operation just seen is in the graph."""
 
+    def arrived(self, node: Node, dy: Array) -> None:
+        """On the way back, the gradient of a node's output is complete."""
 
-class _Watch:
-    """What `detect_anomaly` looks at: every result and every gradient as it comes."""
-
-    def __init__(self) -> None:
-        self._leaf: Tensor | None = None  # the last one an operation used
-
-    def result(self, backward: Backward, data: Array, inputs: tuple[Tensor, ...]) -> None:
-        self._see("forward", backward, data, [t for t in inputs if t._node is None and t.requires_grad])
-
-    def gradient(self, backward: Backward, dx: Array | Part, sources: tuple[Node | Tensor | None, ...]) -> None:
-        values = dx.values if isinstance(dx, Part) else dx
-        self._see("backward", backward, values, [t for t in sources if isinstance(t, Tensor)])
-
-    def _see(self, pass_: str, backward: Backward, array: Array, leaves: list[Tensor]) -> None:
-        self._leaf = leaves[0] if leaves else self._leaf
-        array = np.asarray(array) if isinstance(array, np.generic) else array  # what operators make of one element
-        if not backend_of(array).xp.isfinite(array).all():
-            raise NonFiniteError(_name_of(backward), pass_, array, self._leaf)
+    def gradient(self, node: Node, backward: Backward, dx: Array | Part, inputs: Sequence[Node | Tensor | None]) -> None:
+        """A node's backward function has given the gradient of one of its inputs."""
 
 
-_watch: ContextVar[_Watch | None] = ContextVar("watch", default=None)
+_watch: ContextVar[Watch | None] = ContextVar("watch", default=None)
 
 
 @contextmanager
-def detect_anomaly() -> Iterator[None]:
-    """Within it, the first operation whose result or gradient is not finite raises NonFiniteError. Slow: for
-    finding out where a loss that is no number comes from."""
-    before = _watch.set(_Watch())
+def watched(watch: Watch) -> Iterator[None]:
+    """Let `watch` look on, in this thread."""
+    before = _watch.set(watch)
     try:
         yield
     finally:
         _watch.reset(before)
-
-
-def _name_of(backward: Callable[..., Any]) -> str:
-    """The operation that made a backward function: the name of the function it was written in."""
-    name = backward.__qualname__.split(".<locals>")[0]
-    if name == _binary.__name__:  # which wraps the derivatives that an operator hands it
-        inner = [cell.cell_contents for cell in backward.__closure__ or () if callable(cell.cell_contents)]
-        return _name_of(inner[0])
-    return name
 
 
 class Node:
@@ -142,13 +117,16 @@ def record(data: Array, inputs: tuple[Tensor, ...], backward: Backward) -> Tenso
     broadcast to, it is summed back; or be a Part. Nothing is remembered under `no_grad` or when no input requires a
     gradient; `backward` is then dropped with all it holds.
     """
+    watch = _watch.get()
+    if watch:
+        data = watch.result(backward, data, inputs)
     output = Tensor(data)
-    if watch := _watch.get():
-        watch.result(backward, output.data, inputs)
     if _recording.get() and any(t.requires_grad for t in inputs):
         edges = tuple((t._node or t) if t.requires_grad else None for t in inputs)
         output.requires_grad = True
-        output._node = Node(data, edges, backward)
+        output._node = Node(output.data, edges, backward)
+        if watch:
+            watch.recorded(output._node)
     return output
 
 
@@ -417,13 +395,15 @@ def _walk_back(root: Node, gradient: Array) -> None:
     watch = _watch.get()
     while pending:
         node, dy = pending.pop()
+        if watch:
+            watch.arrived(node, dy)
         inputs, backward = node.inputs, node.backward
         node.inputs, node.backward = (), _used_up
         for source, dx in zip(inputs, backward(dy), strict=True):
             if source is None or dx is None:
                 continue
             if watch:
-                watch.gradient(backward, dx, inputs)
+                watch.gradient(node, backward, dx, inputs)
             if isinstance(source, Tensor):
                 _add_to_leaf(source, dx)
             else:

@@ -163,6 +163,23 @@ def test_gradcheck(tmp_path):
     assert len(result.stdout.splitlines()) == 2 + 17  # a row for each parameter of one block
 
 
+def test_gradcheck_of_a_checkpoint(workshop):
+    result = npgpt_command("gradcheck", "--ckpt", "model.npz", cwd=workshop)
+    assert result.returncode == 0
+    assert result.stdout.splitlines()[-1] == "all gradients agree with finite differences to 1e-7"
+    assert result.stderr == ""
+
+
+def test_gradcheck_names_what_is_wrong(capsys, monkeypatch):
+    kernels = type(npgpt.backend.CPU.kernels)
+    real = kernels.gelu_backward
+    monkeypatch.setattr(kernels, "gelu_backward", lambda self, dy, saved: real(self, dy, saved) * 1.001)
+    assert npgpt.cli.main(["gradcheck", "--n-layer", "1"]) == 1
+    out, err = capsys.readouterr()
+    assert "all gradients agree" not in out
+    assert re.match(r"npgpt gradcheck: GPT: gradient of \S+ .*the first wrong operation on the way back: gelu\n", err)
+
+
 @pytest.mark.parametrize("name", ["train", "generate", "evaluate", "gradcheck", "inspect"])
 def test_help(name, tmp_path):
     result = npgpt_command(name, "--help", cwd=tmp_path)
@@ -290,7 +307,12 @@ WRONG = {
         ("--ckpt model.npz one.txt", "at least 2 tokens"),
         ("--ckpt none.npz text.txt", "no such checkpoint"),
     ],
-    "gradcheck": [("--n-embd 5", "multiple of n_head"), ("--steps 5", "unknown argument")],
+    "gradcheck": [
+        ("--n-embd 5", "multiple of n_head"),
+        ("--steps 5", "unknown argument"),
+        ("--ckpt none.npz", "no such checkpoint"),
+        ("--ckpt model.npz --n-layer 2", "leave out --ckpt or --n-layer"),
+    ],
     "replay": [
         ("none.npz", "no such checkpoint"),
         ("model.npz", "is no crash file"),

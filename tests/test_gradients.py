@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from op_cases import CASES, Dims, inputs_of, mask
 
+import npgpt
 from npgpt import GPT, GPTConfig, GradientError, Tensor, gradcheck, ops
 from npgpt.backend import Stream, generator
 from npgpt.gradcheck import check_tensors
@@ -71,6 +72,24 @@ def test_a_wrong_gradient_is_named():
 
     with pytest.raises(GradientError, match=r"squared_wrongly: gradient of a at index .*relative error 1\.\d+e-07"):
         gradcheck(squared_wrongly, [np.array([1.0, 2.0]), np.ones(2)], names=["a", "b"])
+
+
+@pytest.mark.parametrize("name", ["gelu", "layer_norm", "causal_attention", "embedding", "linear", "cross_entropy"])
+def test_the_first_wrong_operation_of_a_model_is_named(name, monkeypatch):
+    kernels = type(npgpt.backend.CPU.kernels)
+    real = getattr(kernels, f"{name}_backward")
+
+    def slightly_wrong(self, dy, *rest):
+        result = real(self, dy, *rest)
+        wrong = lambda g: g if g is None else g * (1 + 1e-4)  # noqa: E731
+        return tuple(map(wrong, result)) if isinstance(result, tuple) else wrong(result)
+
+    monkeypatch.setattr(kernels, f"{name}_backward", slightly_wrong)
+    model = GPT(GPTConfig(7, block_size=4, n_layer=1, n_head=2, n_embd=8), dtype=np.float64)
+    model.parameters().data[...] += 0.3 * np.random.default_rng(0).standard_normal(model.num_parameters())
+    x, y = np.random.default_rng(1).integers(0, 7, (2, 2, 4))
+    with pytest.raises(GradientError, match=f"the first wrong operation on the way back: .*{name}$"):
+        list(check_tensors(lambda: model(x, y)[1], dict(model.named_parameters()), rtol=1e-7, max_elements=2))
 
 
 def test_a_missing_gradient_is_found():

@@ -21,6 +21,7 @@ ORDER = [
     "backend.py",
     "tensor.py",
     "ops.py",
+    "watch.py",
     "gradcheck.py",
     "nn.py",
     "optim.py",

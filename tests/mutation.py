@@ -1,0 +1,174 @@
+"""`make mutation`: do the gradient tests catch bugs? Plants one at a time in a copy of the package and runs them.
+
+    python tests/mutation.py [NAME ...]
+
+Each bug is a small change to a backward pass or to what it relies on: a dropped sum, a wrong axis, a sign, a
+missing factor, a mask off by one, a forgotten term. It is caught when a test fails. Prints planted/caught and the
+survivors; the exit status is 1 when there are any.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+TESTS = ["test_gradients.py", "test_kernels.py", "test_tensor.py", "test_properties.py", "test_model.py"]
+REFERENCE, CPU, TENSOR, OPS = "kernels/reference.py", "kernels/cpu.py", "tensor.py", "ops.py"
+
+# (name, file, what is there, once, and what takes its place).
+BUGS = [
+    ("linear: dx by the weight, not its transpose", REFERENCE, "dy @ weight.T", "dy @ weight"),
+    ("linear: dweight without the last row", REFERENCE, "rows.T @ dy if", "rows[:-1].T @ dy[:-1] if"),
+    ("linear: dweight halved", REFERENCE, "rows.T @ dy if", "0.5 * rows.T @ dy if"),
+    ("linear: dbias averaged", REFERENCE, "dy.sum(axis=0) if", "dy.mean(axis=0) if"),
+    ("linear: dbias of the first row", REFERENCE, "dy.sum(axis=0) if", "dy[0] if"),
+    ("linear: dx and dweight mixed up in needs", REFERENCE, "if needs[1] else None", "if needs[0] else None"),
+    ("softmax: row term forgotten", REFERENCE, "p * (dy - (dy * p).sum(axis=axis, keepdims=True))", "p * dy"),
+    ("softmax: row term added", REFERENCE, "p * (dy - (dy * p)", "p * (dy + (dy * p)"),
+    ("softmax: row term over the wrong axis", REFERENCE, "(dy * p).sum(axis=axis,", "(dy * p).sum(axis=0,"),
+    ("softmax: row term without p", REFERENCE, "(dy * p).sum(axis=axis", "dy.sum(axis=axis"),
+    ("softmax: p forgotten", REFERENCE, "return p * (dy -", "return (dy -"),
+    ("masked fill: the gradient passes the mask", REFERENCE, "self.xp.where(mask, self.xp.zeros((), dtype=dy.dtype), dy)", "dy"),
+    ("masked fill: mask the wrong way round", REFERENCE, "where(mask, self.xp.zeros", "where(~mask, self.xp.zeros"),
+    ("dropout: no scale on the way back", REFERENCE, "return dy * scaled_mask", "return dy * (scaled_mask > 0)"),
+    ("dropout: no mask on the way back", REFERENCE, "return dy * scaled_mask", "return dy * scaled_mask.max()"),
+    ("dropout: scale by p", REFERENCE, "1 / (1 - p) if p < 1", "1 / p if p < 1"),
+    ("attention: scale forgotten on the way back", REFERENCE, "self.softmax_backward(dp, saved_softmax) * scale", "self.softmax_backward(dp, saved_softmax)"),
+    ("attention: dropout forgotten on the way back", REFERENCE, "dp = self.dropout_backward(dp, saved_dropout)", "pass"),
+    ("attention: dk from k", REFERENCE, "dscores.swapaxes(-1, -2) @ q", "dscores.swapaxes(-1, -2) @ k[..., : q.shape[-2], :]"),
+    ("attention: dv from undropped probabilities", REFERENCE, "dv = p.swapaxes(-1, -2) @ dy", "dv = saved_softmax[0].swapaxes(-1, -2) @ dy"),
+    ("attention: sees one token of the future", REFERENCE, "xp.arange(n_key) > xp.arange", "xp.arange(n_key) > 1 + xp.arange"),
+    ("attention: does not see itself", REFERENCE, "xp.arange(n_key) > xp.arange", "xp.arange(n_key) >= xp.arange"),
+    ("layer norm: mean term forgotten", REFERENCE, "rstd * (g - mean_g - xhat * mean_g_xhat)", "rstd * (g - xhat * mean_g_xhat)"),
+    ("layer norm: variance term forgotten", REFERENCE, "rstd * (g - mean_g - xhat * mean_g_xhat)", "rstd * (g - mean_g)"),
+    ("layer norm: rstd forgotten", REFERENCE, "rstd * (g - mean_g", "(g - mean_g"),
+    ("layer norm: weight forgotten in g", REFERENCE, "g = dy * weight\n        mean_g ", "g = dy\n        mean_g "),
+    ("layer norm: dweight without xhat", REFERENCE, "(dy * xhat).sum(", "dy.sum("),
+    ("layer norm: eps outside the root", REFERENCE, "1 / self.xp.sqrt(variance + x.dtype.type(eps))", "1 / (self.xp.sqrt(variance) + x.dtype.type(eps))"),
+    ("layer norm: unbiased variance", REFERENCE, "(centred * centred).mean(axis=-1, keepdims=True)", "(centred * centred).sum(axis=-1, keepdims=True) / max(1, x.shape[-1] - 1)"),
+    ("gelu: derivative of u forgotten", REFERENCE, "(1 - t * t) * du_dx)", "(1 - t * t))"),
+    ("gelu: cubic term without its 3", REFERENCE, "1 + 3 * GELU_CUBIC", "1 + GELU_CUBIC"),
+    ("gelu: second term forgotten", REFERENCE, "dy * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * du_dx)", "dy * (0.5 * (1 + t))"),
+    ("gelu: 1 - t for 1 - t^2", REFERENCE, "(1 - t * t) * du_dx", "(1 - t) * du_dx"),
+    ("relu: the gradient passes everywhere", REFERENCE, "return dy * positive", "return dy * 1.0"),
+    ("relu: leaks", REFERENCE, "return dy * positive", "return dy * (0.99 * positive + 0.01)"),
+    ("embedding: repeated ids overwrite", REFERENCE, "self.xp.add.at(dweight, ids, dy)", "dweight[ids] = dy"),
+    ("embedding: ids off by one", REFERENCE, "self.xp.add.at(dweight, ids, dy)", "self.xp.add.at(dweight, ids - 1, dy)"),
+    ("cross-entropy: target forgotten", REFERENCE, "dlogits -= onehot * dy[..., None]", "pass"),
+    ("cross-entropy: target without dy", REFERENCE, "dlogits -= onehot * dy[..., None]", "dlogits -= onehot"),
+    ("cross-entropy: dy forgotten", REFERENCE, "dlogits = p * dy[..., None]", "dlogits = p * 1.0"),
+    ("cross-entropy: softmax not normalised", REFERENCE, "p /= total\n        at_target", "at_target"),
+    ("cpu attention: scale forgotten in dq", CPU, "np.multiply(ds @ k[:, :, :seen], scale, out=dq[:, :, rows])", "dq[:, :, rows] = ds @ k[:, :, :seen]"),
+    ("cpu attention: row term forgotten", CPU, "ds -= row_term[:, :, rows]", "pass"),
+    ("cpu attention: row term forgotten under dropout", CPU, "ds -= e\n", "pass\n"),
+    ("cpu attention: row term without the kept share", CPU, " * factor * q.dtype.type(keep)", " * factor"),
+    ("cpu attention: dk of the last block alone", CPU, "dk[:, :, :seen] += dk_part", "dk[:, :, :seen] = dk_part"),
+    ("cpu attention: dv of the last block alone", CPU, "dv[:, :, :seen] += dv_part", "dv[:, :, :seen] = dv_part"),
+    ("cpu attention: mask off by one", CPU, "corner *= np.tri(n_rows, dtype=e.dtype)", "corner *= np.tri(n_rows, k=-1, dtype=e.dtype) + np.eye(n_rows, k=1, dtype=e.dtype)"),
+    ("cpu attention: mask off by one, large scores", CPU, "where=~np.tri(n_rows, dtype=bool)", "where=~np.tri(n_rows, k=1, dtype=bool)"),
+    ("cpu attention: overflow not avoided", CPU, "e -= e.max(axis=-1, keepdims=True)", "pass"),
+    ("cpu attention: dv from undropped exponentials", CPU, "dv_part = kept.swapaxes", "dv_part = e.swapaxes"),
+    ("cpu attention: factor forgotten in g", CPU, "g = np.multiply(dy, factor, out", "g = np.multiply(dy, 1.0, out"),
+    ("cpu layer norm: mean term forgotten", CPU, "dx[s] -= (dy[s] @ weight_mean)[:, None]", "pass"),
+    ("cpu layer norm: variance term forgotten", CPU, "dx[s] -= product", "pass"),
+    ("cpu layer norm: dweight of the last block alone", CPU, "dweight += _column_sums(product)", "dweight[...] = _column_sums(product)"),
+    ("cpu layer norm: dbias of the last block alone", CPU, "dbias += _column_sums(dy[s])", "dbias[...] = _column_sums(dy[s])"),
+    ("cpu layer norm: mean over the wrong count", CPU, "weight_mean = weight / c", "weight_mean = weight / (c - 1)"),
+    ("cpu layer norm: rstd forgotten", CPU, "dx[s] *= rstd[s]", "pass"),
+    ("cpu gelu: slope of the cubic term", CPU, "square *= 6 * GELU_SCALE * GELU_CUBIC", "square *= 2 * GELU_SCALE * GELU_CUBIC"),
+    ("cpu gelu: slope without g", CPU, "slopes += g", "pass"),
+    ("cpu gelu: slope without 1 - g", CPU, "np.subtract(1, g, out=slopes)", "slopes[...] = 1"),
+    ("cpu embedding: repeated ids count once", CPU, "np.add.reduceat(_as_rows(dy)[order], starts, axis=0)", "_as_rows(dy)[order][starts]"),
+    ("cpu embedding: unsorted gradients", CPU, "_as_rows(dy)[order]", "_as_rows(dy)"),
+    ("tensor: subtraction without its sign", TENSOR, "lambda dy: dy, lambda dy: -dy", "lambda dy: dy, lambda dy: dy"),
+    ("tensor: product by the wrong side", TENSOR, "lambda dy: dy * b_data, lambda dy: dy * a_data", "lambda dy: dy * a_data, lambda dy: dy * b_data"),
+    ("tensor: quotient's second gradient without its sign", TENSOR, "lambda dy: -dy * y / b_data", "lambda dy: dy * y / b_data"),
+    ("tensor: number over tensor", TENSOR, "(-dy * y / a_data,)", "(-dy / a_data,)"),
+    ("tensor: power without its factor", TENSOR, "dy * (b_data * a_data ** (b_data - 1) if", "dy * (a_data ** (b_data - 1) if"),
+    ("tensor: tensor power without the logarithm", TENSOR, "dy * y * xp.log(xp.where(a_data == 0, 1, a_data))", "dy * y"),
+    ("tensor: power of a number without the logarithm", TENSOR, "dy * y * math.log(base)", "dy * y"),
+    ("tensor: matmul without a transpose", TENSOR, "lambda dy: a_data.swapaxes(-1, -2) @ dy", "lambda dy: a_data @ dy"),
+    ("tensor: log", TENSOR, "(dy / x,)", "(dy * x,)"),
+    ("tensor: tanh with y for y^2", TENSOR, "dy * (1 - y * y)", "dy * (1 - y)"),
+    ("tensor: sqrt without its half", TENSOR, "dy * 0.5 / y", "dy / y"),
+    ("tensor: mean without 1/N", TENSOR, "return total / (self.size // max(total.size, 1))", "return total * 1.0"),
+    ("tensor: sum to the wrong places", TENSOR, "dy.reshape(kept), shape)", "dy.reshape(kept)[..., :1], shape)"),
+    ("tensor: transpose not undone", TENSOR, "(dy.transpose(back),)", "(dy.transpose(order),)"),
+    ("tensor: repeated index counts once", TENSOR, "xp.add.at(dx, index, dy)", "dx[index] = dy"),
+    ("tensor: a slice's gradient replaces the others", TENSOR, "self._gradients[node][dx.index] += dx.values", "self._gradients[node][dx.index] = dx.values"),
+    ("tensor: a borrowed gradient is written to", TENSOR, "self._gradients[node] = self._gradients[node].copy()", "pass"),
+    ("tensor: the second use is forgotten", TENSOR, "self._gradients[node] = self._gradients[node] + _fit(dx, node)", "pass"),
+    ("tensor: the third use is forgotten", TENSOR, "            self._gradients[node] += _fit(dx, node)", "            pass"),
+    ("tensor: a leaf's gradients do not add up", TENSOR, "leaf.grad += gradient", "leaf.grad[...] = gradient"),
+    ("tensor: a leaf shares its gradient", TENSOR, "leaf.grad = leaf.backend.xp.array(gradient)", "leaf.grad = gradient"),
+    ("tensor: broadcasting undone by picking, leading axes", TENSOR, "gradient.sum(axis=tuple(range(extra))) if extra", "gradient[(0,) * extra] if extra"),
+    ("tensor: broadcasting undone by averaging", TENSOR, "gradient.sum(axis=stretched, keepdims=True)", "gradient.mean(axis=stretched, keepdims=True)"),
+    ("tensor: shallow nodes first", TENSOR, "(-node.depth, self._found, node)", "(node.depth, self._found, node)"),
+    ("tensor: the gradient keeps a wider dtype", TENSOR, "return gradient if gradient.dtype == source.dtype else gradient.astype(source.dtype)", "return gradient"),
+    ("tensor: the graph is not freed", TENSOR, "node.inputs, node.backward = (), _used_up", "pass"),
+    ("ops: mean loss without 1/N", OPS, 'losses.mean() if reduction == "mean"', 'losses.sum() if reduction == "mean"'),
+    ("ops: a bias's gradient is dropped", OPS, "bias is not None and bias.requires_grad)", "False)"),
+]  # fmt: skip
+
+
+def plant(bug, folder):
+    """A copy of the package and its tests with the bug in it."""
+    name, file, before, after = bug
+    for part in ("npgpt", "tests"):
+        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__", "benchmarks"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    shutil.copytree(ROOT / "data", folder / "data")
+    path = folder / "npgpt" / file
+    source = path.read_text(encoding="utf-8")
+    if source.count(before) != 1:
+        raise SystemExit(f"{name}: {file} has {source.count(before)} places like {before!r}, expected one")
+    path.write_text(source.replace(before, after), encoding="utf-8", newline="\n")
+
+
+def caught(bug):
+    """The test that found the bug, or None."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        plant(bug, folder)
+        tests = [f"tests/{file}" for file in TESTS]
+        pytest = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--timeout", "300"]
+        result = subprocess.run(
+            [*pytest, *tests],
+            cwd=folder,
+            env=os.environ | {"PYTHONPATH": place},
+            capture_output=True,
+            encoding="utf-8",
+            check=False,
+        )
+        if result.returncode == 0:
+            return None
+        failed = [line for line in result.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+        return failed[0].split(" - ")[0] if failed else f"exit status {result.returncode}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="parts of the names of the bugs to plant (default: all)")
+    args = parser.parse_args()
+    bugs = [bug for bug in BUGS if not args.names or any(name in bug[0] for name in args.names)]
+    clean = caught(("nothing", REFERENCE, '"""What every', '"""What every'))
+    if clean:
+        raise SystemExit(f"the tests fail without any bug: {clean}")
+    started, survivors = time.perf_counter(), []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for bug, found in zip(bugs, pool.map(caught, bugs), strict=True):
+            print(f"{'caught  ' if found else 'SURVIVED'}  {bug[0]:60} {found or ''}", flush=True)
+            survivors += [] if found else [bug[0]]
+    print(f"\n{len(bugs)} planted, {len(bugs) - len(survivors)} caught, {time.perf_counter() - started:.0f} s")
+    if survivors:
+        sys.exit("survived: " + "; ".join(survivors))
+
+
+if __name__ == "__main__":
+    main()
