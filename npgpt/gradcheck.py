@@ -190,7 +190,7 @@ def _check_one(
         for i in range(3):
             direction = rng.standard_normal(tensor.shape)
             probes.append((f"along random direction {i}", direction / np.linalg.norm(direction)))
-    probes += [(f"at index {np.unravel_index(i, tensor.shape)}", int(i)) for i in chosen]
+    probes += [(f"at index {tuple(map(int, np.unravel_index(i, tensor.shape)))}", int(i)) for i in chosen]
 
     analytic = np.empty(len(probes))
     numeric = np.empty(len(probes))

@@ -24,9 +24,10 @@ COMPOSITES = {
 }
 
 
-@pytest.mark.parametrize(
-    "dims", [Dims(), Dims(lead=(), a=7, b=2, c=1, past=0), Dims(lead=(1,), a=1, b=1, c=2, past=3)], ids=str
-)
+DIMS = [Dims(), Dims(lead=(), a=7, b=2, c=1, past=0), Dims(lead=(1,), a=1, b=1, c=2, past=3)]
+
+
+@pytest.mark.parametrize("dims", DIMS, ids=["usual", "no leading axes", "ones"])
 @pytest.mark.parametrize("name", CASES)
 def test_every_element_of_every_operation(name, dims, rng):
     """G1."""
