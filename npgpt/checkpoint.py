@@ -26,7 +26,7 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,7 +45,7 @@ FORMAT = 2  # 1 had no hashes, machine or crash
 HEADER = "checkpoint.json"
 MOMENTS = ("optimizer.exp_avg", "optimizer.exp_avg_sq")
 BATCH = ("batch.x", "batch.y")
-LARGEST_HEADER = 4 << 20  # bytes; room for every character of Unicode, or sixty thousand evaluations
+LARGEST_HEADER = 2 << 20  # bytes; room for all characters in use and ten thousand evaluations
 CHUNK = 1 << 20  # bytes read at a time
 
 
@@ -98,7 +98,8 @@ def save(
     """Write a checkpoint. What was at `path` before stays whole until the new file is complete, on the disk and
     has been read back.
 
-    Raises OSError when it cannot be written or does not read back; nothing is left behind then.
+    Raises OSError when it cannot be written or does not read back, and ValueError for what `load` would refuse:
+    numbers that are not finite, say. Nothing is left behind then.
     """
     arrays = model.state_dict()
     if optimizer:
@@ -106,24 +107,35 @@ def save(
         arrays |= {name: state[name.removeprefix("optimizer.")] for name in MOMENTS}
     if batch:
         arrays |= {name: np.asarray(ids, dtype=np.int64) for name, ids in zip(BATCH, batch, strict=True)}
+    for name, array in arrays.items():
+        if array.dtype.str not in ("<i8", "<f4", "<f8"):
+            raise ValueError(f"a checkpoint holds float32 and float64, {name} is {array.dtype}")
+        if crash is None and not np.isfinite(array).all():
+            raise ValueError(f"{name} does not hold finite numbers, so it is not saved")
+    if (crash is None) != (batch is None):
+        raise ValueError("a crash file needs its batch, and no other has one")
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise ValueError(f"vocabulary of {tokenizer.vocab_size} characters, model of {model.config.vocab_size}")
     members = {name: _npy(array) for name, array in arrays.items()}
-    header = json.dumps(
-        {
-            "format": FORMAT,
-            "config": dataclasses.asdict(model.config),
-            "vocabulary": tokenizer.characters,
-            "train_config": dataclasses.asdict(train_config) if train_config else None,
-            "progress": progress or {},
-            "source": source,
-            "fingerprint": fingerprint,
-            "machine": machine,
-            "crash": crash,
-            "optimizer_steps": optimizer.steps if optimizer else None,
-            "sha256": {name: _sha256(*parts) for name, parts in members.items()},
-        },
-        ensure_ascii=False,
-        allow_nan=False,
-    ).encode()
+    header: dict[str, Any] = {
+        "format": FORMAT,
+        "config": dataclasses.asdict(model.config),
+        "vocabulary": tokenizer.characters,
+        "train_config": dataclasses.asdict(train_config) if train_config else None,
+        "progress": progress or {},
+        "source": None if source is None else _one_line(source),
+        "fingerprint": fingerprint,
+        "machine": machine,
+        "crash": crash,
+        "optimizer_steps": optimizer.steps if optimizer else None,
+        "sha256": {name: _sha256(*parts) for name, parts in members.items()},
+    }
+    for key, fits in FIELDS.items():
+        if not fits(header[key]):
+            raise ValueError(f"{key} cannot be saved: {str(header[key])[:200]!r}")
+    text = json.dumps(header, ensure_ascii=False, allow_nan=False).encode()
+    if len(text) > LARGEST_HEADER:
+        raise ValueError(f"everything but the arrays takes {len(text):,} bytes, a checkpoint has room for {LARGEST_HEADER:,}")
 
     def verify(written: Path) -> None:
         """Every byte is what it should be."""
@@ -135,11 +147,16 @@ def save(
 
     with whole_file(Path(path), verify) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         # ZipInfo's own date, not today's: the same contents are the same bytes.
-        archive.writestr(zipfile.ZipInfo(HEADER), header)
+        archive.writestr(zipfile.ZipInfo(HEADER), text)
         for name, parts in members.items():
             with archive.open(zipfile.ZipInfo(name + ".npy"), "w", force_zip64=True) as member:
                 for part in parts:
                     member.write(part)
+
+
+def _one_line(text: str) -> str:
+    """With escapes for what is not printable or not UTF-8: file names may hold anything."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _npy(array: np.ndarray) -> tuple[bytes, memoryview]:
@@ -187,6 +204,8 @@ def load(path: str | Path, backend: Backend = CPU, with_optimizer: bool = False)
         if header.get("crash") is not None:
             x, y = (found.array(name) for name in BATCH)
             batch = x, y
+            if min(x.min(), y.min()) < 0 or max(x.max(), y.max()) >= found.config.vocab_size:
+                raise CheckpointError("its batch has ids outside the vocabulary")
         if with_optimizer and header["optimizer_steps"] is not None:
             dtype = model.wte.weight.dtype
             moments = {name.removeprefix("optimizer."): found.array(name, dtype, finite) for name in MOMENTS}
@@ -206,6 +225,12 @@ def load(path: str | Path, backend: Backend = CPU, with_optimizer: bool = False)
         )
 
 
+def step_of(path: Path) -> int:
+    """The step a checkpoint is at, without reading its arrays. Raises CheckpointError as `load` does."""
+    with _open(path) as found:
+        return found.header["progress"].get("step", 0)
+
+
 class _Archive:
     """An opened checkpoint whose members and header have been checked, but not yet its arrays."""
 
@@ -215,21 +240,22 @@ class _Archive:
         self._members = _members(archive, size)
         self.header = _parse_header(archive.read(self._members[HEADER]))
         self.config = GPTConfig.from_dict(self.header["config"])
-        self.tokenizer = CharTokenizer(self.header["vocabulary"])
-        if self.tokenizer.vocab_size != self.config.vocab_size:
-            raise CheckpointError(f"vocabulary of {self.tokenizer.vocab_size} characters, model of {self.config.vocab_size}")
         trained = self.header["train_config"]
         self.train_config = None if trained is None else TrainConfig.from_dict(trained)
-        n = self.config.num_parameters()
-        if 4 * n > size:  # before a model of that size is made
-            raise CheckpointError(f"its configuration describes {n:,} parameters, more than its {size:,} bytes can hold")
+        vocabulary, n = self.header["vocabulary"], self.config.num_parameters()
+        if len(vocabulary) != self.config.vocab_size:
+            raise CheckpointError(f"vocabulary of {len(vocabulary)} characters, model of {self.config.vocab_size}")
+        held = sum(info.file_size for info in self._members.values())
+        if 4 * n > held:  # before a model of that size is made
+            raise CheckpointError(f"its configuration describes {n:,} parameters, more than its {held:,} bytes can hold")
+        self.tokenizer = CharTokenizer(vocabulary)
         self._check_names()
 
     def _check_names(self) -> None:
         """The arrays are those that have a hash."""
         names = {name.removesuffix(".npy") for name in self._members} - {HEADER}
         if self.header["format"] > 1 and names != set(self.header["sha256"]):
-            differing = sorted(names ^ set(self.header["sha256"]))
+            differing = [_short(name) for name in sorted(names ^ set(self.header["sha256"]))]
             raise CheckpointError(f"its list of hashes and its arrays differ: {_some(differing)}")
 
     def check_shapes(self, expected: dict[str, tuple[int, ...]]) -> None:
@@ -242,7 +268,7 @@ class _Archive:
             expected = expected | dict.fromkeys(BATCH, (rows, self.config.block_size))
         names = [name.removesuffix(".npy") for name in self._members if name != HEADER]
         problems = [f"missing {name}" for name in expected if name not in names]
-        problems += [f"unknown {name}" for name in names if name not in expected]
+        problems += [f"unknown {_short(name)}" for name in names if name not in expected]
         for name in names if not problems else []:
             info = self._members[name + ".npy"]
             with self._zip.open(info) as member:
@@ -321,18 +347,18 @@ def _members(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
     for info in archive.infolist():
         name = info.filename
         if name in members:
-            raise CheckpointError(f"it has two members named {name!r}")
+            raise CheckpointError(f"it has two members named {_short(name)}")
         if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size or info.flag_bits & 1:
-            raise CheckpointError(f"its member {name!r} is compressed or encrypted, expected it as it is")
+            raise CheckpointError(f"its member {_short(name)} is compressed or encrypted, expected it as it is")
         if name != HEADER and not name.endswith(".npy"):
             others.append(name)
         total += info.file_size
         members[name] = info
     if HEADER not in members:
-        shown = ", ".join(list(members)[:3]) + (", ..." if len(members) > 3 else "")
+        shown = ", ".join(map(_short, list(members)[:3])) + (", ..." if len(members) > 3 else "")
         raise _UnusableError(f"is not an npgpt checkpoint: it has no {HEADER}, but {shown or 'nothing'}")
     if others:
-        raise CheckpointError(f"its member {others[0]!r} is not an array")
+        raise CheckpointError(f"its member {_short(others[0])} is not an array")
     if total > size:
         raise CheckpointError(f"its members claim {total:,} bytes, the file has {size:,}")
     if members[HEADER].file_size > LARGEST_HEADER:
@@ -359,14 +385,20 @@ def _parse_header(data: bytes) -> dict[str, Any]:
         raise _UnusableError(f"is not an npgpt checkpoint: its {HEADER} has no format")
     number = header["format"]
     if type(number) is not int or number not in KEYS:
-        raise _UnusableError(f"has checkpoint format {str(number)[:20]}, this version reads {' and '.join(map(str, KEYS))}")
+        raise _UnusableError(f"has checkpoint format {_short(number)}, this version reads {' and '.join(map(str, KEYS))}")
     wrong = sorted(KEYS[number] ^ set(header))
     if wrong:
-        raise CheckpointError(f"its {HEADER} cannot be used (missing or unknown: {', '.join(wrong)})")
+        raise CheckpointError(f"its {HEADER} cannot be used (missing or unknown: {_some([_short(key) for key in wrong])})")
     for key, fits in FIELDS.items():
         if key in header and not fits(header[key]):
-            raise CheckpointError(f"its {HEADER} cannot be used ({key} is {str(header[key])[:60]!r})")
+            raise CheckpointError(f"its {HEADER} cannot be used ({key} is {_short(header[key])})")
     return header
+
+
+def _short(value: Any) -> str:
+    """For a message: on one line, and not long, whatever it is."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _some(problems: list[str]) -> str:
@@ -379,44 +411,54 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) < 2**63
+    return isinstance(value, float) and math.isfinite(value)
 
 
-def _is_text(value: Any) -> bool:
+def _or_none(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda value: value is None or check(value)
+
+
+def _is_line(value: Any) -> bool:
+    """A text that can be shown as it is."""
+    return isinstance(value, str) and value.isprintable() and len(value) < 5000
+
+
+def _is_vocabulary(value: Any) -> bool:
     """A text that can be written as UTF-8 (JSON can spell halves of characters)."""
     return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
-def _is_progress(value: Any) -> bool:
-    """train.Progress as a dictionary, or nothing."""
-    numbers = {"best_loss", "loss_sum"}
-    return isinstance(value, dict) and all(
-        all(
-            isinstance(row, list)
-            and len(row) == 4
-            and _is_count(row[0])
-            and _is_number(row[1])
-            and all(n is None or _is_number(n) for n in row[2:])
-            for row in entry
-        )
-        if key == "history" and isinstance(entry, list)
-        else (entry is None or _is_number(entry))
-        if key in numbers
-        else key in {"step", "best_step", "stale_evaluations", "loss_count"} and _is_count(entry)
-        for key, entry in value.items()
+def _is_history(value: Any) -> bool:
+    """Rows of step, training loss, validation loss and its standard error."""
+    checks = (_is_count, _is_number, _or_none(_is_number), _or_none(_is_number))
+    return isinstance(value, list) and all(
+        isinstance(row, list) and len(row) == len(checks) and all(check(n) for check, n in zip(checks, row, strict=True))
+        for row in value
     )
 
 
-FIELDS = {
+PROGRESS = {  # of train.Progress, or nothing
+    "step": _is_count,
+    "best_step": _is_count,
+    "best_loss": _or_none(_is_number),
+    "stale_evaluations": _is_count,
+    "loss_sum": _is_number,
+    "loss_count": _is_count,
+    "history": _is_history,
+}
+
+FIELDS: dict[str, Callable[[Any], Any]] = {
     "config": lambda value: isinstance(value, dict),
-    "vocabulary": _is_text,
-    "train_config": lambda value: value is None or isinstance(value, dict),
-    "progress": _is_progress,
-    "source": lambda value: value is None or _is_text(value),
-    "fingerprint": lambda value: value is None or (isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)),
-    "optimizer_steps": lambda value: value is None or _is_count(value),
-    "machine": lambda value: value is None or (isinstance(value, dict) and all(map(_is_text, value.values()))),
-    "crash": lambda value: value is None or _is_text(value),
+    "vocabulary": _is_vocabulary,
+    "train_config": _or_none(lambda value: isinstance(value, dict)),
+    "progress": lambda value: isinstance(value, dict) and all(k in PROGRESS and PROGRESS[k](v) for k, v in value.items()),
+    "source": _or_none(_is_line),
+    "fingerprint": _or_none(lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)),
+    "optimizer_steps": _or_none(_is_count),
+    "machine": _or_none(lambda value: isinstance(value, dict) and all(_is_line(n) for pair in value.items() for n in pair)),
+    "crash": _or_none(_is_line),
     "sha256": lambda value: isinstance(value, dict) and all(isinstance(v, str) for v in value.values()),
 }
 

@@ -103,7 +103,9 @@ def train(args: argparse.Namespace) -> int:
         with _interruptible() as stop_requested:
             model = GPT(config, seed=train_config.seed, backend=backend)
             trainer = Trainer(model, tokenizer, dataset, train_config, out, source=args.text)
-            different = trainer.resume(last) if last is not None else []
+            different = []
+            if last is not None and resumed_from is not None:
+                different = trainer.resume(last, elsewhere=resumed_from.resolve() != last_path(out).resolve())
             _banner(trainer, args.text)
             if different:
                 _say(
@@ -200,7 +202,8 @@ def _evaluation_line(event: Evaluation, tokens_per_second: float, seconds_left: 
 
 def _resume_command(args: argparse.Namespace) -> str:
     out = "" if args.out == "model.npz" else f" --out {shlex.quote(args.out)}"
-    return f"bin/train {shlex.quote(args.text)}{out} --resume"
+    steps = f" --steps {args.steps}" if args.resume is not None and hasattr(args, "steps") else ""  # perhaps not saved yet
+    return f"bin/train {shlex.quote(args.text)}{out} --resume{steps}"
 
 
 def _checkpoint_path(text: str) -> Path:
@@ -208,6 +211,8 @@ def _checkpoint_path(text: str) -> Path:
     out = Path(text)
     if out.suffix != ".npz":
         raise RequestError(f"--out must end in .npz, got {text}")
+    if out.stem.endswith((".last", ".crash", ".previous")):
+        raise RequestError(f"--out must not end in .last, .crash or .previous, which a run's other files do, got {text}")
     if out.is_dir():
         raise RequestError(f"--out must be a file, got a folder: {text}")
     if not out.parent.is_dir():
@@ -235,15 +240,17 @@ def _interruptible() -> Iterator[_StopRequest]:
         if request():
             os._exit(128 + number)
         request.signal_number = number
-        # Not print: the signal may have come in the middle of one.
-        os.write(2, b"\nstopping after this step; once more to stop at once\n")
+        with contextlib.suppress(OSError):  # whoever read it may have got the signal as well
+            # Not print: the signal may have come in the middle of one.
+            os.write(2, b"\nstopping after this step; once more to stop at once\n")
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield request
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if not request():  # else the process is about to end, and a second signal still means at once
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------- generate

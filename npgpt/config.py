@@ -56,9 +56,9 @@ class Settings:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Any:
         """The inverse of `dataclasses.asdict`. Raises RequestError for a name that is no setting."""
-        unknown = sorted(set(values) - {f.name for f, _, _ in _fields(cls)})
+        unknown = sorted(set(values) - {f.name for f, _, _ in _fields(cls)}, key=str)
         if unknown:
-            raise RequestError(f"{cls.__name__} has no setting {', '.join(unknown)}")
+            raise RequestError(f"{cls.__name__} has no setting {', '.join(repr(name)[:60] for name in unknown[:5])}")
         missing = [f.name for f, _, _ in _fields(cls) if f.default is dataclasses.MISSING and f.name not in values]
         if missing:
             raise RequestError(f"{cls.__name__} needs {', '.join(missing)}")
@@ -259,6 +259,8 @@ def _checked(f: dataclasses.Field, kind: type, value: Any) -> Any:
     limits, choices = f.metadata["limits"], f.metadata["choices"]
     accepted, noun = _KINDS[kind]
     fits = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
+    if fits and kind is float and isinstance(value, int) and abs(value) > 2**1023:
+        fits = False  # float() would overflow
     if fits:
         value = kind(value)
         fits = kind is not float or math.isfinite(value)
@@ -268,5 +270,5 @@ def _checked(f: dataclasses.Field, kind: type, value: Any) -> Any:
         if choices:
             noun = " or ".join(repr(c) for c in choices)
         wanted = " and ".join(f"{_LIMITS[name][1]} {limit:g}" for name, limit in limits.items())
-        raise RequestError(f"{f.name} must be {noun}{' ' if wanted else ''}{wanted}, got {value!r}")
+        raise RequestError(f"{f.name} must be {noun}{' ' if wanted else ''}{wanted}, got {repr(value)[:60]}")
     return value

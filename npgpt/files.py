@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import filecmp
+import glob
 import os
+import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -19,6 +23,10 @@ if sys.platform == "win32":
     import msvcrt
 else:
     import fcntl
+
+NOT_SUPPORTED = (errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # by this file system
+COPY_BYTES = 1 << 20  # at a time
+PAUSES = (0.05, 0.2, 1.0) if sys.platform == "win32" else ()  # seconds: there a reader keeps a file from being replaced
 
 
 @contextlib.contextmanager
@@ -36,53 +44,61 @@ def whole_file(path: Path, verify: Callable[[Path], None]) -> Iterator[BinaryIO]
             file.flush()
             _sync(file.fileno())
         verify(temporary)
-        os.replace(temporary, path)
+        _replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):  # the error that brought us here says more
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:  # a write does not know its file's name
             error.filename = str(path)
         raise
-    sync_folder(path.parent)
+    _sync_folder(path.parent)
 
 
-def also_at(source: Path, path: Path) -> bool:
-    """Make `path` a second name of the whole file `source`, in place of what was there; False, and nothing done,
-    where the file system has no second names. Replacing one name later leaves the file at the other."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        os.link(source, temporary)
-    except OSError:
-        return False
+def copy_whole(source: Path, path: Path) -> None:
+    """Copy a file that is whole, as `whole_file` writes. Raises OSError like it."""
+
+    def verify(written: Path) -> None:
+        if not filecmp.cmp(source, written, shallow=False):
+            raise OSError(errno.EIO, "what was written reads back differently")
+
+    with whole_file(path, verify) as file, open(source, "rb") as whole:
+        shutil.copyfileobj(whole, file, COPY_BYTES)
+
+
+def _replace(temporary: Path, path: Path, pauses: tuple[float, ...] = PAUSES) -> None:
     try:
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)  # when both were the same file already, or it could not be replaced
-    sync_folder(path.parent)
-    return True
+    except PermissionError:
+        if not pauses:
+            raise
+        time.sleep(pauses[0])
+        _replace(temporary, path, pauses[1:])
 
 
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk, where a folder can be asked for that (not on Windows)."""
+def _sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk, where a folder can be asked for that."""
     if sys.platform == "win32":
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         _sync(descriptor)
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise
     finally:
         os.close(descriptor)
 
 
 def _sync(descriptor: int) -> None:
-    if sys.platform == "darwin":  # where fsync leaves the data in the disk's own cache
-        fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
-    else:
-        os.fsync(descriptor)
+    os.fsync(descriptor)
+    if sys.platform == "darwin":  # where fsync leaves the data in the disk's own cache; not every volume can do more
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
 
 
 def remove_leftovers(path: Path) -> None:
     """Remove what a killed process left of `whole_file(path)`. Only for the one that holds the path's lock."""
-    for left in path.parent.glob(f".{path.name}.*.tmp"):
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         left.unlink(missing_ok=True)
 
 
@@ -127,7 +143,7 @@ def _try_lock(descriptor: int) -> bool:
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
             return False
-        if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP):
+        if error.errno in NOT_SUPPORTED:
             return True
         raise
     return True

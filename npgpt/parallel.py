@@ -55,10 +55,10 @@ def one_blas_thread() -> AbstractContextManager[Any]:
 
 
 def machine(device: str, threads: int) -> dict[str, str]:
-    """What decides the rounding of a run: with the same, the same seed gives the same bytes."""
+    """What decides the rounding of a run on one processor: with the same, the same seed gives the same bytes."""
     found = [library for library in _blas().info() if library["user_api"] == "blas"]
     blas = " ".join(str(found[0].get(key)) for key in ("internal_api", "version", "architecture")) if found else "unknown"
-    return {"device": device, "threads": str(threads), "blas": blas}
+    return {"device": device, "threads": str(threads), "NumPy": np.__version__, "BLAS": blas}
 
 
 def describe_blas() -> str:

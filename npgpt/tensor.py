@@ -437,13 +437,14 @@ class _Pending:
                 self._gradients[node] = _fit(dx, node)  # borrowed: another node's array, or a read-only view
         elif isinstance(dx, Part):
             if node not in self._own:
-                self._gradients[node] = self._gradients[node].copy()
+                self._gradients[node] = backend_of(dx.values).xp.array(self._gradients[node])
                 self._own.add(node)
             self._gradients[node][dx.index] += dx.values
         elif node in self._own:
             self._gradients[node] += _fit(dx, node)
         else:
-            self._gradients[node] = self._gradients[node] + _fit(dx, node)
+            total = self._gradients[node] + _fit(dx, node)
+            self._gradients[node] = np.asarray(total) if isinstance(total, np.generic) else total  # of no dimensions
             self._own.add(node)
 
     def pop(self) -> tuple[Node, Array]:

@@ -9,11 +9,10 @@ Files of a run whose checkpoint is `model.npz`:
     model.npz        the weights with the lowest validation loss so far
     model.last.npz   the state at the last evaluation or interruption, from which a run is resumed
     model.jsonl      the log: one JSON object per line
+    model.crash.npz  after a loss or gradient that was not finite: that step, to be repeated with `replay`
 
 What an earlier run left under these names is kept as `model.previous.npz` and so on. While a run lasts,
 `.model.npz.lock` keeps a second one from writing the same files.
-
-    model.crash.npz  after a loss or gradient that was not finite: that step, to be repeated with `replay`
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from npgpt.checkpoint import Checkpoint
 from npgpt.config import GenerateConfig, GPTConfig, RequestError, TrainConfig
 from npgpt.data import Dataset
 from npgpt.evaluate import evaluate
-from npgpt.files import also_at, lock, remove_leftovers
+from npgpt.files import copy_whole, lock, remove_leftovers
 from npgpt.generate import generate_text
 from npgpt.gpt import GPT
 from npgpt.kernels.cpu import QUERY_BLOCK
@@ -126,17 +125,20 @@ class Trainer:
                     f"the dataset's {name} is {getattr(dataset, name)}, the run's is {expected}; they must agree"
                 )
         self.progress = Progress()
+        self._own = False  # whether the files at `out` are of this run
         self._workers = Workers(config.threads if model.backend.name == "cpu" else 1)
         self.machine = machine(model.backend.name, self._workers.threads)
         self._forward_backward = ParallelStep(model, self._workers, config.micro_batch)
         self.optimizer = AdamW(model.parameters(), config.lr, (config.beta1, config.beta2), weight_decay=config.weight_decay)
 
-    def resume(self, last: Checkpoint) -> list[str]:
+    def resume(self, last: Checkpoint, elsewhere: bool = False) -> list[str]:
         """Continue where `last` (loaded with its optimiser) stopped. Returns what is different about the machine, and
-        makes the same seed give other bytes: the number of threads, the BLAS, the device.
+        makes the same seed give other bytes: the number of threads, NumPy, the BLAS, the device.
 
-        Raises RequestError, naming the difference, when it comes from another text, vocabulary or
-        configuration. What does not change the numbers of a step may differ, and so may the number of steps.
+        elsewhere: `last` is not the state of the run at `out`; what that one left is kept as at a new start, and the
+        best loss is looked for anew. Raises RequestError, naming the difference, when `last` comes from another text,
+        vocabulary or configuration. What changes neither a step nor what is called best may differ, and so may the
+        number of steps.
         """
         if last.optimizer_state is None or last.train_config is None:
             raise RequestError("this checkpoint holds no training state to resume from; start a new run")
@@ -155,7 +157,7 @@ class Trainer:
         except (TypeError, ValueError) as error:
             raise RequestError(f"cannot resume: the checkpoint's training state is damaged ({error})") from None
         self.model.load_state_dict(last.model.state_dict())
-        self.progress = progress
+        self.progress, self._own = progress, not elsewhere
         before = last.machine or self.machine
         return [
             f"{key} was {before.get(key)} and is now {value}" for key, value in self.machine.items() if before.get(key) != value
@@ -172,12 +174,16 @@ class Trainer:
         if self.out:
             for path in (self.out, last_path(self.out), crash_path(self.out)):
                 remove_leftovers(path)
-            if p.step == 0 and self.out.exists():
+            if not self._own or not last_path(self.out).exists():
                 for path in files_of(self.out):
                     if path.exists():
                         path.replace(path.with_name(path.name.replace(self.out.stem, f"{self.out.stem}.previous", 1)))
-            if p.step and p.step == p.best_step:  # it may have been killed between the two files of a save
+                p.best_loss, p.best_step, p.stale_evaluations = None, 0, 0
+            elif checkpoint.step_of(last_path(self.out)) != p.step:
+                raise RequestError(f"another run has gone on from {last_path(self.out)} meanwhile; start again with --resume")
+            elif p.step == p.best_step:  # it may have been killed between the two files of a save
                 self._save(best=True)
+            self._own = True
         self._log("start" if p.step == 0 else "resume", {"step": p.step, "config": dataclasses.asdict(config)})
         with self._workers:
             outcome = yield from self._steps(stop_requested)
@@ -283,8 +289,8 @@ class Trainer:
         if self.out:
             self._write(last_path(self.out))
             # Interrupted before the first evaluation, a run still leaves a model.
-            if (best or not self.out.exists()) and not also_at(last_path(self.out), self.out):
-                self._write(self.out)
+            if best or not self.out.exists():
+                copy_whole(last_path(self.out), self.out)
 
     def _write(self, path: Path, **more: Any) -> None:
         checkpoint.save(

@@ -43,7 +43,7 @@ def programme(scale):
         if scale == 1
         else ("R4 bits flipped", reliability.flips, times(60_000)),
         ("R8 SIGINT and SIGTERM", reliability.signals, times(200)),
-        ("R7 every split of 100 steps, resumed", reliability.resumptions, 100, range(1, 100, round(1 / scale))),
+        ("R7 every split of 100 steps, resumed", reliability.resumptions, 100, range(1, 100, max(1, round(1 / scale)))),
         ("R5 cut off at every byte", reliability.truncations),
         ("R2 a save stopped after each operation", reliability.prefixes),
         ("R3 each operation of a save failing", reliability.faults),

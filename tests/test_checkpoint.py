@@ -11,17 +11,11 @@ import reliability
 
 import npgpt
 from npgpt import GPT, CheckpointError, GPTConfig, RequestError
+from npgpt.cli import main
 from npgpt.files import lock
 
 FIXTURES = reliability.ROOT / "tests" / "fixtures"
-posix_only = pytest.mark.skipif(sys.platform == "win32", reason="faults are put in through /proc and POSIX calls")
-
-
-def sound(tally):
-    """Nothing lost, nothing wrong."""
-    assert tally.tried > 0
-    assert (tally.lost, tally.wrong) == (0, 0), tally.notes[:5]
-    return tally
+posix_only = pytest.mark.skipif(sys.platform == "win32", reason="counts the operations of POSIX systems")
 
 
 def test_save_load_identical_logits(tmp_path, tokenizer, small_config, rng):
@@ -89,12 +83,12 @@ def test_the_number_of_parameters_is_known_beforehand(changes):
 
 @posix_only
 def test_a_save_stopped_anywhere_leaves_the_old_or_the_new(tmp_path):
-    sound(reliability.prefixes(tmp_path))  # R2
+    reliability.sound(reliability.prefixes(tmp_path))  # R2
 
 
 @posix_only
 def test_a_failing_disk_leaves_the_old_checkpoint(tmp_path):
-    assert sound(reliability.faults(tmp_path)).tried >= 10  # R3
+    assert reliability.sound(reliability.faults(tmp_path)).tried >= 10  # R3
 
 
 def test_what_reads_back_differently_is_not_kept(tmp_path, monkeypatch):
@@ -114,6 +108,31 @@ def test_what_reads_back_differently_is_not_kept(tmp_path, monkeypatch):
         reliability.write_checkpoint(path, seed=2)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["model.npz"]
+
+
+def test_what_could_not_be_loaded_is_not_saved(tmp_path):
+    path, tokenizer = tmp_path / "model.npz", reliability.tokenizer()
+    model = GPT(reliability.TINY)
+    for more, words in [
+        ({"progress": {"colour": 1}}, "progress cannot be saved"),
+        ({"machine": {"threads": 2}}, "machine cannot be saved"),
+        ({"fingerprint": "abc"}, "fingerprint cannot be saved"),
+        ({"crash": "boom"}, "needs its batch"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            npgpt.save(path, model, tokenizer, **more)
+    with pytest.raises(ValueError, match="vocabulary of 3 characters, model of 30"):
+        npgpt.save(path, model, npgpt.CharTokenizer("abc"))
+    with pytest.raises(ValueError, match="vocabulary cannot be saved"):
+        npgpt.save(path, model, npgpt.CharTokenizer(tokenizer.characters[:-1] + "\udc80"))
+    with pytest.raises(ValueError, match="float16"):
+        npgpt.save(path, GPT(reliability.TINY, dtype=np.float16), tokenizer)
+    model.wte.weight.data[0] = np.nan
+    with pytest.raises(ValueError, match=r"wte\.weight does not hold finite"):
+        npgpt.save(path, model, tokenizer)
+    assert not list(tmp_path.iterdir())
+    npgpt.save(path, GPT(reliability.TINY), tokenizer, source="caf\udce9\n.txt")
+    assert npgpt.load(path).source == "caf\\udce9\\n.txt"
 
 
 def test_a_lock_is_held_once_and_let_go(tmp_path):
@@ -136,15 +155,15 @@ def test_a_lock_is_held_once_and_let_go(tmp_path):
 
 
 def test_flipped_bits_are_seen(tmp_path):
-    sound(reliability.flips(tmp_path, 2000))  # R4
+    reliability.sound(reliability.flips(tmp_path, 2000))  # R4
 
 
 def test_cut_off_files_are_refused(tmp_path):
-    sound(reliability.truncations(tmp_path))  # R5
+    reliability.sound(reliability.truncations(tmp_path))  # R5
 
 
 def test_damaged_files_are_refused_quickly(tmp_path):
-    sound(reliability.fuzz(tmp_path, 2000))  # R5
+    reliability.sound(reliability.fuzz(tmp_path, 2000))  # R5
 
 
 def test_hostile_files_are_refused_in_one_line(tmp_path, capsys):
@@ -156,8 +175,6 @@ def test_hostile_files_are_refused_in_one_line(tmp_path, capsys):
             npgpt.load(path, with_optimizer=True)
         assert str(path) in str(caught.value), name
         assert len(str(caught.value)) < 600 + len(str(path)), name
-        from npgpt.cli import main
-
         assert main(["inspect", str(path)]) == 2, name
         out, err = capsys.readouterr()
         assert out == "", name
@@ -173,7 +190,7 @@ def test_what_is_not_a_checkpoint_is_refused(tmp_path):
         with pytest.raises(CheckpointError, match="not a checkpoint"):
             npgpt.load(path)
     np.savez(path, a=np.zeros(3))
-    with pytest.raises(CheckpointError, match=r"not an npgpt checkpoint: it has no checkpoint.json, but a.npy"):
+    with pytest.raises(CheckpointError, match=r"not an npgpt checkpoint: it has no checkpoint.json, but 'a.npy'"):
         npgpt.load(path)
     for missing in (tmp_path / "none.npz", tmp_path):
         with pytest.raises(CheckpointError, match=r"no such checkpoint|folder|cannot read"):
@@ -191,8 +208,8 @@ def test_what_differs_from_the_configuration_is_named(tmp_path):
         return json.dumps(header | changes)
 
     for text, words in [
-        (changed(config=header["config"] | {"tie_weights": True}), "unknown lm_head.weight"),
-        (changed(config=header["config"] | {"bias": False}), "unknown blocks.0.ln_1.bias.*and 2 more"),
+        (changed(config=header["config"] | {"tie_weights": True}), "unknown 'lm_head.weight'"),
+        (changed(config=header["config"] | {"bias": False}), "unknown 'blocks.0.ln_1.bias'.*and 2 more"),
         (changed(config=header["config"] | {"d_ff": 31}), r"mlp.fc.weight has shape \(8, 32\), expected \(8, 31\)"),
         (changed(config=header["config"] | {"n_layer": 2}), "describes .* parameters|missing blocks.1"),
         (changed(config=header["config"] | {"colour": 1}), "colour"),

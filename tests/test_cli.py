@@ -237,6 +237,7 @@ WRONG = {
         ("", "required: DATA"),
         ("text.txt --out nowhere/m.npz", "no folder nowhere"),
         ("text.txt --out text.txt", "must end in .npz"),
+        ("text.txt --out z.last.npz", "must not end in .last"),
         ("model.jsonl", "one of the files this run would write"),
         ("text.txt --out folder.npz", "got a folder"),
         ("text.txt --resume none.npz", "nothing to resume: there is no none.npz"),

@@ -19,6 +19,7 @@ COMPOSITES = {
     "gelu far out": (lambda a: ops.gelu(a * 4), [(30,)]),
     "input used twice": (lambda a: a * a + a, [(3,)]),
     "diamond": (lambda a: (a.exp() * a.tanh()) / (a.exp() + 1), [(4,)]),
+    "slices of no dimensions": (lambda a: (lambda b: (b * 2 + b[None]).sum() + b)(a.sum()), [(3,)]),
     "slices of slices": (lambda a: a[1:, ::-1] * a[0] + a[..., None][:, :, 0][1], [(3, 3)]),
     "shapes": (lambda a: (a.reshape(3, 2, 2).transpose(1, 0, -1) * a.T.reshape((2, 3, 2))).exp(), [(2, 3, 2)]),
 }

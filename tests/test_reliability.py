@@ -1,8 +1,6 @@
 """Runs that are killed, interrupted, resumed, or find a number that is not finite."""
 
-import errno
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -18,28 +16,36 @@ from npgpt.train import last_path, log_path
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 
 
-def sound(tally):
-    """Nothing lost, nothing wrong."""
-    assert tally.tried > 0
-    assert (tally.lost, tally.wrong) == (0, 0), tally.notes[:5]
-    return tally
-
-
 def test_killed_runs_go_on_where_they_were(tmp_path):
-    sound(reliability.kills(tmp_path, 20))  # R1
+    reliability.sound(reliability.kills(tmp_path, 20))  # R1
+
+
+@posix_only
+def test_a_signal_with_nobody_listening_saves_all_the_same(tmp_path):
+    process = reliability.start_training(tmp_path)
+    for _ in range(5):
+        process.stderr.readline()
+    process.stderr.close()  # as when `tee` got the signal too
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert npgpt.load(tmp_path / "model.last.npz", with_optimizer=True).step > 0
 
 
 @posix_only
 def test_signals_end_a_run_in_good_order(tmp_path):
-    sound(reliability.signals(tmp_path, 20))  # R8
+    reliability.sound(reliability.signals(tmp_path, 20))  # R8
 
 
 def test_a_resumed_run_writes_the_same_bytes(tmp_path):
-    sound(reliability.resumptions(tmp_path, 20, range(1, 20, 2)))  # R7
+    reliability.sound(reliability.resumptions(tmp_path, 20, range(1, 20, 2)))  # R7
+
+
+def test_a_resumed_run_that_gets_worse_writes_the_same_bytes(tmp_path):
+    reliability.sound(reliability.resumptions(tmp_path, 20, [8, 10, 15], lr=0.5))  # R7
 
 
 def test_numbers_that_are_not_finite_stop_a_run(tmp_path, monkeypatch):
-    assert sound(reliability.not_finite(tmp_path, monkeypatch.setattr)).tried >= 12  # R9
+    assert reliability.sound(reliability.not_finite(tmp_path, monkeypatch.setattr)).tried >= 12  # R9
 
 
 def test_replay_repeats_the_step(tmp_path, capsys):
@@ -82,15 +88,7 @@ def test_another_machine_is_told(tmp_path):
     list(other.run())
 
 
-@pytest.mark.parametrize("links", [True, False])
-def test_the_best_and_the_last_are_two_files(tmp_path, monkeypatch, links):
-    """Also where a file cannot have two names."""
-
-    def no_links(source, target):
-        raise OSError(errno.EPERM, "Operation not permitted")
-
-    if not links:
-        monkeypatch.setattr(os, "link", no_links)
+def test_the_best_and_the_last_are_two_files(tmp_path):
     out = tmp_path / "model.npz"
     run = reliability.trainer(out, steps=12, eval_interval=3)
     for event in run.run():
@@ -102,7 +100,34 @@ def test_the_best_and_the_last_are_two_files(tmp_path, monkeypatch, links):
                 assert out.read_bytes() == last_path(out).read_bytes()
                 run.progress.best_loss = 0.0  # so that none after it is better
     assert best == 3
+    assert not out.samefile(last_path(out))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.jsonl", "model.last.npz", "model.npz"]
+
+
+def test_resuming_elsewhere_starts_its_own_files(tmp_path):
+    out, other = tmp_path / "model.npz", tmp_path / "other.npz"
+    first = reliability.trainer(out, eval_interval=5)
+    list(first.run(lambda: first.progress.step >= 12))
+    reliability.write_checkpoint(other, seed=3)
+    second = reliability.trainer(other, eval_interval=5)
+    second.resume(npgpt.load(last_path(out), with_optimizer=True), elsewhere=True)
+    list(second.run())
+    assert npgpt.load(tmp_path / "other.previous.npz").step == 3
+    assert npgpt.load(other).step == second.progress.best_step >= 15
+
+
+def test_a_run_that_went_on_meanwhile_is_not_undone(tmp_path):
+    out = tmp_path / "model.npz"
+    first = reliability.trainer(out)
+    list(first.run(lambda: first.progress.step >= 5))
+    stale = npgpt.load(last_path(out), with_optimizer=True)
+    second, third = reliability.trainer(out), reliability.trainer(out)
+    third.resume(stale)
+    second.resume(stale)
+    list(second.run())
+    with pytest.raises(RequestError, match="another run has gone on"):
+        next(third.run())
+    assert npgpt.load(last_path(out)).step == 20
 
 
 def test_killed_between_the_two_files_of_a_save(tmp_path):
