@@ -47,6 +47,7 @@ MOMENTS = ("optimizer.exp_avg", "optimizer.exp_avg_sq")
 BATCH = ("batch.x", "batch.y")
 LARGEST_HEADER = 2 << 20  # bytes; room for all characters in use and ten thousand evaluations
 CHUNK = 1 << 20  # bytes read at a time
+ZIP_END = 22  # bytes: how far before its end a zip without comment has the mark of its directory
 
 
 class CheckpointError(RequestError):
@@ -319,8 +320,17 @@ class _Archive:
 def _open(path: Path) -> Iterator[_Archive]:
     """A checked archive; every way of being unreadable, here or in the block, is a CheckpointError naming the file."""
     try:
-        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-            yield _Archive(archive, os.fstat(file.fileno()).st_size)
+        if path.exists() and not path.is_file() and not path.is_dir():  # a pipe, say, which might never end
+            raise CheckpointError("it is not a file of its own")
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            file.seek(max(0, size - ZIP_END))
+            whole = file.read(4) == b"PK\5\6"
+            with zipfile.ZipFile(file) as archive:
+                found = _Archive(archive, size)
+                if not whole:
+                    raise CheckpointError("there is something after its end")
+                yield found
     except FileNotFoundError:
         raise CheckpointError(f"no such checkpoint: {path}; bin/train writes one") from None
     except IsADirectoryError:
@@ -357,6 +367,8 @@ def _members(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
     if HEADER not in members:
         shown = ", ".join(map(_short, list(members)[:3])) + (", ..." if len(members) > 3 else "")
         raise _UnusableError(f"is not an npgpt checkpoint: it has no {HEADER}, but {shown or 'nothing'}")
+    if min(info.header_offset for info in members.values()) != 0:
+        raise CheckpointError("there is something before its beginning")
     if others:
         raise CheckpointError(f"its member {_short(others[0])} is not an array")
     if total > size:

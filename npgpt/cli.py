@@ -25,7 +25,7 @@ import numpy as np
 import npgpt
 from npgpt import ops
 from npgpt.backend import DeviceError, Stream, generator, select
-from npgpt.checkpoint import load
+from npgpt.checkpoint import Checkpoint, CheckpointError, load
 from npgpt.config import PRESETS, GenerateConfig, GPTConfig, RequestError, TrainConfig, add_flags, given
 from npgpt.data import PIECE, Dataset, fingerprint, read_ids, split
 from npgpt.evaluate import evaluate
@@ -92,8 +92,10 @@ def train(args: argparse.Namespace) -> int:
     else:
         if not resumed_from.exists():
             raise RequestError(f"nothing to resume: there is no {resumed_from}; a run with --out {out} writes {last_path(out)}")
-        last = load(resumed_from, with_optimizer=True)
-        before = {} if last.train_config is None else vars(last.train_config)
+        last = _load_state(resumed_from, out)
+        before = {} if last.train_config is None else dict(vars(last.train_config))
+        if "lr" in asked_training and before.get("min_lr") == before.get("lr", 0) / 10:
+            del before["min_lr"]  # nobody had asked for it
         config = GPTConfig(**(vars(last.config) | {"vocab_size": tokenizer.vocab_size} | asked_model))
         train_config = TrainConfig(**(before | asked_training))
     backend = select(train_config.device)
@@ -116,8 +118,9 @@ def train(args: argparse.Namespace) -> int:
         return _failed("train", f"out of memory: {memory_advice(config, train_config)}")
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
-        kept = last_path(out)
-        resume = f"; {kept} is whole, continue with: {_resume_command(args)}" if kept.exists() else ""
+        kept, before_it = last_path(out), out.with_name(f"{out.stem}.previous.npz")
+        resume = f"; {kept} is whole, continue with: {_resume_command(args)}" if kept.is_file() else ""
+        resume = resume or (f"; what the run before has left is now {before_it}" if before_it.exists() else "")
         return _failed("train", f"cannot write: {error.strerror or error}{where}{resume}")
     if end.outcome is Outcome.INTERRUPTED:
         _say(f"stopped after step {end.step}; continue with: {_resume_command(args)}")
@@ -126,6 +129,8 @@ def train(args: argparse.Namespace) -> int:
         _say(f"stopped early at step {end.step}: {train_config.patience} evaluations without a better one (see --patience)")
     if end.outcome is Outcome.DIVERGED:
         _say(f"stopped before step {end.step + 1} changed a weight: {end.reason}")
+        if last_path(out).exists():
+            _say(f"{last_path(out)} is the state at the evaluation or interruption before that")
         if crash_path(out).exists():
             _say(f"repeat that step with: bin/npgpt replay {shlex.quote(str(crash_path(out)))}")
     if end.advice:
@@ -138,6 +143,16 @@ def train(args: argparse.Namespace) -> int:
     return 0
 
 
+def _load_state(path: Path, out: Path) -> Checkpoint:
+    try:
+        return load(path, with_optimizer=True)
+    except CheckpointError as error:
+        instead = (
+            f"; --resume {shlex.quote(str(out))} goes on from the best state instead" if path != out and out.exists() else ""
+        )
+        raise RequestError(f"{error}{instead}") from None
+
+
 def _banner(trainer: Trainer, source: str) -> None:
     dataset, config, model = trainer.dataset, trainer.config, trainer.model
     _say(f"text    {source}: {len(dataset.ids):,} characters, {trainer.tokenizer.vocab_size} different;", end=" ")
@@ -148,7 +163,8 @@ def _banner(trainer: Trainer, source: str) -> None:
     _say(f"run     {config.steps:,} steps of {config.batch_size} x {c.block_size} tokens on {model.backend.name},", end=" ")
     _say(f"seed {config.seed}, log in {log_path(trainer.out)}" if trainer.out else f"seed {config.seed}")
     if model.backend.name == "cpu":
-        _say(f"        {config.threads or available_cores()} threads, {describe_blas()}")
+        threads = config.threads or available_cores()
+        _say(f"        {threads} thread{'' if threads == 1 else 's'}, {describe_blas()}")
     if trainer.progress.step:
         _say(f"        resumed at step {trainer.progress.step}")
 
@@ -211,6 +227,8 @@ def _checkpoint_path(text: str) -> Path:
     out = Path(text)
     if out.suffix != ".npz":
         raise RequestError(f"--out must end in .npz, got {text}")
+    if out.is_symlink():  # the file it names is what is to be replaced
+        out = out.resolve()
     if out.stem.endswith((".last", ".crash", ".previous")):
         raise RequestError(f"--out must not end in .last, .crash or .previous, which a run's other files do, got {text}")
     if out.is_dir():
@@ -233,7 +251,7 @@ class _StopRequest:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[_StopRequest]:
-    """Let the first SIGINT or SIGTERM be seen at the end of a step; a second one ends the process at once."""
+    """Let the first SIGINT, SIGTERM or SIGHUP be seen at the end of a step; a second one ends the process at once."""
     request = _StopRequest()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
@@ -244,7 +262,11 @@ def _interruptible() -> Iterator[_StopRequest]:
             # Not print: the signal may have come in the middle of one.
             os.write(2, b"\nstopping after this step; once more to stop at once\n")
 
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    # A terminal that goes away sends SIGHUP, where there is one; `nohup` has it ignored, and so it stays.
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, on_signal) for number in numbers}
     try:
         yield request
     finally:
@@ -311,8 +333,10 @@ def evaluate_parser() -> argparse.ArgumentParser:
 def evaluate_command(args: argparse.Namespace) -> int:
     checkpoint = load(args.ckpt)
     path = args.text or checkpoint.source
-    if path is None:
+    if path is None or (args.text is None and checkpoint.train_config is None):
         raise RequestError("this checkpoint does not say what text it was trained on; name one: bin/evaluate --ckpt FILE TEXT")
+    if args.text is None and not Path(path).is_file():
+        raise RequestError(f"the text it was trained on, {path}, is not here; name one: bin/evaluate --ckpt FILE TEXT")
     _, ids = read_ids(path, checkpoint.tokenizer, _progress_bar)
     trained = checkpoint.train_config
     held_out = None
@@ -327,6 +351,8 @@ def evaluate_command(args: argparse.Namespace) -> int:
     else:
         what = f"all of {path}, every character of which the model was trained on"
     result = evaluate(checkpoint.model, ids)
+    if not np.isfinite(result.loss):
+        return _failed("evaluate", f"the loss is {result.loss}: the model's weights or what it computes are not finite numbers")
     plus_minus = "" if result.stderr is None else f" ± {result.stderr:.4f}"
     print(f"{what}: {result.n_targets:,} characters predicted")
     print(f"loss {result.loss:.4f}{plus_minus} nats per character")
@@ -452,7 +478,9 @@ def inspect(args: argparse.Namespace) -> int:
         print(f"step {step:6}  train loss {train_loss:.4f}{val}")
     if args.arrays:
         for name, array in checkpoint.model.state_dict().items():
-            print(f"{name:28} {array.shape!s:14} {array.dtype}  mean {array.mean():+.4f}  std {array.std():.4f}")
+            with np.errstate(over="ignore", invalid="ignore"):  # of a crash file
+                numbers = f"mean {array.mean():+.4f}  std {array.std():.4f}"
+            print(f"{name:28} {array.shape!s:14} {array.dtype}  {numbers}")
     return 0
 
 
@@ -471,9 +499,36 @@ COMMANDS: dict[str, tuple[Callable[[], argparse.ArgumentParser], Callable[[argpa
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit status."""
     argv = sys.argv[1:] if argv is None else argv
+    if sys.stdout is None or sys.stderr is None:  # closed by whoever started this
+        nowhere = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (for as long as the process lives)
+        sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # absent where something else has taken the stream's place
             stream.reconfigure(encoding="utf-8", errors="backslashreplace", newline="\n")
+    name = argv[0] if argv and argv[0] in COMMANDS else ""
+    with contextlib.redirect_stderr(_Unread(sys.stderr)):
+        try:
+            status = COMMANDS[name][1](COMMANDS[name][0]().parse_args(argv[1:])) if name else _no_command(argv)
+            sys.stdout.flush()
+        except (RequestError, DeviceError) as error:
+            _say(f"npgpt {name}: {error}")
+            return 2
+        except (GradientError, FloatingPointError) as error:
+            return _failed(name, str(error))
+        except MemoryError:
+            return _failed(name, "out of memory")
+        except BrokenPipeError:  # `npgpt generate | head`: the reader has what it wanted
+            _silence(sys.stdout)
+            return 0
+        except OSError as error:
+            _silence(sys.stdout)  # it may be what failed, and be tried again at the end
+            return _failed(name, f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+        except KeyboardInterrupt:
+            return 130
+        return status
+
+
+def _no_command(argv: list[str]) -> int:
     if not argv:
         _say(f"npgpt: expected a command, one of {', '.join(COMMANDS)} (see npgpt --help)")
         return 2
@@ -485,29 +540,39 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] == "--version":
         print(f"npgpt {npgpt.__version__}, NumPy {np.__version__}, {describe_blas()}, {available_cores()} cores")
         return 0
-    name = argv[0]
-    if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(COMMANDS)}"
-        _say(f"npgpt: unknown command {name!r}; {hint}")
-        return 2
-    make_parser, command, _ = COMMANDS[name]
-    try:
-        return command(make_parser().parse_args(argv[1:]))
-    except (RequestError, DeviceError) as error:
-        _say(f"npgpt {name}: {error}")
-        return 2
-    except (GradientError, FloatingPointError) as error:
-        return _failed(name, str(error))
-    except MemoryError:
-        return _failed(name, "out of memory")
-    except BrokenPipeError:  # `npgpt generate | head`: the reader has what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:
-        return _failed(name, f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
-    except KeyboardInterrupt:
-        return 130
+    close = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(COMMANDS)}"
+    _say(f"npgpt: unknown command {argv[0]!r}; {hint}")
+    return 2
+
+
+class _Unread:
+    """A stream that may go away, such as the terminal of a run left alone: what is written then is lost, and nothing else."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+        except OSError:
+            _silence(self._stream)
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            _silence(self._stream)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _silence(stream: Any) -> None:
+    """Send what is still written to a stream nowhere."""
+    with contextlib.suppress(OSError):  # one that is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class _Parser(argparse.ArgumentParser):
@@ -533,15 +598,12 @@ def _parser(name: str, about: str, examples: list[str]) -> argparse.ArgumentPars
 
 
 def _say(message: str, end: str = "\n") -> None:
-    """Print to stderr; when nobody reads it any more, work goes on in silence."""
-    try:
-        print(message, file=sys.stderr, end=end, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+    """Print to stderr."""
+    print(message, file=sys.stderr, end=end, flush=True)
 
 
 def _failed(name: str, message: str) -> int:
-    _say(f"npgpt {name}: {message}")
+    _say(f"npgpt {name}".rstrip() + f": {message}")
     return 1
 
 

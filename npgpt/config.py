@@ -103,7 +103,7 @@ class TrainConfig(Settings):
     """How a model is trained."""
 
     steps: int = setting(1000, "optimiser steps in all", at_least=1)
-    batch_size: int = setting(32, "windows of block_size tokens in a step", at_least=1)
+    batch_size: int = setting(32, "windows of block_size tokens in a step", at_least=1, at_most=100_000)
     lr: float = setting(1e-3, "peak learning rate", above=0)
     min_lr: float | None = setting(None, "learning rate of the last step (default: lr / 10)", at_least=0)
     warmup_steps: int = setting(100, "steps over which the learning rate rises to its peak", at_least=0)
@@ -119,7 +119,7 @@ class TrainConfig(Settings):
     sample_tokens: int = setting(200, "length of the sample at each evaluation; 0: none", at_least=0)
     val_fraction: float = setting(0.1, "part of the text held out for validation", at_least=0, below=1)
     seed: int = setting(1337, "seed of weights, batches and dropout", at_least=0)
-    threads: int | None = setting(None, "worker threads (default: every core this process may use)", at_least=1)
+    threads: int | None = setting(None, "worker threads (default: every core this process may use)", at_least=1, at_most=1024)
     micro_batch: int | None = setting(None, "windows a worker takes at a time (default: about 1024 tokens)", at_least=1)
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda"))
 

@@ -200,7 +200,7 @@ class ParallelStep:
                 return f"the gradient of {names[id(p)]} is not finite, though its parts are"
         with np.errstate(over="ignore"):
             norm = float(self.model.flat.grad @ self.model.flat.grad)
-        return "every part of it is finite" + ("" if np.isfinite(norm) else ", but the norm of the gradient is not")
+        return "every part of the gradient is finite, but its norm is not" if not np.isfinite(norm) else "all of it is finite"
 
     def _pieces(self, x: np.ndarray) -> list[slice]:
         rows, tokens = x.shape

@@ -11,7 +11,7 @@ Files of a run whose checkpoint is `model.npz`:
     model.jsonl      the log: one JSON object per line
     model.crash.npz  after a loss or gradient that was not finite: that step, to be repeated with `replay`
 
-What an earlier run left under these names is kept as `model.previous.npz` and so on. While a run lasts,
+What the run before left under these names is kept as `model.previous.npz` and so on. While a run lasts,
 `.model.npz.lock` keeps a second one from writing the same files.
 """
 
@@ -33,7 +33,7 @@ from npgpt.checkpoint import Checkpoint
 from npgpt.config import GenerateConfig, GPTConfig, RequestError, TrainConfig
 from npgpt.data import Dataset
 from npgpt.evaluate import evaluate
-from npgpt.files import copy_whole, lock, remove_leftovers
+from npgpt.files import copy_whole, lock, remove_leftovers, whole_file
 from npgpt.generate import generate_text
 from npgpt.gpt import GPT
 from npgpt.kernels.cpu import QUERY_BLOCK
@@ -146,9 +146,10 @@ class Trainer:
         free = ("steps", "eval_interval", "patience", "log_interval", "sample_tokens", "threads", "device")
         differing += _differences(last.train_config, self.config, ignore=free)
         if last.tokenizer != self.tokenizer or last.fingerprint != self.fingerprint:
-            differing.insert(0, "the text is not the one it was trained on")
+            where = f" ({last.source}, as it was then)" if last.source else ""
+            differing.insert(0, f"the text is not the one it was trained on{where}")
         if differing:
-            raise RequestError("cannot resume: " + "; ".join(differing) + ". Start a new run, or use the same settings")
+            raise RequestError("cannot resume: " + "; ".join(differing) + ". Start a new run, or go back to what it was")
         if last.step >= self.config.steps:
             raise RequestError(f"nothing to do: the run is at step {last.step} already; ask for more than that with --steps")
         try:
@@ -181,6 +182,8 @@ class Trainer:
                 p.best_loss, p.best_step, p.stale_evaluations = None, 0, 0
             elif checkpoint.step_of(last_path(self.out)) != p.step:
                 raise RequestError(f"another run has gone on from {last_path(self.out)} meanwhile; start again with --resume")
+            elif not self.out.exists():  # somebody has taken it away: the next evaluation gives the best there is
+                p.best_loss, p.best_step, p.stale_evaluations = None, 0, 0
             elif p.step == p.best_step:  # it may have been killed between the two files of a save
                 self._save(best=True)
             self._own = True
@@ -310,7 +313,7 @@ class Trainer:
         if self.out:
             path = log_path(self.out)
             if event == "resume" and path.exists():
-                _drop_half_a_line(path)
+                _cut_log(path, self.progress.step)
             with path.open("w" if event == "start" else "a", encoding="utf-8", newline="\n") as log:
                 log.write(json.dumps({"event": event} | values, ensure_ascii=False) + "\n")
 
@@ -343,10 +346,15 @@ def files_of(out: Path) -> list[Path]:
     return [out, last_path(out), log_path(out), crash_path(out)]
 
 
-def _drop_half_a_line(path: Path) -> None:
-    """Cut off what a killed process left of its last line."""
-    with path.open("r+b") as file:
-        file.truncate(file.read().rfind(b"\n") + 1)
+def _cut_log(path: Path, step: int) -> None:
+    """Take from a log what came after `step`, which is about to be done again, and half a line of a killed process."""
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    with whole_file(path, lambda _: None) as file:
+        file.write("".join(kept).encode())
 
 
 def _differences(before: Any, now: Any, ignore: tuple[str, ...] = ()) -> list[str]:
@@ -364,7 +372,7 @@ def advice(progress: Progress, config: TrainConfig, model: GPTConfig, outcome: O
     """One line: what the losses say, and the one thing to change next."""
     lower = f"lower the learning rate (--lr {min(config.lr / 3, 1e-3):.1g}, it was {config.lr:g})"
     if outcome is Outcome.DIVERGED:
-        return f"The loss stopped being a number after step {progress.step}: {lower} or lengthen the warm-up."
+        return f"Something grew beyond all numbers after step {progress.step}: start again, {lower} or warm up longer."
     rows = progress.history
     if outcome is Outcome.INTERRUPTED:
         return ""

@@ -527,7 +527,11 @@ def hostile_files(folder):
     code = b"cos\nsystem\n(S'touch " + str(folder / "executed").encode() + b"'\ntR."
     big = 10**18
     digits = "1" * 400
+    (folder / "appended.npz").write_bytes(good.read_bytes() + b"x")
+    (folder / "prepended.npz").write_bytes(b"x" + good.read_bytes())
     return [
+        ("something appended", folder / "appended.npz"),
+        ("something prepended", folder / "prepended.npz"),
         ("pickled object array", pickled),
         write(
             "zip bomb", {"checkpoint.json": members["checkpoint.json"], "wte.weight.npy": bytes(1 << 24)}, zipfile.ZIP_DEFLATED

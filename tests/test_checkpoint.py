@@ -183,6 +183,13 @@ def test_hostile_files_are_refused_in_one_line(tmp_path, capsys):
     assert not (tmp_path / "executed").exists()
 
 
+@posix_only
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CheckpointError, match="not a file of its own"):
+        npgpt.load(tmp_path / "pipe")
+
+
 def test_what_is_not_a_checkpoint_is_refused(tmp_path):
     path = tmp_path / "bad.npz"
     for content in (b"", b"hello", b"PK\3\4"):

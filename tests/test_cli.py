@@ -254,8 +254,8 @@ WRONG = {
         ("text.txt --out none.npz --resume", "nothing to resume: there is no none.last.npz"),
         ("text.txt --preset fast", "invalid choice: 'fast'|quick"),
         ("text.txt --preset char --n-head 5", "multiple of n_head"),
-        ("text.txt --batch-size 0", "batch_size must be a whole number at least 1, got 0"),
-        ("text.txt --batch-size 1.5", "batch_size must be a whole number at least 1, got '1.5'"),
+        ("text.txt --batch-size 0", "batch_size must be a whole number at least 1 and at most 100000, got 0"),
+        ("text.txt --batch-size 1.5", "batch_size must be a whole number at least 1 and at most 100000, got '1.5'"),
         ("text.txt --batch-size", "expected one argument"),
         ("text.txt --block-size -3", "block_size must be"),
         ("text.txt --n-layer 0", "n_layer must be"),
@@ -342,6 +342,38 @@ def test_a_full_disk_is_one_line_and_loses_nothing(workshop, tmp_path, capsys, m
     )
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.npz")} == before
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_damaged_state_points_to_the_best(workshop, tmp_path, capsys, monkeypatch):
+    for path in workshop.iterdir():
+        shutil.copy(path, tmp_path) if path.is_file() else None
+    monkeypatch.chdir(tmp_path)
+    Path("model.last.npz").write_bytes(Path("model.last.npz").read_bytes()[:-100])
+    assert npgpt.cli.main(["train", "text.txt", "--resume", "--steps", "20"]) == 2
+    assert "--resume model.npz goes on from the best state instead" in capsys.readouterr().err
+    assert npgpt.cli.main(["train", "text.txt", "--resume", "model.npz", "--steps", "8"]) == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX streams")
+def test_streams_that_are_closed(workshop):
+    def run(command):
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "PY": sys.executable}
+        done = subprocess.run(
+            command, shell=True, cwd=workshop, env=environment, capture_output=True, encoding="utf-8", check=False
+        )
+        assert "Traceback" not in done.stderr
+        assert "Exception ignored" not in done.stderr
+        return done.returncode
+
+    generate = '"$PY" -m npgpt generate --ckpt model.npz --max-new-tokens 3'
+    assert run(f"{generate} >&-") == 0
+    assert run(f"{generate} 2>&-") == 0
+    train = f'"$PY" -m npgpt train text.txt --out closed.npz {" ".join(QUICK)}'
+    assert run(f"{train} 2>&-") == 0
+    if Path("/dev/full").exists():
+        assert run(f"{generate} >/dev/full") == 1
+        assert run('"$PY" -m npgpt --help >/dev/full') == 1
+        assert run(f"{train} 2>/dev/full") == 0
 
 
 def test_a_checkpoint_in_use_is_refused(workshop, capsys, monkeypatch):
@@ -467,7 +499,7 @@ def test_evaluate_without_its_text(workshop, tmp_path, capsys, monkeypatch):
     shutil.copy(workshop / "model.npz", tmp_path)
     monkeypatch.chdir(tmp_path)
     assert npgpt.cli.main(["evaluate", "--ckpt", "model.npz"]) == 2
-    assert "no such file: text.txt" in capsys.readouterr().err
+    assert "the text it was trained on, text.txt, is not here" in capsys.readouterr().err
     Path("text.txt").write_text("the bell " * 100, encoding="utf-8")
     assert npgpt.cli.main(["evaluate", "--ckpt", "model.npz"]) == 2
     assert "no longer the text" in capsys.readouterr().err

@@ -142,19 +142,29 @@ def test_killed_between_the_two_files_of_a_save(tmp_path):
     assert npgpt.load(out).step == 6
 
 
-def test_half_a_line_of_the_log_is_dropped(tmp_path):
+def test_a_best_model_that_was_taken_away_is_found_anew(tmp_path):
     out = tmp_path / "model.npz"
-    first = reliability.trainer(out)
+    first = reliability.trainer(out, eval_interval=4)
     list(first.run(lambda: first.progress.step >= 8))
-    with log_path(out).open("a", encoding="utf-8") as log:
-        log.write('{"event": "ste')
-    second = reliability.trainer(out)
+    out.unlink()
+    second = reliability.trainer(out, eval_interval=4)
     second.resume(npgpt.load(last_path(out), with_optimizer=True))
     list(second.run())
-    events = [json.loads(line)["event"] for line in log_path(out).read_text(encoding="utf-8").splitlines()]
-    assert events[0] == "start"
-    assert "resume" in events
-    assert events[-1] == "end"
+    assert npgpt.load(out).step == second.progress.best_step >= 12
+
+
+def test_a_log_goes_on_where_the_run_does(tmp_path):
+    out = tmp_path / "model.npz"
+    first = reliability.trainer(out, log_interval=1)
+    list(first.run(lambda: first.progress.step >= 8))
+    with log_path(out).open("a", encoding="utf-8") as log:  # killed later, before it saved again
+        log.write('{"event": "step", "step": 9}\n{"event": "ste')
+    second = reliability.trainer(out, log_interval=1)
+    second.resume(npgpt.load(last_path(out), with_optimizer=True))
+    list(second.run())
+    log = [json.loads(line) for line in log_path(out).read_text(encoding="utf-8").splitlines()]
+    assert [e["step"] for e in log if e["event"] == "step"] == list(range(1, 21))
+    assert [e["event"] for e in log if e["event"] in ("start", "resume", "end")] == ["start", "end", "resume", "end"]
 
 
 @posix_only
