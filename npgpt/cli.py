@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import json
 import os
 import shlex
 import signal
@@ -27,9 +28,9 @@ from npgpt import ops
 from npgpt.backend import DeviceError, Stream, generator, select
 from npgpt.checkpoint import Checkpoint, CheckpointError, load
 from npgpt.config import PRESETS, GenerateConfig, GPTConfig, RequestError, TrainConfig, add_flags, given
-from npgpt.data import PIECE, Dataset, fingerprint, read_ids, split
+from npgpt.data import PIECE, Dataset, fingerprint, read_ids, read_text, split
 from npgpt.evaluate import evaluate
-from npgpt.generate import generate_text
+from npgpt.generate import Token, generate_texts
 from npgpt.gpt import GPT
 from npgpt.gradcheck import GradientError, check_tensors
 from npgpt.parallel import ParallelStep, Workers, available_cores, describe_blas, one_blas_thread
@@ -281,13 +282,31 @@ def _interruptible() -> Iterator[_StopRequest]:
 def generate_parser() -> argparse.ArgumentParser:
     parser = _parser(
         "generate",
-        "Write text with a trained model.",
-        ["bin/generate --ckpt model.npz", 'bin/generate --ckpt model.npz --prompt "HOB:" --temperature 0.7 --top-k 20'],
+        "Write text with a trained model. On a terminal, without a prompt, it asks for one, and for another after each\n"
+        "answer, until end of file (Ctrl-D).",
+        [
+            'bin/generate --ckpt model.npz --prompt "HOB:" --temperature 0.7 --top-k 20',
+            "bin/generate --ckpt model.npz --num-samples 3 --max-new-tokens 100 --stop HALE:",
+        ],
     )
     parser.add_argument("--ckpt", required=True, metavar="FILE", help="a checkpoint written by train")
-    parser.add_argument("--prompt", default="", metavar="TEXT", help="the text to continue (default: a new line)")
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue, - for standard input (default: a new line)")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="a file with the text to continue")
+    parser.add_argument(
+        "--unknown",
+        choices=("error", "skip", "replace"),
+        default="error",
+        help="what to do with characters of the prompt the model has never seen; replace takes the closest one it has, "
+        "the other case or the letter without its accent, or skips (default: error)",
+    )
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="one JSON object a sample: its text, tokens, ids and their log-probabilities",
     )
     add_flags(parser, GenerateConfig)
     return parser
@@ -298,17 +317,83 @@ def generate(args: argparse.Namespace) -> int:
     if "" in args.stop:
         raise RequestError("--stop must be a text of at least one character, got an empty one")
     checkpoint = load(args.ckpt)
-    for sample in range(settings.num_samples):
-        pieces = generate_text(checkpoint.model, checkpoint.tokenizer, args.prompt, settings, args.stop, sample)
-        if sample:
-            _say("----------------")
-        sys.stdout.write(args.prompt)
-        for piece in pieces:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-        sys.stdout.write("\n")
-        sys.stdout.flush()
+    if args.prompt_file is not None:
+        prompt = read_text(args.prompt_file)
+    elif args.prompt == "-":
+        prompt = sys.stdin.read()
+    elif args.prompt is None and sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty():
+        return _converse(checkpoint, settings, args)
+    else:
+        prompt = args.prompt or ""
+    _write_samples(checkpoint, _known(checkpoint, prompt, args.unknown), settings, args)
     return 0
+
+
+def _known(checkpoint: Checkpoint, prompt: str, unknown: str) -> str:
+    """The prompt as the model can take it. Raises RequestError for characters it does not know, unless told otherwise."""
+    if unknown != "error":
+        return checkpoint.tokenizer.without_unknown(prompt, replace=unknown == "replace")
+    try:
+        checkpoint.tokenizer.encode(prompt)
+    except RequestError as error:
+        raise RequestError(f"{error}; --unknown skip leaves such out, --unknown replace takes the closest") from None
+    return prompt
+
+
+def _write_samples(checkpoint: Checkpoint, prompt: str, settings: GenerateConfig, args: argparse.Namespace) -> None:
+    """Write the samples to stdout, the first as it is drawn, the others after it; the speed to a terminal's stderr."""
+    started, shown = time.perf_counter(), 0
+    tokens: list[Token] = []
+    texts = dict.fromkeys(range(settings.num_samples), "")
+    done: set[int] = set()
+    live = not args.json
+    if live:
+        sys.stdout.write(prompt)
+    for piece in generate_texts(checkpoint.model, checkpoint.tokenizer, prompt, settings, args.stop, tokens=tokens):
+        texts[piece.sample] += piece.text
+        done |= {piece.sample} if piece.done else set()
+        if live and piece.sample == shown:
+            sys.stdout.write(piece.text)
+        while live and shown in done:  # it, and what has waited for it
+            sys.stdout.write("\n")
+            shown += 1
+            if shown in texts:
+                _say("----------------")
+                sys.stdout.write(prompt + texts[shown])
+        sys.stdout.flush()
+    if args.json:
+        for sample, text in texts.items():
+            own = [token for token in tokens if token.sample == sample]
+            ids = [token.id for token in own]
+            numbers = {"ids": ids, "logprobs": [round(token.logprob, 6) for token in own]}
+            letters = [checkpoint.tokenizer.itos[i] for i in ids]
+            row = {"sample": sample, "seed": settings.seed, "prompt": prompt, "text": text, "tokens": letters} | numbers
+            sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
+    if sys.stderr.isatty():
+        seconds = time.perf_counter() - started
+        _say(f"{len(tokens):,} tokens, {len(tokens) / max(seconds, 1e-9):,.0f} a second")
+
+
+def _converse(checkpoint: Checkpoint, settings: GenerateConfig, args: argparse.Namespace) -> int:
+    """Ask for prompts and continue them, until end of file. Ctrl-C ends an answer."""
+    with contextlib.suppress(ModuleNotFoundError):  # line editing and history, where Python has it (not on Windows)
+        import readline  # noqa: F401
+    _say("a prompt, Enter; Ctrl-C ends an answer, Ctrl-D the conversation")
+    while True:
+        try:
+            prompt = input("> ")
+        except EOFError:
+            _say("")
+            return 0
+        except KeyboardInterrupt:
+            _say("")
+            continue
+        try:
+            _write_samples(checkpoint, _known(checkpoint, prompt, args.unknown), settings, args)
+        except RequestError as error:
+            _say(str(error))
+        except KeyboardInterrupt:
+            _say("")
 
 
 # ---------------------------------------------------------------- evaluate

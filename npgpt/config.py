@@ -171,7 +171,17 @@ class GenerateConfig(Settings):
     top_p: float | None = setting(
         None, "draw from the likeliest tokens that together have this probability", above=0, at_most=1
     )
-    num_samples: int = setting(1, "texts to generate", at_least=1)
+    min_p: float | None = setting(
+        None, "leave out tokens below this share of the likeliest one's probability", at_least=0, at_most=1
+    )
+    repetition_penalty: float = setting(1.0, "above 1: what the text already has becomes less likely", above=0)
+    window: str = setting(
+        "exact",
+        "past block_size tokens, look back on: exact, the last block_size of them; half, that many at most, of which half are "
+        "forgotten whenever they are full, which is many times as fast",
+        choices=("exact", "half"),
+    )
+    num_samples: int = setting(1, "texts to generate, side by side", at_least=1, at_most=10_000)
     seed: int | None = setting(None, "the same seed draws the same text (default: a new one each time)", at_least=0)
 
 

@@ -1,15 +1,21 @@
-"""Drawing text from a model: look at the last block_size tokens, draw the next one, append, repeat."""
+"""Drawing text from a model: the logits of the next token, one drawn from them, appended, and so on.
+
+Keys and values of what was seen are kept, so a token costs one position while the text fits block_size. The
+positions are learned, so past it every key would be another one: then the last block_size tokens are looked at
+anew for each token, or, with window "half", the first half of them is forgotten and the rest kept again.
+"""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from npgpt.backend import Stream, generator
 from npgpt.config import GenerateConfig, RequestError
-from npgpt.gpt import GPT
+from npgpt.gpt import GPT, KVCache
 from npgpt.parallel import one_blas_thread
 from npgpt.tensor import no_grad
 from npgpt.tokenizer import CharTokenizer
@@ -24,75 +30,171 @@ def generate(
     top_p: float | None = None,
     seed: int | None = None,
 ) -> list[int]:
-    """The context followed by max_new_tokens drawn ids. For the other arguments see `generate_ids`."""
-    context = [int(i) for i in context_ids]
-    return context + list(generate_ids(model, context, max_new_tokens, temperature, top_k, top_p, seed))
+    """The context followed by max_new_tokens drawn ids. For the other arguments see `GenerateConfig`.
 
-
-def generate_ids(
-    model: GPT,
-    context_ids: Sequence[int],
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int | None = None,
-    sample: int = 0,
-) -> Iterator[int]:
-    """Ids one by one, as they are drawn.
-
-    context_ids: at least one id. temperature 0 takes the likeliest token every time. top_k larger than the
-    vocabulary means all of it. seed None draws something new each time; with a seed, `sample` numbers
-    independent samples of it. Raises RequestError, at the call, for anything out of range.
+    Raises RequestError for anything out of range, an empty context among it.
     """
     settings = GenerateConfig(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    context = [int(i) for i in context_ids]
-    if not context:
-        raise RequestError("the context must have at least one token, got none")
-    if not all(0 <= i < model.config.vocab_size for i in context):
-        raise RequestError(f"context ids must lie in 0..{model.config.vocab_size - 1}, got {min(context)}..{max(context)}")
-    return _draw(model, context, settings, sample)
+    return [int(i) for i in context_ids] + [token.id for token in Drawing(model, context_ids, settings)]
 
 
-def _draw(model: GPT, ids: list[int], settings: GenerateConfig, sample: int) -> Iterator[int]:
-    entropy = settings.seed if settings.seed is not None else secrets.randbits(64)
-    rng = generator(entropy, Stream.SAMPLE, sample)
-    for _ in range(settings.max_new_tokens):
-        logits = next_logits(model, ids[-model.config.block_size :])
-        ids.append(sample_id(logits, settings.temperature, settings.top_k, settings.top_p, rng))
-        yield ids[-1]
+@dataclass(frozen=True)
+class Token:
+    """One drawn token. `logprob` is the natural logarithm of the probability the model gave it, before temperature and
+    everything that restricts the choice."""
+
+    sample: int
+    id: int
+    logprob: float
 
 
-@no_grad()
-def next_logits(model: GPT, ids: Sequence[int]) -> np.ndarray:
-    """The logits (V,) of the token that follows `ids`, at most block_size of them. Raises FloatingPointError
-    when they are not finite."""
-    with one_blas_thread(), np.errstate(over="ignore", invalid="ignore"):  # told below
-        logits, _ = model(np.asarray([ids]))
-    last = logits.numpy()[0, -1]
-    if not np.isfinite(last).all():
-        raise FloatingPointError("the model's logits are not finite numbers: its weights are damaged, or training diverged")
-    return last
+class Drawing:
+    """Samples drawn side by side from one context: iterate to get a Token at a time.
+
+    With a seed, sample k is the same whichever others are drawn beside it. Raises RequestError for a context that is
+    empty or has ids outside the vocabulary, and, while drawing, FloatingPointError when the model's logits are not
+    finite.
+    """
+
+    def __init__(self, model: GPT, context_ids: Sequence[int], settings: GenerateConfig, samples: Sequence[int] = (0,)) -> None:
+        context = [int(i) for i in context_ids]
+        if not context:
+            raise RequestError("the context must have at least one token, got none")
+        if not all(0 <= i < model.config.vocab_size for i in context):
+            raise RequestError(f"context ids must lie in 0..{model.config.vocab_size - 1}, got {min(context)}..{max(context)}")
+        entropy = settings.seed if settings.seed is not None else secrets.randbits(64)
+        self.model, self.settings = model, settings
+        self._rows = {k: _Row(list(context), generator(entropy, Stream.SAMPLE, k)) for k in samples}
+        self._next = _NextLogits(model, settings.window)
+
+    def stop(self, sample: int) -> None:
+        """Draw no more of this sample."""
+        row = list(self._rows).index(sample)
+        del self._rows[sample]
+        self._next.keep([i for i in range(len(self._rows) + 1) if i != row])
+
+    def __iter__(self) -> Iterator[Token]:
+        for _ in range(self.settings.max_new_tokens):
+            if not self._rows:
+                return
+            logits = self._next([row.ids for row in self._rows.values()])
+            drawn = []
+            for (sample, row), own in zip(self._rows.items(), logits, strict=True):
+                chosen = sample_id(own, self.settings, row.rng, row.ids)
+                row.ids.append(chosen)
+                drawn.append(Token(sample, chosen, float(own[chosen] - _logsumexp(own))))
+            yield from drawn
 
 
-def sample_id(logits: np.ndarray, temperature: float, top_k: int | None, top_p: float | None, rng: np.random.Generator) -> int:
-    """Draw an id from softmax(logits / temperature), restricted to the top_k likeliest (and their equals) and
-    then to the smallest set whose probability reaches top_p ("The Curious Case of Neural Text
-    Degeneration", Holtzman et al., 2020)."""
-    if temperature == 0:
+@dataclass
+class _Row:
+    ids: list[int]
+    rng: np.random.Generator = field(repr=False)
+
+
+class _NextLogits:
+    """The logits of the token after each of some texts of equal length, called as they grow by one token."""
+
+    def __init__(self, model: GPT, window: str) -> None:
+        self._model, self._window = model, window
+        self._cache: KVCache | None = None
+
+    def keep(self, rows: list[int]) -> None:
+        """Go on with these texts alone."""
+        if self._cache:
+            self._cache.keep(rows)
+
+    @no_grad()
+    def __call__(self, texts: list[list[int]]) -> np.ndarray:
+        """-> (len(texts), V), float64."""
+        block_size, length = self._model.config.block_size, len(texts[0])
+        if self._cache is None or self._cache.length == block_size:
+            seen = min(length, block_size)
+            if length > block_size and self._window == "half":
+                seen = max(1, block_size // 2)
+            # Exact past block_size: what would be kept is of no use for the next token.
+            self._cache = None if length > block_size and self._window == "exact" else KVCache(self._model, len(texts))
+        else:
+            seen = 1
+        with one_blas_thread(), np.errstate(over="ignore", invalid="ignore"):  # told below
+            logits, _ = self._model(np.array([ids[-seen:] for ids in texts]), cache=self._cache)
+        last = logits.numpy()[:, -1].astype(np.float64)
+        if not np.isfinite(last).all():
+            raise FloatingPointError("the model's logits are not finite numbers: its weights are damaged, or training diverged")
+        return last
+
+
+def sample_id(logits: np.ndarray, settings: GenerateConfig, rng: np.random.Generator, ids: Sequence[int] = ()) -> int:
+    """Draw an id from softmax(logits / temperature), restricted in this order: `repetition_penalty` on the logits of
+    what is among `ids` ("CTRL", Keskar et al., 2019: divided by it when positive, else multiplied), the `top_k`
+    likeliest and their equals, the smallest set of the likeliest whose probability reaches `top_p` ("The Curious Case
+    of Neural Text Degeneration", Holtzman et al., 2020), those with at least `min_p` times the highest probability
+    ("Turning Up the Heat: Min-p Sampling", Nguyen et al., 2024)."""
+    logits = np.array(logits, dtype=np.float64)
+    if settings.repetition_penalty != 1 and len(ids):
+        seen = np.unique(np.asarray(ids))
+        penalty = settings.repetition_penalty
+        logits[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+    if settings.temperature == 0:
         return int(np.argmax(logits))
-    logits = logits.astype(np.float64)
-    if top_k is not None and top_k < len(logits):
-        logits[logits < np.partition(logits, -top_k)[-top_k]] = -np.inf
+    if settings.top_k is not None and settings.top_k < len(logits):
+        logits[logits < np.partition(logits, -settings.top_k)[-settings.top_k]] = -np.inf
     with np.errstate(over="ignore"):  # a temperature near 0 sends all but the likeliest to -inf, as it should
-        p = np.exp((logits - logits.max()) / temperature)
-    p /= p.sum()
-    if top_p is not None:
-        order = np.argsort(-p, kind="stable")
-        before = np.cumsum(p[order]) - p[order]  # probability of everything likelier
-        p[order[before >= top_p]] = 0
+        p = np.exp((logits - logits.max()) / settings.temperature)
+    if settings.top_p is not None:
         p /= p.sum()
-    return int(rng.choice(len(p), p=p))
+        order = np.argsort(-p, kind="stable")
+        likelier = np.cumsum(p[order]) - p[order]  # probability of everything likelier
+        p[order[likelier >= settings.top_p]] = 0
+    if settings.min_p is not None:
+        p[p < settings.min_p * p.max()] = 0
+    reached = np.cumsum(p)
+    return int(np.searchsorted(reached, rng.random() * reached[-1], side="right"))
+
+
+def _logsumexp(x: np.ndarray) -> float:
+    top = x.max()
+    return float(top + np.log(np.exp(x - top).sum()))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A piece of one sample's text, ready to be shown; `done` with its last one, which may be empty."""
+
+    sample: int
+    text: str
+    done: bool
+
+
+def generate_texts(
+    model: GPT,
+    tokenizer: CharTokenizer,
+    prompt: str,
+    settings: GenerateConfig,
+    stop: Sequence[str] = (),
+    samples: Sequence[int] | None = None,
+    tokens: list[Token] | None = None,
+) -> Iterator[Piece]:
+    """The texts that follow `prompt`, `settings.num_samples` of them side by side, as they are drawn; each ends before
+    the first of its `stop` texts. Every drawn token is also appended to `tokens`. Raises RequestError, at the call, for
+    characters of the prompt that the model does not know."""
+    samples = range(settings.num_samples) if samples is None else samples
+    context = tokenizer.encode(prompt or default_context(tokenizer))
+    return _pieces(Drawing(model, context, settings, samples), tokenizer, {k: _End(stop) for k in samples}, tokens)
+
+
+def _pieces(drawing: Drawing, tokenizer: CharTokenizer, ends: dict[int, _End], tokens: list[Token] | None) -> Iterator[Piece]:
+    for token in drawing:
+        if tokens is not None:
+            tokens.append(token)
+        text, found = ends[token.sample].take(tokenizer.itos[token.id])
+        if found:
+            del ends[token.sample]
+            drawing.stop(token.sample)
+        if text or found:
+            yield Piece(token.sample, text, found)
+    for sample, end in ends.items():
+        yield Piece(sample, end.held, True)
 
 
 def generate_text(
@@ -104,17 +206,7 @@ def generate_text(
     sample: int = 0,
 ) -> Iterator[str]:
     """Pieces of the text that follows `prompt`, as they are drawn, ending before the first of the `stop` texts."""
-    ids = generate_ids(
-        model,
-        tokenizer.encode(prompt or default_context(tokenizer)),
-        settings.max_new_tokens,
-        settings.temperature,
-        settings.top_k,
-        settings.top_p,
-        settings.seed,
-        sample,
-    )
-    return _until(stop, (tokenizer.itos[i] for i in ids))
+    return (piece.text for piece in generate_texts(model, tokenizer, prompt, settings, stop, [sample]))
 
 
 def default_context(tokenizer: CharTokenizer) -> str:
@@ -123,19 +215,20 @@ def default_context(tokenizer: CharTokenizer) -> str:
     return "\n" if "\n" in tokenizer.stoi else tokenizer.itos[0]
 
 
-def _until(stop: Sequence[str], pieces: Iterable[str]) -> Iterator[str]:
-    """The pieces up to the first stop text, which may straddle them. What could still turn out to be the
-    beginning of one is held back until that is settled."""
-    held = ""
-    longest = max(map(len, stop), default=1)
-    for piece in pieces:
-        held += piece
-        ends = [end for s in stop if (end := held.find(s)) >= 0]
+class _End:
+    """Looks for stop texts, which may straddle tokens. What could still turn out to be the beginning of one is held
+    back until that is settled."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop, self.held = stop, ""
+        self._longest = max(map(len, stop), default=1)
+
+    def take(self, piece: str) -> tuple[str, bool]:
+        """(what is sure to come before any stop text, whether one was found)."""
+        self.held += piece
+        ends = [end for s in self._stop if (end := self.held.find(s)) >= 0]
         if ends:
-            yield held[: min(ends)]
-            return
-        sure = len(held) - (longest - 1)
-        if sure > 0:
-            yield held[:sure]
-            held = held[sure:]
-    yield held
+            return self.held[: min(ends)], True
+        sure = max(0, len(self.held) - (self._longest - 1))
+        text, self.held = self.held[:sure], self.held[sure:]
+        return text, False

@@ -10,6 +10,7 @@ Shapes: B sequences, T tokens each, C = n_embd channels, V = vocab_size.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,25 +18,54 @@ import numpy as np
 from npgpt import ops
 from npgpt.backend import CPU, Backend, Stream, generator
 from npgpt.config import GPTConfig
+from npgpt.kernels.reference import Array
 from npgpt.nn import Dropout, Embedding, LayerNorm, Linear, Module
 from npgpt.tensor import Tensor
+
+
+class KVCache:
+    """Keys and values of the tokens a model has already seen, so that the next one costs one position instead of all.
+
+    For `batch` sequences of up to block_size tokens; `length` of them have been seen. `model(ids, cache=cache)` takes
+    the tokens that follow, and no gradient flows through what is kept.
+    """
+
+    def __init__(self, model: GPT, batch: int = 1) -> None:
+        c = model.config
+        shape = (c.n_layer, 2, batch, c.n_head, c.block_size, c.n_embd // c.n_head)
+        self._room: Array = model.backend.xp.empty(shape, dtype=model.wte.weight.dtype)
+        self.length = 0
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep the keys and values (B, n_head, T, head_dim) of one block for the tokens after the first `length`;
+        returns those of all tokens up to here, (B, n_head, length + T, head_dim)."""
+        stop = self.length + k.shape[2]
+        kept = self._room[layer, :, :, :, :stop]
+        kept[0, :, :, self.length :], kept[1, :, :, self.length :] = k.data, v.data
+        return Tensor(kept[0]), Tensor(kept[1])
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these sequences alone."""
+        self._room = self._room[:, :, rows]
 
 
 class MultiHeadSelfAttention(Module):
     """Every position gathers from itself and the positions before it, in n_head ways at once."""
 
-    def __init__(self, config: GPTConfig, backend: Backend, dtype: Any):
+    def __init__(self, config: GPTConfig, layer: int, backend: Backend, dtype: Any):
         c = config.n_embd
-        self.n_head = config.n_head
+        self.n_head, self.layer = config.n_head, layer
         self.attn_dropout = config.dropout
         self.qkv = Linear(c, 3 * c, config.bias, backend, dtype)
         self.out = Linear(c, c, config.bias, backend, dtype)
         self.resid_dropout = Dropout(config.dropout)
 
-    def __call__(self, x: Tensor, rng: Any) -> Tensor:
+    def __call__(self, x: Tensor, rng: Any, cache: KVCache | None) -> Tensor:
         b, t, c = x.shape
         qkv = self.qkv(x).reshape(b, t, 3, self.n_head, c // self.n_head)
         q, k, v = (qkv[:, :, i].transpose(0, 2, 1, 3) for i in range(3))  # (B, n_head, T, head_dim) each
+        if cache:
+            k, v = cache.extend(self.layer, k, v)
         y = ops.causal_attention(q, k, v, self.attn_dropout, rng)
         y = y.transpose(0, 2, 1, 3).reshape(b, t, c)  # heads side by side again
         return self.resid_dropout(self.out(y), rng)
@@ -58,14 +88,14 @@ class FeedForward(Module):
 class Block(Module):
     """Attention, then feed-forward; each reads a normalised copy and adds its result to the stream."""
 
-    def __init__(self, config: GPTConfig, backend: Backend, dtype: Any):
+    def __init__(self, config: GPTConfig, layer: int, backend: Backend, dtype: Any):
         self.ln_1 = LayerNorm(config.n_embd, config.bias, backend, dtype)
-        self.attn = MultiHeadSelfAttention(config, backend, dtype)
+        self.attn = MultiHeadSelfAttention(config, layer, backend, dtype)
         self.ln_2 = LayerNorm(config.n_embd, config.bias, backend, dtype)
         self.mlp = FeedForward(config, backend, dtype)
 
-    def __call__(self, x: Tensor, rng: Any) -> Tensor:
-        x = x + self.attn(self.ln_1(x), rng)
+    def __call__(self, x: Tensor, rng: Any, cache: KVCache | None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), rng, cache)
         return x + self.mlp(self.ln_2(x), rng)
 
 
@@ -81,7 +111,7 @@ class GPT(Module):
         self.wte = Embedding(config.vocab_size, config.n_embd, backend, dtype)
         self.wpe = Embedding(config.block_size, config.n_embd, backend, dtype)
         self.dropout = Dropout(config.dropout)
-        self.blocks = [Block(config, backend, dtype) for _ in range(config.n_layer)]
+        self.blocks = [Block(config, layer, backend, dtype) for layer in range(config.n_layer)]
         self.ln_f = LayerNorm(config.n_embd, config.bias, backend, dtype)
         if not config.tie_weights:
             self.lm_head = Linear(config.n_embd, config.vocab_size, False, backend, dtype)
@@ -89,22 +119,27 @@ class GPT(Module):
             self._draw_weights(seed)
         self.flatten_parameters()
 
-    def __call__(self, ids: Any, targets: Any = None, rng: Any = None) -> tuple[Tensor, Tensor | None]:
+    def __call__(
+        self, ids: Any, targets: Any = None, rng: Any = None, cache: KVCache | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """ids (B, T) integers, T <= block_size -> logits (B, T, V) and, with targets (B, T), the mean
         cross-entropy in nats, else None.
 
         `rng` is the generator dropout draws from, `model.backend.generator(...)`; without one there is no
-        dropout. Raises ValueError when ids has another shape or is longer than block_size.
+        dropout. With a `cache` the ids are those that follow the ones it has seen. Raises ValueError when ids has
+        another shape or goes beyond block_size.
         """
         ids = self.backend.asarray(ids.data if isinstance(ids, Tensor) else ids)
-        if ids.ndim != 2 or not 1 <= ids.shape[1] <= self.config.block_size:
-            raise ValueError(
-                f"expected ids of shape (B, T) with 1 <= T <= block_size {self.config.block_size}, got {ids.shape}"
-            )
-        positions = self.backend.xp.arange(ids.shape[1])
+        seen = cache.length if cache else 0
+        if ids.ndim != 2 or not 1 <= ids.shape[1] <= self.config.block_size - seen:
+            room = f"{self.config.block_size} - {seen} in the cache" if seen else str(self.config.block_size)
+            raise ValueError(f"expected ids of shape (B, T) with 1 <= T <= block_size {room}, got {ids.shape}")
+        positions = self.backend.xp.arange(seen, seen + ids.shape[1])
         x = self.dropout(self.wte(ids) + self.wpe(positions), rng)  # (B, T, C)
         for block in self.blocks:
-            x = block(x, rng)
+            x = block(x, rng, cache)
+        if cache:
+            cache.length += ids.shape[1]
         x = self.ln_f(x)
         logits = ops.linear(x, self.wte.weight.T) if self.config.tie_weights else self.lm_head(x)
         if targets is None:

@@ -58,7 +58,7 @@ class CharTokenizer:
         return "".join(self.itos.values())
 
     def encode(self, text: str) -> list[int]:
-        """Text -> ids. Raises RequestError naming the first character outside the vocabulary."""
+        """Text -> ids. Raises RequestError naming the characters outside the vocabulary."""
         return self.encode_array(text).tolist()
 
     def encode_array(self, text: str, position: int = 0) -> np.ndarray:
@@ -69,8 +69,7 @@ class CharTokenizer:
         for codes in _code_points(text):
             found = self._table[np.minimum(codes, len(self._table) - 1)]
             if found.min() < 0:
-                at = done + int((found < 0).argmax())
-                raise self._unknown(text[at], position + at)
+                raise self._unknown_error(text[done : done + len(codes)], position + done)
             ids[done : done + len(codes)] = found
             done += len(codes)
         return ids
@@ -82,14 +81,26 @@ class CharTokenizer:
         except KeyError as error:
             raise RequestError(f"id {error.args[0]} is not in the vocabulary, whose ids are 0..{self.vocab_size - 1}") from None
 
-    def _unknown(self, character: str, position: int) -> RequestError:
-        name = unicodedata.name(character, f"U+{ord(character):04X}")
-        close = self._closest(character)
-        instead = f"use {close!r} instead, or " if close else "leave it out, or "
-        return RequestError(
-            f"unknown character {character!r} ({name}) at position {position}: it does not occur in the text the model was "
-            f"trained on; {instead}train on a text that has it"
-        )
+    def unknown(self, text: str) -> dict[str, int]:
+        """The characters of `text` outside the vocabulary, and where each occurs first."""
+        return {c: text.index(c) for c in dict.fromkeys(text) if c not in self.stoi}
+
+    def without_unknown(self, text: str, replace: bool) -> str:
+        """`text` with its unknown characters left out, or with the closest known one in their place where there is
+        one: the other case, or the letter without its accent."""
+        closest = {c: (self._closest(c) if replace else None) or "" for c in self.unknown(text)}
+        return "".join(closest.get(c, c) for c in text)
+
+    def _unknown_error(self, text: str, position: int) -> RequestError:
+        unknown = self.unknown(text)
+        shown = []
+        for character, at in list(unknown.items())[:5]:
+            close = self._closest(character)
+            name = unicodedata.name(character, f"U+{ord(character):04X}")
+            shown.append(f"{character!r} ({name}) at position {position + at}" + (f", closest {close!r}" if close else ""))
+        more = f"; and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        plural = "s" if len(unknown) > 1 else ""
+        return RequestError(f"unknown character{plural} {'; '.join(shown)}{more}: not in the text the model was trained on")
 
     def _closest(self, character: str) -> str | None:
         """A known character that could stand in: the other case, or the letter without its accent."""

@@ -1,6 +1,7 @@
 """The commands as a user runs them: real processes, their output and exit status."""
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -289,7 +290,7 @@ WRONG = {
         ("--ckpt text.txt", "not a checkpoint"),
         ("--ckpt not-a-checkpoint.npz", "not a checkpoint"),
         ("--ckpt folder.npz", "folder|cannot read"),
-        ("--ckpt model.npz --prompt 5€", "unknown character '[5€]'"),
+        ("--ckpt model.npz --prompt 5€", "unknown characters?.*'€' "),
         ("--ckpt model.npz --temperature -1", "temperature must be a number at least 0, got -1.0"),
         ("--ckpt model.npz --temperature warm", "temperature must be a number"),
         ("--ckpt model.npz --top-k 0", "top_k must be a whole number at least 1, got 0"),
@@ -298,6 +299,13 @@ WRONG = {
         ("--ckpt model.npz --top-p 1.1", "top_p"),
         ("--ckpt model.npz --max-new-tokens -1", "max_new_tokens"),
         ("--ckpt model.npz --num-samples 0", "num_samples"),
+        ("--ckpt model.npz --min-p 2", "min_p"),
+        ("--ckpt model.npz --repetition-penalty 0", "repetition_penalty"),
+        ("--ckpt model.npz --window wide", "exact"),
+        ("--ckpt model.npz --unknown guess", "error"),
+        ("--ckpt model.npz --prompt-file none.txt", "no such file"),
+        ("--ckpt model.npz --prompt a --prompt-file text.txt", "not allowed with"),
+        ("--ckpt model.npz --prompt 5€ --unknown error", "--unknown skip"),
         ("--ckpt model.npz --seed -1", "seed"),
         ("--ckpt model.npz --stop=", "--stop must be a text"),
         ("--ckpt model.npz --promt HOB", "did you mean --prompt"),
@@ -342,6 +350,68 @@ def test_a_full_disk_is_one_line_and_loses_nothing(workshop, tmp_path, capsys, m
     )
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.npz")} == before
     assert not list(tmp_path.glob(".*"))
+
+
+def test_prompts_from_elsewhere(workshop):
+    def text_of(*flags, stdin=None):
+        result = npgpt_command(
+            "generate", "--ckpt", "model.npz", "--seed", "4", "--max-new-tokens", "5", *flags, cwd=workshop, stdin=stdin
+        )
+        assert (result.returncode, result.stderr.strip("-\n")) == (0, "")
+        return result.stdout
+
+    expected = text_of("--prompt", "HOB:")
+    (workshop / "prompt.txt").write_text("HOB:", encoding="utf-8")
+    with (workshop / "prompt.txt").open(encoding="utf-8") as file:
+        assert text_of("--prompt", "-", stdin=file) == expected
+    assert text_of("--prompt-file", "prompt.txt") == expected
+    assert text_of("--prompt", "H€OB:", "--unknown", "skip") == expected
+    assert text_of("--prompt", "HÖB:", "--unknown", "replace") == expected
+    assert text_of("--prompt", "HOB:", "--num-samples", "3").startswith(expected) is True
+
+
+def test_samples_as_json(workshop):
+    flags = ["--prompt", "HOB:", "--seed", "4", "--max-new-tokens", "5", "--num-samples", "2", "--json"]
+    result = npgpt_command("generate", "--ckpt", "model.npz", *flags, cwd=workshop)
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [row["sample"] for row in rows] == [0, 1]
+    for row in rows:
+        assert (row["prompt"], row["seed"]) == ("HOB:", 4)
+        assert "".join(row["tokens"]) == row["text"]
+        assert len(row["ids"]) == len(row["logprobs"]) == 5
+        assert all(p < 0 for p in row["logprobs"])
+    plain = npgpt_command("generate", "--ckpt", "model.npz", *flags[:-3], cwd=workshop).stdout
+    assert plain == "HOB:" + rows[0]["text"] + "\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals")
+def test_a_conversation(workshop):
+    import pty
+
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "npgpt", "generate", "--ckpt", "model.npz", "--max-new-tokens", "5", "--seed", "4"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "dumb"}
+    process = subprocess.Popen(command, cwd=workshop, env=environment, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    said = b""
+
+    def until(words):
+        nonlocal said
+        while words not in said:
+            said += os.read(ours, 1000)
+        before, said = said.split(words, 1)
+        return before
+
+    until(b"> ")
+    os.write(ours, b"HOB:\n")
+    assert b"HOB:" in until(b"a second")
+    until(b"> ")
+    os.write(ours, "€\n".encode())
+    assert b"unknown character" in until(b"--unknown replace")
+    until(b"> ")
+    os.write(ours, b"\x04")
+    assert process.wait(timeout=30) == 0
+    os.close(ours)
 
 
 def test_a_damaged_state_points_to_the_best(workshop, tmp_path, capsys, monkeypatch):

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from npgpt import GPT, CharTokenizer, GenerateConfig, GPTConfig, RequestError, generate
-from npgpt.generate import generate_text, next_logits, sample_id
+from npgpt.generate import Drawing, Token, generate_text, generate_texts, sample_id
+from npgpt.gpt import KVCache
+from npgpt.tensor import no_grad
 
 
 @pytest.fixture
@@ -22,9 +24,9 @@ def model(tokenizer):
 
 
 def frequencies(logits, n=20_000, **settings):
-    rng = np.random.default_rng(0)
-    arguments = {"temperature": 1.0, "top_k": None, "top_p": None} | settings
-    drawn = [sample_id(np.array(logits), rng=rng, **arguments) for _ in range(n)]
+    rng, ids = np.random.default_rng(0), settings.pop("ids", ())
+    config = GenerateConfig(**({"temperature": 1.0} | settings))
+    drawn = [sample_id(np.array(logits), config, rng, ids) for _ in range(n)]
     return np.bincount(drawn, minlength=len(logits)) / n
 
 
@@ -44,15 +46,31 @@ LOGITS = np.log([0.1, 0.2, 0.3, 0.4])
         ({"top_p": 0.01}, [0, 0, 0, 1]),
         ({"top_p": 1.0}, [0.1, 0.2, 0.3, 0.4]),
         ({"top_k": 3, "top_p": 0.5}, [0, 0, 3 / 7, 4 / 7]),
+        ({"min_p": 0.6}, [0, 0, 3 / 7, 4 / 7]),
+        ({"min_p": 0.0}, [0.1, 0.2, 0.3, 0.4]),
+        ({"min_p": 1.0}, [0, 0, 0, 1]),
+        ({"min_p": 0.3, "temperature": 0.5}, [0, 0, 9 / 25, 16 / 25]),
+        # log p is negative, so the penalty multiplies: a seen p becomes p^2, before normalising.
+        ({"repetition_penalty": 2.0, "ids": [3, 3]}, np.array([0.1, 0.2, 0.3, 0.16]) / 0.76),
+        ({"repetition_penalty": 2.0}, [0.1, 0.2, 0.3, 0.4]),
+        ({"repetition_penalty": 100.0, "ids": [3], "temperature": 0}, [0, 0, 1, 0]),
         ({"temperature": 0}, [0, 0, 0, 1]),
         ({"temperature": 1e-320}, [0, 0, 0, 1]),
     ],
 )
 def test_distribution(settings, expected):
-    found = frequencies(LOGITS, **settings)
-    expected = np.array(expected)
-    assert (found[expected == 0] == 0).all()
-    np.testing.assert_array_less(np.abs(found - expected), 5 * np.sqrt(expected * (1 - expected) / 20_000) + 1e-12)
+    """Chi-square over what may be drawn, at a level of 1e-6; nothing else is drawn."""
+    n = 20_000
+    found, expected = frequencies(LOGITS, n, **settings), np.array(expected)
+    possible = expected > 0
+    assert (found[~possible] == 0).all()
+    chi_square = n * np.sum((found - expected)[possible] ** 2 / expected[possible])
+    assert chi_square < {1: 1e-9, 2: 23.9, 3: 27.6, 4: 30.7}[possible.sum()]  # quantiles for 1, 2, 3 degrees of freedom
+
+
+def test_a_positive_logit_is_divided_by_the_penalty():
+    found = frequencies([2.0, 1.0], repetition_penalty=2.0, ids=[0])
+    assert found[0] == pytest.approx(0.5, abs=0.02)
 
 
 def test_equals_of_the_kth_are_kept():
@@ -82,7 +100,69 @@ def test_the_last_block_size_tokens_decide(model):
         logits, _ = model(np.array([greedy[-8:]]))
         greedy.append(int(logits.data[0, -1].argmax()))
     assert greedy[8:] == a
-    np.testing.assert_array_equal(next_logits(model, tail), model(np.array([tail]))[0].data[0, -1])
+
+
+@pytest.mark.parametrize("options", [{}, {"tie_weights": True}, {"bias": False, "n_layer": 3}])
+def test_cached_and_uncached_logits_agree(options):
+    """At every position, whatever pieces the tokens come in."""
+    model = GPT(GPTConfig(11, **({"block_size": 12, "n_layer": 2, "n_head": 2, "n_embd": 8} | options)), seed=1)
+    model.parameters().data += 0.3 * np.random.default_rng(0).standard_normal(model.num_parameters(), dtype=np.float32)
+    ids = np.random.default_rng(1).integers(0, 11, (3, 12))
+    with no_grad():
+        whole = model(ids)[0].data
+        for pieces in ([1] * 12, [12], [5, 1, 1, 5], [1, 11]):
+            cache, at = KVCache(model, 3), 0
+            for size in pieces:
+                logits = model(ids[:, at : at + size], cache=cache)[0].data
+                np.testing.assert_allclose(logits, whole[:, at : at + size], rtol=0, atol=1e-5)
+                at += size
+        with pytest.raises(ValueError, match="12 - 12 in the cache"):
+            model(ids[:, :1], cache=cache)
+
+
+def test_every_token_is_drawn_from_the_logits_of_its_window(model):
+    """Greedy, far past block_size: as if each had been computed from nothing."""
+    for window in ("exact", "half"):
+        settings = GenerateConfig(max_new_tokens=40, temperature=0, window=window)
+        tokens = list(Drawing(model, [3, 1, 4], settings))
+        ids = [3, 1, 4]
+        seen = 3
+        for token in tokens:
+            if window == "exact":
+                seen = min(len(ids), 8)
+            elif seen > 8:
+                seen = 4
+            logits = model(np.array([ids[-seen:]]))[0].data[0, -1].astype(float)
+            assert token.id == logits.argmax()
+            assert token.logprob == pytest.approx(logits.max() - np.log(np.exp(logits).sum()), abs=1e-5)
+            ids.append(token.id)
+            seen += 1
+
+
+def test_a_sample_is_the_same_alone_and_among_others(model, tokenizer):
+    settings = GenerateConfig(max_new_tokens=30, temperature=1.0, seed=3, num_samples=5)
+    texts = dict.fromkeys(range(5), "")
+    tokens = []
+    for piece in generate_texts(model, tokenizer, "ab", settings, tokens=tokens):
+        texts[piece.sample] += piece.text
+    assert len(set(texts.values())) == 5
+    for sample, text in texts.items():
+        assert "".join(generate_text(model, tokenizer, "ab", settings, sample=sample)) == text
+        assert "".join(tokenizer.itos[token.id] for token in tokens if token.sample == sample) == text
+    assert all(isinstance(token, Token) and token.logprob < 0 for token in tokens)
+
+
+def test_a_sample_that_stops_leaves_the_others_alone(model, tokenizer):
+    settings = GenerateConfig(max_new_tokens=30, temperature=1.0, seed=3, num_samples=4)
+    whole = ["".join(generate_text(model, tokenizer, "ab", settings, sample=k)) for k in range(4)]
+    stop = whole[2][3:5]
+    texts, ended = dict.fromkeys(range(4), ""), []
+    for piece in generate_texts(model, tokenizer, "ab", settings, [stop]):
+        assert piece.sample not in ended
+        texts[piece.sample] += piece.text
+        ended += [piece.sample] * piece.done
+    assert sorted(ended) == [0, 1, 2, 3]
+    assert [texts[k] for k in range(4)] == [text.split(stop)[0] for text in whole]
 
 
 def test_text_streams_and_repeats(model, tokenizer):

@@ -32,15 +32,25 @@ def test_whole_text_round_trip(text, tokenizer):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("abXa", r"'X' \(LATIN CAPITAL LETTER X\) at position 2.*use 'x' instead"),
-        ("é", r"'é'.*position 0.*use 'e' instead"),
-        ("ab€", r"'€' \(EURO SIGN\) at position 2.*leave it out"),
+        ("abXa", r"'X' \(LATIN CAPITAL LETTER X\) at position 2, closest 'x'"),
+        ("é", r"'é'.*position 0, closest 'e'"),
+        ("ab€", r"'€' \(EURO SIGN\) at position 2: not in"),
+        ("aéXbé€", r"unknown characters 'é' .* at position 1, closest 'e'; 'X' .* position 2.*; '€' .* at position 5: not"),
         ("b\x07", r"U\+0007.*position 1"),
     ],
 )
 def test_unknown_character(text, words):
     with pytest.raises(RequestError, match=words):
         CharTokenizer.build_vocab("abcxe").encode(text)
+
+
+def test_unknown_characters_can_be_skipped_or_replaced():
+    tokenizer = CharTokenizer.build_vocab("abcxe")
+    assert tokenizer.unknown("aéXbé€") == {"é": 1, "X": 2, "€": 5}
+    assert tokenizer.without_unknown("aéXbé€", replace=False) == "ab"
+    assert tokenizer.without_unknown("aéXbé€", replace=True) == "aexbe"
+    with pytest.raises(RequestError, match=r"and 3 more: not in the text"):
+        tokenizer.encode("12345678")
 
 
 def test_long_texts_are_encoded_in_pieces(monkeypatch):
