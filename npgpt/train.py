@@ -173,7 +173,7 @@ class Trainer:
     def _run(self, stop_requested: Callable[[], bool]) -> Iterator[Step | Evaluation | End]:
         p, config = self.progress, self.config
         if self.out:
-            for path in (self.out, last_path(self.out), crash_path(self.out)):
+            for path in files_of(self.out):
                 remove_leftovers(path)
             if not self._own or not last_path(self.out).exists():
                 for path in files_of(self.out):
