@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import difflib
 import json
 import os
@@ -29,10 +30,11 @@ from npgpt.backend import DeviceError, Stream, generator, select
 from npgpt.checkpoint import Checkpoint, CheckpointError, load
 from npgpt.config import PRESETS, GenerateConfig, GPTConfig, RequestError, TrainConfig, add_flags, given
 from npgpt.data import PIECE, Dataset, fingerprint, read_ids, read_text, split
-from npgpt.evaluate import evaluate
+from npgpt.evaluate import compare, evaluate
 from npgpt.generate import Token, generate_texts
 from npgpt.gpt import GPT
 from npgpt.gradcheck import GradientError, check_tensors
+from npgpt.likeness import LARGEST_TEXT, NGRAM, Likeness, likeness
 from npgpt.parallel import ParallelStep, Workers, available_cores, describe_blas, one_blas_thread
 from npgpt.train import (
     End,
@@ -402,8 +404,9 @@ def _converse(checkpoint: Checkpoint, settings: GenerateConfig, args: argparse.N
 def evaluate_parser() -> argparse.ArgumentParser:
     parser = _parser(
         "evaluate",
-        "The exact loss of a model on a text.",
-        ["bin/evaluate --ckpt model.npz", "bin/evaluate --ckpt model.npz another.txt"],
+        "The exact loss of a model on a text; and, on the text it was trained on, how like that text what it writes is:\n"
+        "rates of characters, share of words that occur in it, longest span copied from it, share of new 8-grams.",
+        ["bin/evaluate --ckpt model.npz", "bin/evaluate --ckpt model.npz another.txt --json"],
     )
     parser.add_argument("--ckpt", required=True, metavar="FILE", help="a checkpoint written by train")
     parser.add_argument(
@@ -412,37 +415,166 @@ def evaluate_parser() -> argparse.ArgumentParser:
         metavar="TEXT",
         help="a text file (default: the one the model was trained on, of which only the held-out part counts)",
     )
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of lines for people")
+    parser.add_argument(
+        "--sample-tokens",
+        type=_at_least_0,
+        default=2000,
+        metavar="N",
+        help="characters to sample for comparing with the training text; 0: none (default: 2000)",
+    )
     return parser
+
+
+def _at_least_0(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"sample_tokens must be a whole number at least 0, got {text!r}")
+    return int(text)
 
 
 def evaluate_command(args: argparse.Namespace) -> int:
     checkpoint = load(args.ckpt)
-    path = args.text or checkpoint.source
-    if path is None or (args.text is None and checkpoint.train_config is None):
-        raise RequestError("this checkpoint does not say what text it was trained on; name one: bin/evaluate --ckpt FILE TEXT")
-    if args.text is None and not Path(path).is_file():
-        raise RequestError(f"the text it was trained on, {path}, is not here; name one: bin/evaluate --ckpt FILE TEXT")
-    _, ids = read_ids(path, checkpoint.tokenizer, _progress_bar)
-    trained = checkpoint.train_config
-    held_out = None
-    if trained is not None and fingerprint(ids) == checkpoint.fingerprint:
-        held_out = split(ids, trained.val_fraction)[1]
-    if args.text is None and held_out is None:
-        raise RequestError(f"{path} is no longer the text this model was trained on; name a text to evaluate it on another")
+    path, ids, held_out = _text_of(checkpoint, args.text)
     if held_out is None:
-        what = f"all of {path}"
+        what, scored = f"all of {path}", ids
     elif len(held_out):
-        what, ids = f"the held-out part of {path}", held_out
+        what, scored = f"the held-out part of {path}", held_out
     else:
-        what = f"all of {path}, every character of which the model was trained on"
-    result = evaluate(checkpoint.model, ids)
+        what, scored = f"all of {path}, every character of which the model was trained on", ids
+    result = evaluate(checkpoint.model, scored)
     if not np.isfinite(result.loss):
         return _failed("evaluate", f"the loss is {result.loss}: the model's weights or what it computes are not finite numbers")
+    like = None
+    if held_out is not None and args.sample_tokens:
+        trained_on = checkpoint.tokenizer.decode(ids[: min(len(ids) - len(held_out), LARGEST_TEXT)])
+        like = likeness(_sample_of(checkpoint, args.sample_tokens), trained_on)
+    numbers = {"what": what, "characters": result.n_targets, "loss": result.loss, "stderr": result.stderr}
+    numbers |= {"perplexity": result.perplexity, "bits_per_character": result.bits_per_token}
+    if args.json:
+        print(json.dumps(numbers | {"likeness": like and dataclasses.asdict(like)}, ensure_ascii=False))
+        return 0
     plus_minus = "" if result.stderr is None else f" ± {result.stderr:.4f}"
     print(f"{what}: {result.n_targets:,} characters predicted")
     print(f"loss {result.loss:.4f}{plus_minus} nats per character")
     print(f"perplexity {result.perplexity:.3f}, {result.bits_per_token:.4f} bits per character")
+    if like:
+        _print_likeness(like, args.sample_tokens)
     return 0
+
+
+def _text_of(checkpoint: Checkpoint, asked: str | None) -> tuple[str, np.ndarray, np.ndarray | None]:
+    """(where it is, the ids of the text to judge a model on, the held-out ones of them when it was trained on it)."""
+    path, trained = asked or checkpoint.source, checkpoint.train_config
+    if path is None or (asked is None and trained is None):
+        raise RequestError("this checkpoint does not say what text it was trained on; name one")
+    if asked is None and not Path(path).is_file():
+        raise RequestError(f"the text it was trained on, {path}, is not here; name one")
+    _, ids = read_ids(path, checkpoint.tokenizer, _progress_bar)
+    held_out = None
+    if trained is not None and fingerprint(ids) == checkpoint.fingerprint:
+        held_out = split(ids, trained.val_fraction)[1]
+    if asked is None and held_out is None:
+        raise RequestError(f"{path} is no longer the text this model was trained on; name a text to evaluate it on another")
+    return path, ids, held_out
+
+
+def _sample_of(checkpoint: Checkpoint, tokens: int) -> str:
+    """Text from the model, in sixteen pieces side by side, at temperature 0.8, the same every time."""
+    settings = GenerateConfig(max_new_tokens=-(-tokens // 16), seed=0, num_samples=16, window="half")
+    texts = dict.fromkeys(range(16), "")
+    for piece in generate_texts(checkpoint.model, checkpoint.tokenizer, "", settings):
+        texts[piece.sample] += piece.text
+    return "\n".join(texts.values())[:tokens]
+
+
+def _print_likeness(like: Likeness, tokens: int) -> None:
+    print(f"{tokens:,} sampled characters, against the training text (at temperature 0.8):")
+    for kind, (ours, theirs) in like.rates.items():
+        print(f"  {kind:13} {100 * ours:5.1f} %, there {100 * theirs:5.1f} %")
+    if like.known_words is not None:
+        print(f"  {100 * like.known_words:.0f} % of the words occur there")
+    if like.new_ngrams is not None:
+        print(f"  {100 * like.new_ngrams:.0f} % of the spans of {NGRAM} characters do not")
+    print(f"  the longest span copied has {len(like.longest_copy)} characters: {like.longest_copy[:60]!r}")
+
+
+# ---------------------------------------------------------------- compare
+
+
+def compare_parser() -> argparse.ArgumentParser:
+    parser = _parser(
+        "compare",
+        "What differs between runs, and whether it matters: settings, parameters, time, and the difference of their\n"
+        "losses on the same held-out text, with its standard error. For changing one thing at a time.",
+        ["bin/compare a.npz b.npz", "bin/compare small.npz large.npz --text another.txt"],
+    )
+    parser.add_argument(
+        "ckpt", nargs="+", metavar="FILE", help="checkpoints written by train; the first is what others are held against"
+    )
+    parser.add_argument("--text", metavar="TEXT", help="the text to judge on (default: the held-out part of the first one's)")
+    parser.add_argument("--json", action="store_true", help="one JSON object a checkpoint")
+    return parser
+
+
+def compare_command(args: argparse.Namespace) -> int:
+    if len(args.ckpt) < 2:
+        raise RequestError(f"expected two checkpoints or more to compare, got {len(args.ckpt)}")
+    runs = {name: load(name) for name in args.ckpt}
+    if len(runs) < len(args.ckpt):
+        raise RequestError("a checkpoint is named twice")
+    first = runs[args.ckpt[0]]
+    path, ids, held_out = _text_of(first, args.text)
+    judged = ids if held_out is None or not len(held_out) else held_out
+    text = first.tokenizer.decode(judged)
+    settings = {name: vars(run.config) | (vars(run.train_config) if run.train_config else {}) for name, run in runs.items()}
+    differing = [key for key in settings[args.ckpt[0]] if len({repr(s.get(key)) for s in settings.values()}) > 1]
+    with Workers() as workers:
+        results = compare([(run.model, run.tokenizer.encode_array(text)) for run in runs.values()], workers)
+    rows = []
+    for (name, run), (loss, against) in zip(runs.items(), results, strict=True):
+        row = {"checkpoint": name, "step": run.step, "parameters": run.config.num_parameters()}
+        row |= {"seconds": _seconds_of(Path(name)), "loss": loss.loss, "stderr": loss.stderr}
+        row |= {"difference": against and against.difference, "difference_stderr": against and against.stderr}
+        rows.append(row | {"settings": {key: settings[name].get(key) for key in differing}})
+    if args.json:
+        for row in rows:
+            print(json.dumps(row, ensure_ascii=False))
+        return 0
+    part = "the held-out part" if held_out is not None and len(held_out) else "all"
+    print(f"on {part} of {path}, {len(judged) - 1:,} characters predicted")
+    width = max(map(len, args.ckpt))
+    for row in rows:
+        seconds = "" if row["seconds"] is None else f", {_duration(row['seconds'])}"
+        print(f"{row['checkpoint']:{width}}  loss {row['loss']:.4f}{_verdict(row)}")
+        print(f"{'':{width}}  step {row['step']}, {row['parameters']:,} parameters{seconds}")
+        if differing:
+            print(f"{'':{width}}  " + ", ".join(f"{key} {value}" for key, value in row["settings"].items()))
+    return 0
+
+
+def _verdict(row: dict[str, Any]) -> str:
+    """How a loss differs from the first one's."""
+    difference, stderr = row["difference"], row["difference_stderr"]
+    if difference is None:
+        return ""
+    if stderr is None:
+        return f", {difference:+.4f}"
+    clear = "no clear difference" if abs(difference) < 2 * stderr else "better" if difference < 0 else "worse"
+    return f", {difference:+.4f} ± {stderr:.4f}: {clear}"
+
+
+def _seconds_of(path: Path) -> float | None:
+    """How long a run has taken, from its log; None when that is not there or does not say."""
+    path = log_path(path)
+    if not path.exists():
+        return None
+    parts = [0.0]
+    for line in path.read_text(encoding="utf-8").splitlines():
+        event = json.loads(line)
+        if event["event"] in ("start", "resume"):
+            parts.append(0.0)
+        parts[-1] = event.get("elapsed", parts[-1])
+    return sum(parts) or None
 
 
 # ---------------------------------------------------------------- gradcheck
@@ -575,6 +707,7 @@ COMMANDS: dict[str, tuple[Callable[[], argparse.ArgumentParser], Callable[[argpa
     "train": (train_parser, train, "train a GPT on a text file"),
     "generate": (generate_parser, generate, "write text with a trained model"),
     "evaluate": (evaluate_parser, evaluate_command, "the exact loss of a model on a text"),
+    "compare": (compare_parser, compare_command, "what differs between runs, and whether it matters"),
     "gradcheck": (gradcheck_parser, gradcheck, "check the hand-written gradients"),
     "replay": (replay_parser, replay, "repeat the step at which a run went wrong"),
     "inspect": (inspect_parser, inspect, "what a checkpoint holds"),

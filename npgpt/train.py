@@ -125,6 +125,7 @@ class Trainer:
                     f"the dataset's {name} is {getattr(dataset, name)}, the run's is {expected}; they must agree"
                 )
         self.progress = Progress()
+        self._started = time.perf_counter()
         self._own = False  # whether the files at `out` are of this run
         self._workers = Workers(config.threads if model.backend.name == "cpu" else 1)
         self.machine = machine(model.backend.name, self._workers.threads)
@@ -167,6 +168,7 @@ class Trainer:
     def run(self, stop_requested: Callable[[], bool] = lambda: False) -> Iterator[Step | Evaluation | End]:
         """Train to the end. `stop_requested` is asked after every step; when it says yes, the state is saved
         and the run ends. Raises OSError when a file cannot be written."""
+        self._started = time.perf_counter()
         with lock(lock_path(self.out), str(self.out)) if self.out else contextlib.nullcontext():
             yield from self._run(stop_requested)
 
@@ -315,7 +317,8 @@ class Trainer:
             if event == "resume" and path.exists():
                 _cut_log(path, self.progress.step)
             with path.open("w" if event == "start" else "a", encoding="utf-8", newline="\n") as log:
-                log.write(json.dumps({"event": event} | values, ensure_ascii=False) + "\n")
+                elapsed = {"elapsed": round(time.perf_counter() - self._started, 3)}  # seconds since start or resume
+                log.write(json.dumps({"event": event} | values | elapsed, ensure_ascii=False) + "\n")
 
 
 # ---------------------------------------------------------------- files of a run

@@ -315,12 +315,21 @@ WRONG = {
         ("--ckpt model.npz empty.txt", "empty"),
         ("--ckpt model.npz one.txt", "at least 2 tokens"),
         ("--ckpt none.npz text.txt", "no such checkpoint"),
+        ("--ckpt model.npz --sample-tokens -1", "sample_tokens must be"),
+        ("--ckpt model.npz --sample-tokens few", "sample_tokens must be"),
     ],
     "gradcheck": [
         ("--n-embd 5", "multiple of n_head"),
         ("--steps 5", "unknown argument"),
         ("--ckpt none.npz", "no such checkpoint"),
         ("--ckpt model.npz --n-layer 2", "leave out --ckpt or --n-layer"),
+    ],
+    "compare": [
+        ("model.npz", "two checkpoints or more"),
+        ("model.npz model.npz", "named twice"),
+        ("model.npz none.npz", "no such checkpoint"),
+        ("model.npz model.last.npz --text none.txt", "no such file"),
+        ("", "required: FILE"),
     ],
     "replay": [
         ("none.npz", "no such checkpoint"),
@@ -412,6 +421,39 @@ def test_a_conversation(workshop):
     os.write(ours, b"\x04")
     assert process.wait(timeout=30) == 0
     os.close(ours)
+
+
+def test_evaluate_as_json_and_with_samples(workshop):
+    plain = npgpt_command("evaluate", "--ckpt", "model.npz", "--sample-tokens", "100", cwd=workshop)
+    assert plain.returncode == 0, plain.stderr
+    assert "100 sampled characters, against the training text" in plain.stdout
+    assert re.search(r"line breaks +\d+\.\d %, there +\d+\.\d %", plain.stdout)
+    as_json = ["evaluate", "--ckpt", "model.npz", "--json", "--sample-tokens"]
+    row = json.loads(npgpt_command(*as_json, "100", cwd=workshop).stdout)
+    assert f"loss {row['loss']:.4f} ± {row['stderr']:.4f} nats" in plain.stdout
+    assert set(row["likeness"]["rates"]) == {"line breaks", "spaces", "punctuation", "capitals"}
+    without = json.loads(
+        npgpt_command("evaluate", "--ckpt", "model.npz", "--json", "--sample-tokens", "0", cwd=workshop).stdout
+    )
+    assert without == row | {"likeness": None}
+
+
+def test_compare(workshop, tmp_path):
+    assert npgpt_command("train", "text.txt", *QUICK, "--lr", "0.01", "--out", "faster.npz", cwd=workshop).returncode == 0
+    result = npgpt_command("compare", "model.npz", "faster.npz", cwd=workshop)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("on the held-out part of text.txt")
+    assert re.search(r"^faster.npz  loss \d\.\d{4}, [+-]\d\.\d{4} ± \d\.\d{4}: (better|worse|no clear difference)$", lines[4])
+    assert re.search(r"lr 0\.001\b", lines[3])
+    assert re.search(r"lr 0\.01\b", lines[6])
+    rows = [
+        json.loads(line)
+        for line in npgpt_command("compare", "model.npz", "faster.npz", "--json", cwd=workshop).stdout.splitlines()
+    ]
+    assert rows[0]["difference"] is None
+    assert rows[1]["difference"] == pytest.approx(rows[1]["loss"] - rows[0]["loss"])
+    assert all(row["seconds"] > 0 for row in rows)
 
 
 def test_a_damaged_state_points_to_the_best(workshop, tmp_path, capsys, monkeypatch):

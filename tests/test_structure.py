@@ -33,6 +33,7 @@ ORDER = [
     "checkpoint.py",
     "parallel.py",
     "evaluate.py",
+    "likeness.py",
     "generate.py",
     "train.py",
     "cli.py",

@@ -10,7 +10,7 @@ import pytest
 
 import npgpt
 from npgpt import GPT, AdamW, Dataset, GPTConfig, RequestError, TrainConfig, Trainer, evaluate, ops
-from npgpt.evaluate import Loss
+from npgpt.evaluate import Loss, compare
 from npgpt.train import Evaluation, Outcome, Progress, Step, advice, estimate_memory, last_path, log_path
 
 GOLDEN_CONFIG = GPTConfig(63, block_size=32, n_layer=2, n_head=2, n_embd=32, dropout=0.1)
@@ -251,3 +251,31 @@ def test_evaluation_is_exact(tokenizer, text, small_config):
     assert quick_look.loss == pytest.approx(np.mean([losses[i * 62 // 5] for i in range(5)]), rel=1e-6)
     assert Loss(math.log(8), None, 1).bits_per_token == pytest.approx(3)
     assert Loss(math.log(8), None, 1).perplexity == pytest.approx(8)
+
+
+def test_compare_is_the_paired_difference(tokenizer, text, small_config):
+    ids = tokenizer.encode_array(text[:2000])
+    longer = dataclasses.replace(small_config, block_size=32)
+    models = [GPT(small_config, seed=1), GPT(longer, seed=2), GPT(small_config, seed=1)]
+    results = compare([(model, ids) for model in models])
+    losses = [evaluate(model, ids) for model in models]
+    for (loss, _), alone in zip(results, losses, strict=True):
+        assert loss.loss == pytest.approx(alone.loss, rel=1e-9)
+        assert loss.n_targets == 1999
+    assert results[0][1] is None
+    other, same = results[1][1], results[2][1]
+    assert other.difference == pytest.approx(losses[1].loss - losses[0].loss, rel=1e-6)
+    spans = []
+    for model in models[:2]:
+        x, y = ids[:-1], ids[1:]
+        each = []
+        for start in range(0, 1984, model.config.block_size):
+            piece = slice(start, start + model.config.block_size)
+            logits, _ = model(x[None, piece].astype(int))
+            each.append(ops.cross_entropy(logits, y[None, piece].astype(int), reduction="none").data[0])
+        spans.append(np.concatenate(each)[:1984].reshape(62, 32).sum(axis=1))
+    expected = np.std(spans[1] - spans[0], ddof=1) / math.sqrt(62) / 32
+    assert other.stderr == pytest.approx(expected, rel=0.05)
+    assert (same.difference, same.stderr) == (0, 0)
+    with pytest.raises(RequestError, match="as many ids"):
+        compare([(models[0], ids), (models[1], ids[1:])])
