@@ -24,8 +24,9 @@ from workloads import WORKLOADS
 import npgpt
 from npgpt.backend import CPU
 from npgpt.data import read_ids
+from npgpt.generate import Drawing
 from npgpt.kernels.reference import Kernels
-from npgpt.parallel import available_cores
+from npgpt.parallel import available_cores, one_blas_thread
 
 HERE = Path(__file__).parent
 TORCH_MODES = ["torch eager float32", "torch eager bfloat16", "torch compiled float32", "torch compiled bfloat16"]
@@ -135,17 +136,46 @@ def kernels():
     return results
 
 
-def generation(tokens=200):
-    """Tokens a second of one sequence, as the library stands, past the context's end too."""
-    results = {}
-    for name in ("seed", "char"):
-        settings = {k: v for k, v in vars(WORKLOADS[name]).items() if k != "batch_size"}
-        model = npgpt.GPT(npgpt.GPTConfig(**settings))
-        npgpt.generate(model, [0], 5)
-        started = time.perf_counter()
-        npgpt.generate(model, [0] * WORKLOADS[name].block_size, tokens, seed=0)
-        results[name] = round(tokens / (time.perf_counter() - started), 1)
-    return results
+def generation(name):
+    """Tokens a second drawn from one token to the end of the window: one sequence, sixteen side by side, far past the
+    window, and with PyTorch; and how many one sequence could have if a token took no longer than its weights do to be
+    multiplied with a vector."""
+    workload = WORKLOADS[name]
+    n = workload.block_size - 1
+    model = npgpt.GPT(npgpt.GPTConfig(**{k: v for k, v in vars(workload).items() if k != "batch_size"}))
+
+    def draw(tokens, **settings):
+        config = npgpt.GenerateConfig(max_new_tokens=tokens, temperature=1.0, seed=0, **settings)
+        for _ in Drawing(model, [0], config, range(config.num_samples)):
+            pass
+
+    contenders = {
+        "one": (n, lambda: draw(n)),
+        "sixteen": (16 * n, lambda: draw(n, num_samples=16)),
+        "past the window": (n + 30, lambda: draw(n + 30)),
+        "past the window, half": (5 * n, lambda: draw(5 * n, window="half")),
+        "limit": (1, _weights_once(model)),
+    }
+    if importlib.util.find_spec("torch"):
+        import torch_gpt
+
+        contenders["PyTorch, no cache"] = (n, lambda: torch_gpt.draw_without_cache(workload, n))
+        if importlib.util.find_spec("transformers"):
+            hugging_face = torch_gpt.hugging_face(workload)
+            contenders["Hugging Face"] = (n, lambda: hugging_face(n))
+    seconds = {key: [] for key in contenders}
+    with one_blas_thread():
+        for _ in range(3):
+            for key, (_, function) in contenders.items():
+                seconds[key].append(seconds_of(function, 50 if key == "limit" else 1))
+    return {key: round(contenders[key][0] / statistics.median(seconds[key])) for key in contenders}
+
+
+def _weights_once(model):
+    """A function that multiplies every matrix of a model with a vector."""
+    matrices = [p.data for name, p in model.named_parameters() if p.ndim == 2 and "wte" not in name and "wpe" not in name]
+    vectors = [np.ones((1, len(m)), dtype=np.float32) for m in matrices]
+    return lambda: [v @ m for v, m in zip(vectors, matrices, strict=True)]
 
 
 def saving(step_ms):
@@ -264,7 +294,7 @@ def main():
     sizes = [n for n in (1_000_000, 10_000_000, 100_000_000, 1_000_000_000) if n <= args.largest_text]
     for title, measure in [
         ("kernels, there and back, a micro-batch of seed", kernels),
-        ("generation, tokens/s, one sequence", generation),
+        ("generation, tokens/s", lambda: {name: generation(name) for name in ("seed", "char")}),
         ("saving", lambda: saving({name: rows["npgpt"]["ms"] for name, rows in results["training"].items()})),
         ("start-up", start_up),
         ("large texts", lambda: large_texts(sizes)),

@@ -38,9 +38,12 @@ class TorchGPT(nn.Module):
         self.blocks = nn.Sequential(*[Block(w) for _ in range(w.n_layer)])
         self.ln_f, self.lm_head = nn.LayerNorm(w.n_embd), nn.Linear(w.n_embd, w.vocab_size, bias=False)
 
-    def forward(self, ids, targets):
+    def forward(self, ids, targets=None):
         x = self.dropout(self.wte(ids) + self.wpe(torch.arange(ids.shape[1])))
-        logits = self.lm_head(self.ln_f(self.blocks(x)))
+        x = self.blocks(x)
+        if targets is None:  # as nanoGPT does it: of the last position alone
+            return self.lm_head(self.ln_f(x[:, -1:]))
+        logits = self.lm_head(self.ln_f(x))
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
@@ -63,3 +66,38 @@ def make_step(workload, mode):
         return loss.item()
 
     return step
+
+
+@torch.inference_mode()
+def draw_without_cache(workload, tokens):
+    """nanoGPT's way of sampling: the whole window again for each token."""
+    model = TorchGPT(workload).eval()
+    ids = torch.zeros((1, 1), dtype=torch.long)
+    for _ in range(tokens):
+        p = F.softmax(model(ids[:, -workload.block_size :])[:, -1], dim=-1)
+        ids = torch.cat([ids, torch.multinomial(p, 1)], dim=1)
+
+
+def hugging_face(workload):
+    """A function that draws `tokens` with Hugging Face's generate, which keeps keys and values."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    config = transformers.GPT2Config(
+        vocab_size=workload.vocab_size,
+        n_positions=workload.block_size,
+        n_embd=workload.n_embd,
+        n_layer=workload.n_layer,
+        n_head=workload.n_head,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model = transformers.GPT2LMHeadModel(config).eval()
+    start = torch.zeros((1, 1), dtype=torch.long)
+
+    def draw(tokens):
+        model.generate(
+            start, max_new_tokens=tokens, do_sample=True, top_k=0, pad_token_id=0, attention_mask=torch.ones_like(start)
+        )
+
+    return draw
