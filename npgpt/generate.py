@@ -15,6 +15,7 @@ import numpy as np
 
 from npgpt.backend import Stream, generator
 from npgpt.config import GenerateConfig, RequestError
+from npgpt.decode import Decoder
 from npgpt.gpt import GPT, KVCache
 from npgpt.parallel import one_blas_thread
 from npgpt.tensor import no_grad
@@ -117,8 +118,12 @@ class _NextLogits:
         else:
             seen = 1
         with one_blas_thread(), np.errstate(over="ignore", invalid="ignore"):  # told below
-            logits, _ = self._model(np.array([ids[-seen:] for ids in texts]), cache=self._cache)
-        last = logits.numpy()[:, -1].astype(np.float64)
+            if seen == 1 and self._cache and self._model.backend.name == "cpu":
+                last = Decoder(self._model, self._cache)(np.array([ids[-1] for ids in texts]))
+            else:
+                logits, _ = self._model(np.array([ids[-seen:] for ids in texts]), cache=self._cache)
+                last = logits.numpy()[:, -1]
+        last = last.astype(np.float64)
         if not np.isfinite(last).all():
             raise FloatingPointError("the model's logits are not finite numbers: its weights are damaged, or training diverged")
         return last

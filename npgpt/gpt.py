@@ -32,21 +32,22 @@ class KVCache:
 
     def __init__(self, model: GPT, batch: int = 1) -> None:
         c = model.config
+        # For each block keys and values, (B, n_head, block_size, head_dim).
         shape = (c.n_layer, 2, batch, c.n_head, c.block_size, c.n_embd // c.n_head)
-        self._room: Array = model.backend.xp.empty(shape, dtype=model.wte.weight.dtype)
+        self.room: Array = model.backend.xp.empty(shape, dtype=model.wte.weight.dtype)
         self.length = 0
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keep the keys and values (B, n_head, T, head_dim) of one block for the tokens after the first `length`;
         returns those of all tokens up to here, (B, n_head, length + T, head_dim)."""
         stop = self.length + k.shape[2]
-        kept = self._room[layer, :, :, :, :stop]
+        kept = self.room[layer, :, :, :, :stop]
         kept[0, :, :, self.length :], kept[1, :, :, self.length :] = k.data, v.data
         return Tensor(kept[0]), Tensor(kept[1])
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these sequences alone."""
-        self._room = self._room[:, :, rows]
+        self.room = self.room[:, :, rows]
 
 
 class MultiHeadSelfAttention(Module):

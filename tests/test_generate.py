@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from npgpt import GPT, CharTokenizer, GenerateConfig, GPTConfig, RequestError, generate
+from npgpt.decode import Decoder
 from npgpt.generate import Drawing, Token, generate_text, generate_texts, sample_id
 from npgpt.gpt import KVCache
 from npgpt.tensor import no_grad
@@ -102,7 +103,9 @@ def test_the_last_block_size_tokens_decide(model):
     assert greedy[8:] == a
 
 
-@pytest.mark.parametrize("options", [{}, {"tie_weights": True}, {"bias": False, "n_layer": 3}])
+@pytest.mark.parametrize(
+    "options", [{}, {"tie_weights": True}, {"bias": False, "n_layer": 3}, {"activation": "relu", "d_ff": 20}]
+)
 def test_cached_and_uncached_logits_agree(options):
     """At every position, whatever pieces the tokens come in."""
     model = GPT(GPTConfig(11, **({"block_size": 12, "n_layer": 2, "n_head": 2, "n_embd": 8} | options)), seed=1)
@@ -116,6 +119,14 @@ def test_cached_and_uncached_logits_agree(options):
                 logits = model(ids[:, at : at + size], cache=cache)[0].data
                 np.testing.assert_allclose(logits, whole[:, at : at + size], rtol=0, atol=1e-5)
                 at += size
+        for first in (0, 5):  # the rest token by token, on plain arrays
+            cache = KVCache(model, 3)
+            if first:
+                model(ids[:, :first], cache=cache)
+            decoder = Decoder(model, cache)
+            for at in range(first, 12):
+                np.testing.assert_allclose(decoder(ids[:, at]), whole[:, at], rtol=0, atol=1e-5)
+            assert cache.length == 12
         with pytest.raises(ValueError, match="12 - 12 in the cache"):
             model(ids[:, :1], cache=cache)
 

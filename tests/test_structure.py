@@ -34,6 +34,7 @@ ORDER = [
     "parallel.py",
     "evaluate.py",
     "likeness.py",
+    "decode.py",
     "generate.py",
     "train.py",
     "cli.py",
