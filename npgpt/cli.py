@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import json
 import os
+import secrets
 import shlex
 import signal
 import sys
@@ -47,6 +48,7 @@ from npgpt.train import (
     last_path,
     log_path,
     memory_advice,
+    read_log,
 )
 
 # ---------------------------------------------------------------- train
@@ -303,7 +305,11 @@ def generate_parser() -> argparse.ArgumentParser:
         "the other case or the letter without its accent, or skips (default: error)",
     )
     parser.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before this text when it is written; may be given several times",
     )
     parser.add_argument(
         "--json",
@@ -316,19 +322,36 @@ def generate_parser() -> argparse.ArgumentParser:
 
 def generate(args: argparse.Namespace) -> int:
     settings = GenerateConfig(**given(GenerateConfig, args))
+    if settings.seed is None and args.json:  # so that what is written can be drawn again
+        settings = dataclasses.replace(settings, seed=secrets.randbits(32))
     if "" in args.stop:
         raise RequestError("--stop must be a text of at least one character, got an empty one")
     checkpoint = load(args.ckpt)
+    for stop in args.stop:
+        if unknown := checkpoint.tokenizer.unknown(stop):
+            raise RequestError(f"--stop {stop!r} could never come: the model does not know {', '.join(map(repr, unknown))}")
     if args.prompt_file is not None:
         prompt = read_text(args.prompt_file)
     elif args.prompt == "-":
-        prompt = sys.stdin.read()
+        prompt = _from_stdin()
     elif args.prompt is None and sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty():
-        return _converse(checkpoint, settings, args)
+        return _ask(checkpoint, settings, args)
     else:
         prompt = args.prompt or ""
     _write_samples(checkpoint, _known(checkpoint, prompt, args.unknown), settings, args)
     return 0
+
+
+def _from_stdin() -> str:
+    """Standard input, read as a text file is."""
+    if sys.stdin is None:
+        raise RequestError("--prompt - reads standard input, which is closed")
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        byte = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
+        raise RequestError(f"the prompt on standard input is not UTF-8 text: {byte}") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _known(checkpoint: Checkpoint, prompt: str, unknown: str) -> str:
@@ -348,12 +371,14 @@ def _write_samples(checkpoint: Checkpoint, prompt: str, settings: GenerateConfig
     tokens: list[Token] = []
     texts = dict.fromkeys(range(settings.num_samples), "")
     done: set[int] = set()
+    stopped: set[int] = set()
     live = not args.json
     if live:
         sys.stdout.write(prompt)
     for piece in generate_texts(checkpoint.model, checkpoint.tokenizer, prompt, settings, args.stop, tokens=tokens):
         texts[piece.sample] += piece.text
         done |= {piece.sample} if piece.done else set()
+        stopped |= {piece.sample} if piece.stopped else set()
         if live and piece.sample == shown:
             sys.stdout.write(piece.text)
         while live and shown in done:  # it, and what has waited for it
@@ -364,23 +389,27 @@ def _write_samples(checkpoint: Checkpoint, prompt: str, settings: GenerateConfig
                 sys.stdout.write(prompt + texts[shown])
         sys.stdout.flush()
     if args.json:
+        drawn: dict[int, list[Token]] = {k: [] for k in texts}
+        for token in tokens:
+            drawn[token.sample].append(token)
         for sample, text in texts.items():
-            own = [token for token in tokens if token.sample == sample]
+            own = drawn[sample]
             ids = [token.id for token in own]
-            numbers = {"ids": ids, "logprobs": [round(token.logprob, 6) for token in own]}
-            letters = [checkpoint.tokenizer.itos[i] for i in ids]
-            row = {"sample": sample, "seed": settings.seed, "prompt": prompt, "text": text, "tokens": letters} | numbers
+            row: dict[str, Any] = {"sample": sample, "seed": settings.seed, "prompt": prompt, "text": text}
+            row["finish_reason"] = "stop" if sample in stopped else "length"
+            row["tokens"] = [checkpoint.tokenizer.itos[i] for i in ids]
+            row |= {"ids": ids, "logprobs": [round(token.logprob, 6) for token in own]}
             sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
     if sys.stderr.isatty():
         seconds = time.perf_counter() - started
         _say(f"{len(tokens):,} tokens, {len(tokens) / max(seconds, 1e-9):,.0f} a second")
 
 
-def _converse(checkpoint: Checkpoint, settings: GenerateConfig, args: argparse.Namespace) -> int:
+def _ask(checkpoint: Checkpoint, settings: GenerateConfig, args: argparse.Namespace) -> int:
     """Ask for prompts and continue them, until end of file. Ctrl-C ends an answer."""
     with contextlib.suppress(ModuleNotFoundError):  # line editing and history, where Python has it (not on Windows)
         import readline  # noqa: F401
-    _say("a prompt, Enter; Ctrl-C ends an answer, Ctrl-D the conversation")
+    _say("a prompt, Enter; each is continued on its own; Ctrl-C ends an answer, Ctrl-D the session")
     while True:
         try:
             prompt = input("> ")
@@ -434,7 +463,7 @@ def _at_least_0(text: str) -> int:
 
 def evaluate_command(args: argparse.Namespace) -> int:
     checkpoint = load(args.ckpt)
-    path, ids, held_out = _text_of(checkpoint, args.text)
+    path, ids, held_out = _text_of(checkpoint, args.text, "name one after the flags")
     if held_out is None:
         what, scored = f"all of {path}", ids
     elif len(held_out):
@@ -447,7 +476,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
     like = None
     if held_out is not None and args.sample_tokens:
         trained_on = checkpoint.tokenizer.decode(ids[: min(len(ids) - len(held_out), LARGEST_TEXT)])
-        like = likeness(_sample_of(checkpoint, args.sample_tokens), trained_on)
+        like = likeness(_samples_of(checkpoint, args.sample_tokens), trained_on)
     numbers = {"what": what, "characters": result.n_targets, "loss": result.loss, "stderr": result.stderr}
     numbers |= {"perplexity": result.perplexity, "bits_per_character": result.bits_per_token}
     if args.json:
@@ -458,37 +487,38 @@ def evaluate_command(args: argparse.Namespace) -> int:
     print(f"loss {result.loss:.4f}{plus_minus} nats per character")
     print(f"perplexity {result.perplexity:.3f}, {result.bits_per_token:.4f} bits per character")
     if like:
-        _print_likeness(like, args.sample_tokens)
+        _print_likeness(like)
     return 0
 
 
-def _text_of(checkpoint: Checkpoint, asked: str | None) -> tuple[str, np.ndarray, np.ndarray | None]:
+def _text_of(checkpoint: Checkpoint, asked: str | None, hint: str) -> tuple[str, np.ndarray, np.ndarray | None]:
     """(where it is, the ids of the text to judge a model on, the held-out ones of them when it was trained on it)."""
     path, trained = asked or checkpoint.source, checkpoint.train_config
     if path is None or (asked is None and trained is None):
-        raise RequestError("this checkpoint does not say what text it was trained on; name one")
+        raise RequestError(f"this checkpoint does not say what text it was trained on; {hint}")
     if asked is None and not Path(path).is_file():
-        raise RequestError(f"the text it was trained on, {path}, is not here; name one")
+        raise RequestError(f"the text it was trained on, {path}, is not here; {hint}")
     _, ids = read_ids(path, checkpoint.tokenizer, _progress_bar)
     held_out = None
     if trained is not None and fingerprint(ids) == checkpoint.fingerprint:
         held_out = split(ids, trained.val_fraction)[1]
     if asked is None and held_out is None:
-        raise RequestError(f"{path} is no longer the text this model was trained on; name a text to evaluate it on another")
+        raise RequestError(f"{path} is no longer the text this model was trained on; {hint} to judge it on another")
     return path, ids, held_out
 
 
-def _sample_of(checkpoint: Checkpoint, tokens: int) -> str:
-    """Text from the model, in sixteen pieces side by side, at temperature 0.8, the same every time."""
-    settings = GenerateConfig(max_new_tokens=-(-tokens // 16), seed=0, num_samples=16, window="half")
-    texts = dict.fromkeys(range(16), "")
+def _samples_of(checkpoint: Checkpoint, tokens: int) -> list[str]:
+    """Texts from the model, sixteen side by side, at temperature 0.8, the same every time."""
+    n = min(16, tokens)
+    settings = GenerateConfig(max_new_tokens=tokens // n, seed=0, num_samples=n, window="half")
+    texts = dict.fromkeys(range(n), "")
     for piece in generate_texts(checkpoint.model, checkpoint.tokenizer, "", settings):
         texts[piece.sample] += piece.text
-    return "\n".join(texts.values())[:tokens]
+    return list(texts.values())
 
 
-def _print_likeness(like: Likeness, tokens: int) -> None:
-    print(f"{tokens:,} sampled characters, against the training text (at temperature 0.8):")
+def _print_likeness(like: Likeness) -> None:
+    print(f"{like.characters:,} sampled characters (temperature 0.8) against the {like.of:,} of the training text:")
     for kind, (ours, theirs) in like.rates.items():
         print(f"  {kind:13} {100 * ours:5.1f} %, there {100 * theirs:5.1f} %")
     if like.known_words is not None:
@@ -505,7 +535,8 @@ def compare_parser() -> argparse.ArgumentParser:
     parser = _parser(
         "compare",
         "What differs between runs, and whether it matters: settings, parameters, time, and the difference of their\n"
-        "losses on the same held-out text, with its standard error. For changing one thing at a time.",
+        "losses on the same held-out text. For changing one thing at a time. The standard error says how much another\n"
+        "text of this kind could change the difference; another seed can change it more, so repeat what is close.",
         ["bin/compare a.npz b.npz", "bin/compare small.npz large.npz --text another.txt"],
     )
     parser.add_argument(
@@ -523,13 +554,21 @@ def compare_command(args: argparse.Namespace) -> int:
     if len(runs) < len(args.ckpt):
         raise RequestError("a checkpoint is named twice")
     first = runs[args.ckpt[0]]
-    path, ids, held_out = _text_of(first, args.text)
+    path, ids, held_out = _text_of(first, args.text, "name one with --text")
     judged = ids if held_out is None or not len(held_out) else held_out
     text = first.tokenizer.decode(judged)
-    settings = {name: vars(run.config) | (vars(run.train_config) if run.train_config else {}) for name, run in runs.items()}
+    settings = {
+        name: vars(run.config) | (vars(run.train_config) if run.train_config else {}) | {"text": run.source}
+        for name, run in runs.items()
+    }
     differing = [key for key in settings[args.ckpt[0]] if len({repr(s.get(key)) for s in settings.values()}) > 1]
     with Workers() as workers:
         results = compare([(run.model, run.tokenizer.encode_array(text)) for run in runs.values()], workers)
+    for name, (loss, _) in zip(runs, results, strict=True):
+        if not np.isfinite(loss.loss):
+            return _failed(
+                "compare", f"the loss of {name} is {loss.loss}: its weights, or what it computes, are not finite numbers"
+            )
     rows = []
     for (name, run), (loss, against) in zip(runs.items(), results, strict=True):
         row = {"checkpoint": name, "step": run.step, "parameters": run.config.num_parameters()}
@@ -540,6 +579,11 @@ def compare_command(args: argparse.Namespace) -> int:
         for row in rows:
             print(json.dumps(row, ensure_ascii=False))
         return 0
+    for name, run in runs.items():
+        if run.fingerprint != first.fingerprint:
+            _say(f"warning: {name} was trained on another text than {args.ckpt[0]}")
+        elif held_out is not None and run.train_config and run.train_config.val_fraction < _held_out_fraction(first):
+            _say(f"warning: {name} was trained on a part of what is held out here; put it first")
     part = "the held-out part" if held_out is not None and len(held_out) else "all"
     print(f"on {part} of {path}, {len(judged) - 1:,} characters predicted")
     width = max(map(len, args.ckpt))
@@ -552,6 +596,10 @@ def compare_command(args: argparse.Namespace) -> int:
     return 0
 
 
+def _held_out_fraction(run: Checkpoint) -> float:
+    return run.train_config.val_fraction if run.train_config else 0.0
+
+
 def _verdict(row: dict[str, Any]) -> str:
     """How a loss differs from the first one's."""
     difference, stderr = row["difference"], row["difference_stderr"]
@@ -559,18 +607,14 @@ def _verdict(row: dict[str, Any]) -> str:
         return ""
     if stderr is None:
         return f", {difference:+.4f}"
-    clear = "no clear difference" if abs(difference) < 2 * stderr else "better" if difference < 0 else "worse"
+    clear = "no clear difference" if abs(difference) <= 2 * stderr else "better" if difference < 0 else "worse"
     return f", {difference:+.4f} ± {stderr:.4f}: {clear}"
 
 
 def _seconds_of(path: Path) -> float | None:
     """How long a run has taken, from its log; None when that is not there or does not say."""
-    path = log_path(path)
-    if not path.exists():
-        return None
     parts = [0.0]
-    for line in path.read_text(encoding="utf-8").splitlines():
-        event = json.loads(line)
+    for event in read_log(log_path(path)):
         if event["event"] in ("start", "resume"):
             parts.append(0.0)
         parts[-1] = event.get("elapsed", parts[-1])
@@ -604,7 +648,12 @@ def gradcheck(args: argparse.Namespace) -> int:
     asked = given(GPTConfig, args)
     if args.ckpt and asked:
         raise RequestError(f"a checkpoint has its own shape: leave out --ckpt or --{next(iter(asked)).replace('_', '-')}")
-    trained = load(args.ckpt).model if args.ckpt else None
+    trained = None
+    if args.ckpt:
+        checkpoint = load(args.ckpt)
+        if checkpoint.crash is not None:
+            raise RequestError(f"{args.ckpt} is a crash file, whose numbers are beyond checking; see npgpt replay")
+        trained = checkpoint.model
     config = trained.config if trained else GPTConfig(**(GRADCHECK_MODEL | asked))
     model = GPT(config, dtype=np.float64)
     rng = np.random.default_rng(0)

@@ -174,7 +174,9 @@ class GenerateConfig(Settings):
     min_p: float | None = setting(
         None, "leave out tokens below this share of the likeliest one's probability", at_least=0, at_most=1
     )
-    repetition_penalty: float = setting(1.0, "above 1: what the text already has becomes less likely", above=0)
+    repetition_penalty: float = setting(
+        1.0, "above 1: what the text already has becomes less likely", at_least=0.01, at_most=100
+    )
     window: str = setting(
         "exact",
         "past block_size tokens, look back on: exact, the last block_size of them; half, that many at most, of which half are "

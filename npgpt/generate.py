@@ -21,6 +21,8 @@ from npgpt.parallel import one_blas_thread
 from npgpt.tensor import no_grad
 from npgpt.tokenizer import CharTokenizer
 
+SIDE_BY_SIDE = 32  # samples drawn together: more take more memory, and hardly less time each
+
 
 def generate(
     model: GPT,
@@ -52,9 +54,10 @@ class Token:
 class Drawing:
     """Samples drawn side by side from one context: iterate to get a Token at a time.
 
-    With a seed, sample k is the same whichever others are drawn beside it. Raises RequestError for a context that is
-    empty or has ids outside the vocabulary, and, while drawing, FloatingPointError when the model's logits are not
-    finite.
+    With a seed, sample k is the same whichever others are drawn beside it, as far as the rounding of a product with
+    more rows lets it: a draw within a millionth of a boundary may fall on the other side. Raises RequestError for a
+    context that is empty or has ids outside the vocabulary, and, while drawing, FloatingPointError when the model's
+    logits are not finite.
     """
 
     def __init__(self, model: GPT, context_ids: Sequence[int], settings: GenerateConfig, samples: Sequence[int] = (0,)) -> None:
@@ -164,11 +167,13 @@ def _logsumexp(x: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece of one sample's text, ready to be shown; `done` with its last one, which may be empty."""
+    """A piece of one sample's text, ready to be shown; `done` with its last one, which may be empty, and `stopped` when that
+    was before a stop text."""
 
     sample: int
     text: str
-    done: bool
+    done: bool = False
+    stopped: bool = False
 
 
 def generate_texts(
@@ -180,12 +185,17 @@ def generate_texts(
     samples: Sequence[int] | None = None,
     tokens: list[Token] | None = None,
 ) -> Iterator[Piece]:
-    """The texts that follow `prompt`, `settings.num_samples` of them side by side, as they are drawn; each ends before
+    """The texts that follow `prompt`, `settings.num_samples` of them, some side by side, as they are drawn; each ends before
     the first of its `stop` texts. Every drawn token is also appended to `tokens`. Raises RequestError, at the call, for
     characters of the prompt that the model does not know."""
     samples = range(settings.num_samples) if samples is None else samples
     context = tokenizer.encode(prompt or default_context(tokenizer))
-    return _pieces(Drawing(model, context, settings, samples), tokenizer, {k: _End(stop) for k in samples}, tokens)
+    groups = [samples[i : i + SIDE_BY_SIDE] for i in range(0, len(samples), SIDE_BY_SIDE)]
+    return (
+        piece
+        for group in groups
+        for piece in _pieces(Drawing(model, context, settings, group), tokenizer, {k: _End(stop) for k in group}, tokens)
+    )
 
 
 def _pieces(drawing: Drawing, tokenizer: CharTokenizer, ends: dict[int, _End], tokens: list[Token] | None) -> Iterator[Piece]:
@@ -197,9 +207,9 @@ def _pieces(drawing: Drawing, tokenizer: CharTokenizer, ends: dict[int, _End], t
             del ends[token.sample]
             drawing.stop(token.sample)
         if text or found:
-            yield Piece(token.sample, text, found)
+            yield Piece(token.sample, text, found, found)
     for sample, end in ends.items():
-        yield Piece(sample, end.held, True)
+        yield Piece(sample, end.held, done=True)
 
 
 def generate_text(
@@ -221,8 +231,8 @@ def default_context(tokenizer: CharTokenizer) -> str:
 
 
 class _End:
-    """Looks for stop texts, which may straddle tokens. What could still turn out to be the beginning of one is held
-    back until that is settled."""
+    """Looks for stop texts, which may straddle tokens: as many characters are held back as could still turn out to be the
+    beginning of the longest."""
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop, self.held = stop, ""

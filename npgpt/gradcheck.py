@@ -34,6 +34,10 @@ class GradientError(AssertionError):
     """An analytic gradient differs from the numerical one; the message says where and by how much."""
 
 
+class NotSmoothError(GradientError):
+    """Too many derivatives could not be measured, so there is nothing to hold the analytic ones against."""
+
+
 @dataclass(frozen=True)
 class InputReport:
     """What was found for one input."""
@@ -123,8 +127,10 @@ def check_tensors(
         gradient = np.zeros(tensor.shape) if analytic[name] is None else to_numpy(analytic[name])
         try:
             report = _check_one(op, name, tensor, gradient, weighted, rng, rtol, max_elements, max_kinks)
+        except NotSmoothError:
+            raise
         except GradientError as error:
-            culprit = first_wrong_operation(fn, tensor, upstream, max(rtol, 1e-8))
+            culprit = first_wrong_operation(fn, tensor, upstream, rtol)
             raise GradientError(f"{error}; the first wrong operation on the way back: {culprit}") from None
         yield report
 
@@ -136,10 +142,16 @@ def first_wrong_operation(fn: Callable[[], Tensor], tensor: Tensor, upstream: np
     gradient that arrives there on the way back. The operation nearest to the output whose own gradient is wrong got
     it from one that used its result.
     """
-    trace, before = Trace(), tensor.grad
+    trace = Trace()
     with watched(trace):
-        fn().backward(upstream)
-    tensor.grad = before
+        output = fn()
+        leaves = [leaf for inputs in trace.inputs for leaf in inputs if isinstance(leaf, Tensor)]
+        before = [leaf.grad for leaf in leaves]
+        for leaf in leaves:
+            leaf.grad = None
+        output.backward(upstream)
+    for leaf, grad in zip(leaves, before, strict=True):
+        leaf.grad = grad
     rng = np.random.default_rng(0)
     for k in reversed(range(len(trace.names))):
         if k not in trace.gradients or not trace.gradients[k].size:
@@ -216,7 +228,10 @@ def _check_one(
         )
     kinks = int((~smooth).sum())
     if kinks > max_kinks * len(probes):
-        raise GradientError(f"{op}: {kinks} of {len(probes)} derivatives of {name} could not be measured: not smooth there")
+        raise NotSmoothError(
+            f"{op}: {kinks} of {len(probes)} derivatives of {name} could not be measured, {max_kinks:.0%} may be: the function "
+            "is not smooth there, or not finite"
+        )
     return InputReport(
         name,
         checked=len(probes) - kinks,

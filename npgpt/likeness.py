@@ -7,9 +7,10 @@ reciting?
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-LARGEST_TEXT = 4_000_000  # characters of the training text that spans are looked for in: a second or two
+LARGEST_TEXT = 4_000_000  # characters of the training text that spans are looked for in: a few seconds
 NGRAM = 8
 WORD = re.compile("\\w+(?:['\u2019]\\w+)*")  # with apostrophes, straight and curly
 PUNCTUATION = re.compile(r"[^\w\s]")
@@ -17,28 +18,37 @@ PUNCTUATION = re.compile(r"[^\w\s]")
 
 @dataclass(frozen=True)
 class Likeness:
-    """`rates`: kind of character -> (share of the sample, share of the training text). `known_words`: share of the
-    sample's words that occur in the training text. `longest_copy`: the longest span of the sample that stands in it.
-    `new_ngrams`: share of the sample's different spans of 8 characters that do not. Shares are None where there is
-    nothing to count."""
+    """Of `characters` sampled ones and the first `of` of the training text. `rates`: kind of character -> (share of the
+    sample, share of the training text). `known_words`: share of the sample's words that occur in the training text.
+    `longest_copy`: the longest span of the sample that stands in it. `new_ngrams`: share of the sample's different spans
+    of 8 characters that do not. Shares are None where there is nothing to count."""
 
+    characters: int
+    of: int
     rates: dict[str, tuple[float, float]]
     known_words: float | None
     longest_copy: str
     new_ngrams: float | None
 
 
-def likeness(sample: str, training: str) -> Likeness:
-    """Compare a sample with the training text, or with its first four million characters."""
+def likeness(samples: Sequence[str], training: str) -> Likeness:
+    """Compare samples, each for itself, with the training text, or with its first four million characters. The last
+    word of a sample, which may have been cut off, is not counted as one."""
     training = training[:LARGEST_TEXT]
-    ours, theirs = _rates(sample), _rates(training)
-    words = WORD.findall(sample)
+    n = sum(map(len, samples))
+    ours, theirs = _rates("".join(samples)), _rates(training)
+    words = [word for sample in samples for word in WORD.findall(re.sub(r"\S+$", "", sample))]
     vocabulary = set(WORD.findall(training))
-    ngrams = {sample[i : i + NGRAM] for i in range(len(sample) - NGRAM + 1)}
+    ngrams = {sample[i : i + NGRAM] for sample in samples for i in range(len(sample) - NGRAM + 1)}
+    longest = ""
+    for sample in samples:
+        longest = _longest_copy(sample, training, longest)
     return Likeness(
+        n,
+        len(training),
         {kind: (ours[kind], theirs[kind]) for kind in ours},
         sum(word in vocabulary for word in words) / len(words) if words else None,
-        _longest_copy(sample, training),
+        longest,
         sum(ngram not in training for ngram in ngrams) / len(ngrams) if ngrams else None,
     )
 
@@ -53,9 +63,9 @@ def _rates(text: str) -> dict[str, float]:
     }
 
 
-def _longest_copy(sample: str, training: str) -> str:
-    start = length = 0
+def _longest_copy(sample: str, training: str, longest: str) -> str:
+    """The longest span of the sample that stands in the training text, or `longest` if none is longer."""
     for i in range(len(sample)):
-        while i + length < len(sample) and sample[i : i + length + 1] in training:
-            start, length = i, length + 1
-    return sample[start : start + length]
+        while i + len(longest) < len(sample) and sample[i : i + len(longest) + 1] in training:
+            longest = sample[i : i + len(longest) + 1]
+    return longest

@@ -349,13 +349,20 @@ def files_of(out: Path) -> list[Path]:
     return [out, last_path(out), log_path(out), crash_path(out)]
 
 
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The events of a run's log; none when there is no log. Lines that are not whole are left out."""
+    events = []
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            event = json.loads(line)
+            if isinstance(event, dict) and isinstance(event.get("event"), str) and isinstance(event.get("step"), int):
+                events.append(event)
+    return events
+
+
 def _cut_log(path: Path, step: int) -> None:
     """Take from a log what came after `step`, which is about to be done again, and half a line of a killed process."""
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+    kept = [json.dumps(event, ensure_ascii=False) + "\n" for event in read_log(path) if event["step"] <= step]
     with whole_file(path, lambda _: None) as file:
         file.write("".join(kept).encode())
 

@@ -91,7 +91,7 @@ class Trace(Watch):
 
 def name_of(backward: Callable[..., Any]) -> str:
     """The operation that made a backward function: the name of the function it was written in."""
-    name = backward.__qualname__.split(".<locals>")[0]
+    name = backward.__qualname__.rpartition(".<locals>.")[0].rpartition(".<locals>.")[2]
     if name == "_binary":  # of tensor.py, which wraps the derivatives that an operator hands it
         inner = [cell.cell_contents for cell in backward.__closure__ or () if callable(cell.cell_contents)]
         return name_of(inner[0])

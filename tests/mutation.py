@@ -148,8 +148,10 @@ def caught(bug):
         )
         if result.returncode == 0:
             return None
-        failed = [line for line in result.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-        return failed[0].split(" - ")[0] if failed else f"exit status {result.returncode}"
+        failed = [line for line in result.stdout.splitlines() if line.startswith("FAILED")]
+        if result.returncode != 1 or not failed:
+            raise SystemExit(f"{bug[0]}: the tests did not run: {result.stdout[-1000:]}")
+        return failed[0].split(" - ")[0]
 
 
 def main():

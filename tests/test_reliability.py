@@ -158,12 +158,13 @@ def test_a_log_goes_on_where_the_run_does(tmp_path):
     first = reliability.trainer(out, log_interval=1)
     list(first.run(lambda: first.progress.step >= 8))
     with log_path(out).open("a", encoding="utf-8") as log:  # killed later, before it saved again
-        log.write('{"event": "step", "step": 9}\n{"event": "ste')
+        log.write('{"event": "step", "step": 8, "sample": "a\u2028b\u0085c"}\n{"event": "step", "step": 9}\n{"event": "ste')
     second = reliability.trainer(out, log_interval=1)
     second.resume(npgpt.load(last_path(out), with_optimizer=True))
     list(second.run())
-    log = [json.loads(line) for line in log_path(out).read_text(encoding="utf-8").splitlines()]
-    assert [e["step"] for e in log if e["event"] == "step"] == list(range(1, 21))
+    log = [json.loads(line) for line in log_path(out).read_bytes().split(b"\n")[:-1]]
+    assert [e["step"] for e in log if e["event"] == "step"] == [*range(1, 9), 8, *range(9, 21)]
+    assert "a\u2028b\u0085c" in [e.get("sample") for e in log]
     assert [e["event"] for e in log if e["event"] in ("start", "resume", "end")] == ["start", "end", "resume", "end"]
 
 
