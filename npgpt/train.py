@@ -1,7 +1,7 @@
 """The training loop: what happens in a step, at an evaluation, at the end.
 
 A `Trainer` owns one run. Its `run()` does the work (steps, evaluations, checkpoints, log) and yields what
-happened as plain records; showing them to people is cli.py's business. The command line is not known
+happened as plain records; showing them to people is the commands' business. The command line is not known
 here, and no state is global.
 
 Files of a run whose checkpoint is `model.npz`:

@@ -37,6 +37,12 @@ ORDER = [
     "decode.py",
     "generate.py",
     "train.py",
+    "terminal.py",
+    "commands/__init__.py",
+    "commands/train.py",
+    "commands/generate.py",
+    "commands/judge.py",
+    "commands/check.py",
     "cli.py",
 ]
 SURFACE = {"__init__.py", "__main__.py"}  # what a user imports or runs; they may import anything

@@ -24,6 +24,7 @@ from workloads import WORKLOADS
 import npgpt
 from npgpt.backend import CPU
 from npgpt.data import read_ids
+from npgpt.files import copy_whole
 from npgpt.generate import Drawing
 from npgpt.kernels.reference import Kernels
 from npgpt.parallel import available_cores, one_blas_thread
@@ -179,7 +180,8 @@ def _weights_once(model):
 
 
 def saving(step_ms):
-    """Milliseconds to save the state of a workload, and the share of training time that takes at the default interval."""
+    """Milliseconds to save the state of a workload as last and as best, and the share of training time that takes at
+    the default interval when every evaluation is the best."""
     interval, rows = npgpt.TrainConfig().eval_interval, {}
     tokenizer = npgpt.CharTokenizer("".join(map(chr, range(32, 97))))
     with tempfile.TemporaryDirectory(dir=".") as folder:  # not where it might be memory
@@ -188,7 +190,12 @@ def saving(step_ms):
             model = npgpt.GPT(npgpt.GPTConfig(**settings))
             optimizer = npgpt.AdamW(model.parameters())
             path = Path(folder) / "model.npz"
-            seconds = seconds_of(lambda m=model, o=optimizer, p=path: npgpt.save(p, m, tokenizer, optimizer=o), 5)
+
+            def save(model=model, optimizer=optimizer, path=path):
+                npgpt.save(path, model, tokenizer, optimizer=optimizer)
+                copy_whole(path, path.with_name("best.npz"))
+
+            seconds = seconds_of(save, 5)
             rows[name] = {
                 "file_mb": round(path.stat().st_size / 1e6, 1),
                 "save_ms": round(1e3 * seconds, 1),

@@ -1,0 +1,1 @@
+"""The commands, a file for each subject: `parser()` says what a command line may be, and a function runs it."""
