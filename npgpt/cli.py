@@ -1,7 +1,7 @@
-"""`npgpt NAME ...`: the commands, and everything that is printed to people.
+"""`npgpt NAME ...`: which command it is, and what becomes of its errors. The commands are in commands/.
 
 Generated text and asked-for reports go to stdout, progress and messages to stderr. Exit status: 0 done,
-1 the work failed, 2 the request was wrong, 130 and 143 interrupted. A wrong request is answered in one
+1 the work failed, 2 the request was wrong, 129, 130 and 143 interrupted. A wrong request is answered in one
 line. Nothing here is needed by a user of the library.
 """
 
