@@ -142,6 +142,21 @@ def test_an_input_used_twice(name):
         gradcheck(lambda x: case.fn(x, x) + case.fn(x * 2, x * 3), arrays[:1])
 
 
+ELEMENTWISE = ["add", "subtract", "multiply", "divide", "numbers", "negate", "power", "tensor power", "power of a number"]
+ELEMENTWISE += ["exp", "log", "sqrt", "tanh", "sum", "reshape", "gelu", "relu", "dropout"]
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_no_dimensions(name):
+    """G2. A single number is an array like any other."""
+    case = CASES[name]
+    arrays = [np.array(1.5 + i) for i in range(len(case.shapes(Dims())))]
+    gradcheck(case.fn, arrays)
+    y, gradients, _ = run(case, [a.astype(np.float32) for a in arrays])
+    assert all(isinstance(g, np.ndarray) and (g.shape, g.dtype) == ((), np.float32) for g in gradients)
+    assert y.dtype == np.float32
+
+
 @pytest.mark.parametrize(
     "name", [name for name, case in CASES.items() if case.fn.__module__ == "npgpt.ops" or "ops" in case.fn.__code__.co_names]
 )
