@@ -65,7 +65,7 @@ class Checkpoint:
     source: str | None = None  # the text it was trained on: where it was
     fingerprint: str | None = None  # and the SHA-256 of its ids
     optimizer_state: dict[str, Any] | None = None  # for AdamW.load_state_dict
-    machine: dict[str, Any] | None = None  # what decides the rounding: threads, BLAS, device
+    machine: dict[str, Any] | None = None  # what decides the rounding: device, threads, NumPy, BLAS
     crash: str | None = None  # of a crash file: what went wrong
     batch: tuple[np.ndarray, np.ndarray] | None = None  # and x and y of that step
     format: int = FORMAT

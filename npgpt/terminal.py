@@ -26,6 +26,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def command_parser(name: str, about: str, examples: list[str]) -> argparse.ArgumentParser:
+    """The parser of `npgpt NAME`, whose help opens with examples."""
     description = "examples:\n" + "\n".join(f"  {e}" for e in examples) + f"\n\n{about}"
     return Parser(
         prog=f"npgpt {name}",
@@ -41,11 +42,13 @@ def say(message: str, end: str = "\n") -> None:
 
 
 def failed(name: str, message: str) -> int:
+    """Say why a command's work failed; returns the exit status for that."""
     say(f"npgpt {name}".rstrip() + f": {message}")
     return 1
 
 
 def duration(seconds: float) -> str:
+    """1 h 2 min, 2 min 3 s, or 3 s."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

@@ -49,7 +49,8 @@ def generate_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--json",
         action="store_true",
-        help="one JSON object a sample: its text, tokens, ids and their log-probabilities",
+        help="one JSON object a sample: its text, why it ended (stop or length), and all tokens drawn, those of a stop text "
+        "too, with ids and the log-probabilities the model gave them, before temperature",
     )
     add_flags(parser, GenerateConfig)
     return parser
