@@ -184,6 +184,13 @@ class GenerateConfig(Settings):
         choices=("exact", "half"),
     )
     num_samples: int = setting(1, "texts to generate, side by side", at_least=1, at_most=10_000)
+    threads: int = setting(
+        1,
+        "threads for the matrix products; more help a large model or many samples on an idle machine, and make it several "
+        "times slower on a busy one",
+        at_least=1,
+        at_most=1024,
+    )
     seed: int | None = setting(None, "the same seed draws the same text (default: a new one each time)", at_least=0)
 
 

@@ -17,7 +17,7 @@ from npgpt.backend import Stream, generator
 from npgpt.config import GenerateConfig, RequestError
 from npgpt.decode import Decoder
 from npgpt.gpt import GPT, KVCache
-from npgpt.parallel import one_blas_thread
+from npgpt.parallel import blas_threads
 from npgpt.tensor import no_grad
 from npgpt.tokenizer import CharTokenizer
 
@@ -69,7 +69,7 @@ class Drawing:
         entropy = settings.seed if settings.seed is not None else secrets.randbits(64)
         self.model, self.settings = model, settings
         self._rows = {k: _Row(list(context), generator(entropy, Stream.SAMPLE, k)) for k in samples}
-        self._next = _NextLogits(model, settings.window)
+        self._next = _NextLogits(model, settings.window, settings.threads)
 
     def stop(self, sample: int) -> None:
         """Draw no more of this sample."""
@@ -99,8 +99,8 @@ class _Row:
 class _NextLogits:
     """The logits of the token after each of some texts of equal length, called as they grow by one token."""
 
-    def __init__(self, model: GPT, window: str) -> None:
-        self._model, self._window = model, window
+    def __init__(self, model: GPT, window: str, threads: int) -> None:
+        self._model, self._window, self._threads = model, window, threads
         self._cache: KVCache | None = None
 
     def keep(self, rows: list[int]) -> None:
@@ -111,25 +111,34 @@ class _NextLogits:
     @no_grad()
     def __call__(self, texts: list[list[int]]) -> np.ndarray:
         """-> (len(texts), V), float64."""
-        block_size, length = self._model.config.block_size, len(texts[0])
-        if self._cache is None or self._cache.length == block_size:
-            seen = min(length, block_size)
-            if length > block_size and self._window == "half":
-                seen = max(1, block_size // 2)
-            # Exact past block_size: what would be kept is of no use for the next token.
-            self._cache = None if length > block_size and self._window == "exact" else KVCache(self._model, len(texts))
-        else:
-            seen = 1
-        with one_blas_thread(), np.errstate(over="ignore", invalid="ignore"):  # told below
-            if seen == 1 and self._cache and self._model.backend.name == "cpu":
+        with blas_threads(self._threads), np.errstate(over="ignore", invalid="ignore"):  # told below
+            if self._cache is None or self._cache.length == self._model.config.block_size:
+                last = self._look_anew(texts)
+            elif self._model.backend.name == "cpu":
                 last = Decoder(self._model, self._cache)(np.array([ids[-1] for ids in texts]))
             else:
-                logits, _ = self._model(np.array([ids[-seen:] for ids in texts]), cache=self._cache)
-                last = logits.numpy()[:, -1]
+                last = self._model(np.array([ids[-1:] for ids in texts]), cache=self._cache)[0].numpy()[:, 0]
         last = last.astype(np.float64)
         if not np.isfinite(last).all():
             raise FloatingPointError("the model's logits are not finite numbers: its weights are damaged, or training diverged")
         return last
+
+    def _look_anew(self, texts: list[list[int]]) -> np.ndarray:
+        """The logits after the last tokens of the texts, whose keys and values are kept where there is a use for them."""
+        block_size = self._model.config.block_size
+        beyond = len(texts[0]) > block_size
+        seen = max(1, block_size // 2) if beyond and self._window == "half" else block_size
+        windows = [ids[-seen:] for ids in texts]
+        same = all(ids == windows[0] for ids in windows)  # as at first, when all they have is the prompt
+        if same:
+            windows = windows[:1]
+        # Exact beyond block_size: the next token would need every key at another position.
+        self._cache = None if beyond and self._window == "exact" else KVCache(self._model, len(windows))
+        logits, _ = self._model(np.array(windows), cache=self._cache, last=True)
+        rows = [0] * len(texts) if same else list(range(len(texts)))
+        if self._cache and same:
+            self._cache.keep(rows)
+        return logits.numpy()[rows, 0]
 
 
 def sample_id(logits: np.ndarray, settings: GenerateConfig, rng: np.random.Generator, ids: Sequence[int] = ()) -> int:

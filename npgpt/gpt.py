@@ -61,14 +61,16 @@ class MultiHeadSelfAttention(Module):
         self.out = Linear(c, c, config.bias, backend, dtype)
         self.resid_dropout = Dropout(config.dropout)
 
-    def __call__(self, x: Tensor, rng: Any, cache: KVCache | None) -> Tensor:
+    def __call__(self, x: Tensor, rng: Any, cache: KVCache | None, last: bool) -> Tensor:
         b, t, c = x.shape
         qkv = self.qkv(x).reshape(b, t, 3, self.n_head, c // self.n_head)
         q, k, v = (qkv[:, :, i].transpose(0, 2, 1, 3) for i in range(3))  # (B, n_head, T, head_dim) each
         if cache:
             k, v = cache.extend(self.layer, k, v)
+        if last:
+            q = q[:, :, -1:]
         y = ops.causal_attention(q, k, v, self.attn_dropout, rng)
-        y = y.transpose(0, 2, 1, 3).reshape(b, t, c)  # heads side by side again
+        y = y.transpose(0, 2, 1, 3).reshape(b, -1, c)  # heads side by side again
         return self.resid_dropout(self.out(y), rng)
 
 
@@ -87,7 +89,8 @@ class FeedForward(Module):
 
 
 class Block(Module):
-    """Attention, then feed-forward; each reads a normalised copy and adds its result to the stream."""
+    """Attention, then feed-forward; each reads a normalised copy and adds its result to the stream. With `last`, what
+    comes out is the last position alone, which has looked at all of them."""
 
     def __init__(self, config: GPTConfig, layer: int, backend: Backend, dtype: Any):
         self.ln_1 = LayerNorm(config.n_embd, config.bias, backend, dtype)
@@ -95,8 +98,8 @@ class Block(Module):
         self.ln_2 = LayerNorm(config.n_embd, config.bias, backend, dtype)
         self.mlp = FeedForward(config, backend, dtype)
 
-    def __call__(self, x: Tensor, rng: Any, cache: KVCache | None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), rng, cache)
+    def __call__(self, x: Tensor, rng: Any, cache: KVCache | None, last: bool) -> Tensor:
+        x = (x[:, -1:] if last else x) + self.attn(self.ln_1(x), rng, cache, last)
         return x + self.mlp(self.ln_2(x), rng)
 
 
@@ -121,14 +124,15 @@ class GPT(Module):
         self.flatten_parameters()
 
     def __call__(
-        self, ids: Any, targets: Any = None, rng: Any = None, cache: KVCache | None = None
+        self, ids: Any, targets: Any = None, rng: Any = None, cache: KVCache | None = None, last: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """ids (B, T) integers, T <= block_size -> logits (B, T, V) and, with targets (B, T), the mean
         cross-entropy in nats, else None.
 
         `rng` is the generator dropout draws from, `model.backend.generator(...)`; without one there is no
-        dropout. With a `cache` the ids are those that follow the ones it has seen. Raises ValueError when ids has
-        another shape or goes beyond block_size.
+        dropout. With a `cache` the ids are those that follow the ones it has seen. With `last`, logits (B, 1, V) and
+        the loss are of the last position alone, and targets are (B, 1). Raises ValueError when ids has another shape
+        or goes beyond block_size.
         """
         ids = self.backend.asarray(ids.data if isinstance(ids, Tensor) else ids)
         seen = cache.length if cache else 0
@@ -137,8 +141,9 @@ class GPT(Module):
             raise ValueError(f"expected ids of shape (B, T) with 1 <= T <= block_size {room}, got {ids.shape}")
         positions = self.backend.xp.arange(seen, seen + ids.shape[1])
         x = self.dropout(self.wte(ids) + self.wpe(positions), rng)  # (B, T, C)
-        for block in self.blocks:
-            x = block(x, rng, cache)
+        for layer, block in enumerate(self.blocks):
+            # The other positions are of no use once the last block has their keys and values.
+            x = block(x, rng, cache, last and layer == len(self.blocks) - 1)
         if cache:
             cache.length += ids.shape[1]
         x = self.ln_f(x)

@@ -48,10 +48,10 @@ def _blas() -> ThreadpoolController:
     return ThreadpoolController()
 
 
-def one_blas_thread() -> AbstractContextManager[Any]:
-    """Inside `with`, the BLAS of this process uses one thread: for products so small that handing them to
+def blas_threads(threads: int) -> AbstractContextManager[Any]:
+    """Inside `with`, the BLAS of this process uses so many threads. One is for products so small that handing them to
     threads costs more than it gains, far more when the machine is busy."""
-    return _blas().limit(limits=1, user_api="blas")
+    return _blas().limit(limits=threads, user_api="blas")
 
 
 def machine(device: str, threads: int) -> dict[str, str]:
@@ -114,7 +114,7 @@ class Workers:
         self.threads = threads or available_cores()
 
     def __enter__(self) -> Workers:
-        self._limit = one_blas_thread()
+        self._limit = blas_threads(1)
         self._limit.__enter__()
         self._executor = ThreadPoolExecutor(self.threads, thread_name_prefix="npgpt")
         return self

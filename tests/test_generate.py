@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info
 
-from npgpt import GPT, CharTokenizer, GenerateConfig, GPTConfig, RequestError, generate
+from npgpt import GPT, CharTokenizer, GenerateConfig, GPTConfig, RequestError, generate, ops
 from npgpt.decode import Decoder
 from npgpt.generate import Drawing, Token, generate_text, generate_texts, sample_id
 from npgpt.gpt import KVCache
@@ -129,6 +130,33 @@ def test_cached_and_uncached_logits_agree(options):
             assert cache.length == 12
         with pytest.raises(ValueError, match="12 - 12 in the cache"):
             model(ids[:, :1], cache=cache)
+
+
+def test_the_last_position_alone_is_as_among_the_others(model, rng):
+    model.parameters().data += 0.3 * rng.standard_normal(model.num_parameters(), dtype=np.float32)
+    ids, targets = rng.integers(0, 9, (3, 8)), rng.integers(0, 9, (3, 1))
+    logits, loss = model(ids, targets, last=True)
+    assert logits.shape == (3, 1, 9)
+    np.testing.assert_allclose(logits.data, model(ids)[0].data[:, -1:], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(loss.item(), ops.cross_entropy(model(ids)[0][:, -1:], targets).item(), atol=1e-5)
+    cache = KVCache(model, 3)
+    model(ids[:, :5], cache=cache, last=True)
+    np.testing.assert_allclose(model(ids[:, 5:], cache=cache, last=True)[0].data, logits.data, rtol=0, atol=1e-5)
+
+
+def test_threads_are_those_of_the_blas(model, monkeypatch):
+    seen = []
+
+    def call(self, ids):
+        seen.extend(library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas")
+        return np.zeros((len(ids), 9), np.float32)
+
+    monkeypatch.setattr(Decoder, "__call__", call)
+    before = threadpool_info()
+    for threads in (1, 2):
+        list(Drawing(model, [1], GenerateConfig(max_new_tokens=2, threads=threads)))
+    assert seen == [1, 2]
+    assert threadpool_info() == before
 
 
 def test_every_token_is_drawn_from_the_logits_of_its_window(model):

@@ -13,7 +13,7 @@ from npgpt.checkpoint import load
 from npgpt.config import GPTConfig, RequestError, add_flags, given
 from npgpt.gpt import GPT
 from npgpt.gradcheck import check_tensors
-from npgpt.parallel import ParallelStep, Workers, one_blas_thread
+from npgpt.parallel import ParallelStep, Workers, blas_threads
 from npgpt.tensor import Tensor
 from npgpt.terminal import command_parser
 
@@ -69,7 +69,7 @@ def gradcheck(args: argparse.Namespace) -> int:
     width = max(map(len, parameters))
     print(f"{'parameter':{width}}  {'shape':>9}  checked  kinks  largest error  median error")
     reports = check_tensors(loss, parameters, op="GPT", rtol=1e-7, max_elements=12)
-    with one_blas_thread(), tqdm(total=len(parameters), unit="parameter", disable=None, leave=False) as bar:
+    with blas_threads(1), tqdm(total=len(parameters), unit="parameter", disable=None, leave=False) as bar:
         for report in reports:
             shape = "x".join(map(str, parameters[report.name].shape))
             errors = f"{report.max_error:13.1e}  {report.median_error:12.1e}"

@@ -27,7 +27,7 @@ from npgpt.data import read_ids
 from npgpt.files import copy_whole
 from npgpt.generate import Drawing
 from npgpt.kernels.reference import Kernels
-from npgpt.parallel import available_cores, one_blas_thread
+from npgpt.parallel import available_cores, blas_threads
 
 HERE = Path(__file__).parent
 TORCH_MODES = ["torch eager float32", "torch eager bfloat16", "torch compiled float32", "torch compiled bfloat16"]
@@ -138,37 +138,47 @@ def kernels():
 
 
 def generation(name):
-    """Tokens a second drawn from one token to the end of the window: one sequence, sixteen side by side, far past the
-    window, and with PyTorch; and how many one sequence could have if a token took no longer than its weights do to be
-    multiplied with a vector."""
+    """Tokens a second drawn from one token to the end of the window, one sequence and sixteen side by side, in one
+    thread and with a BLAS thread for each core; past the window; with PyTorch; and how many one sequence could have if a
+    token took no longer than its weights do to be multiplied with a vector."""
     workload = WORKLOADS[name]
-    n = workload.block_size - 1
+    n, cores = workload.block_size - 1, available_cores()
     model = npgpt.GPT(npgpt.GPTConfig(**{k: v for k, v in vars(workload).items() if k != "batch_size"}))
 
-    def draw(tokens, **settings):
+    def draw(tokens, context=1, **settings):
         config = npgpt.GenerateConfig(max_new_tokens=tokens, temperature=1.0, seed=0, **settings)
-        for _ in Drawing(model, [0], config, range(config.num_samples)):
+        for _ in Drawing(model, [0] * context, config, range(config.num_samples)):
             pass
+
+    def limit(threads):
+        with blas_threads(threads):
+            weights_once()
+
+    weights_once = _weights_once(model)
 
     contenders = {
         "one": (n, lambda: draw(n)),
+        "one, all cores": (n, lambda: draw(n, threads=cores)),
         "sixteen": (16 * n, lambda: draw(n, num_samples=16)),
-        "past the window": (n + 30, lambda: draw(n + 30)),
-        "past the window, half": (5 * n, lambda: draw(5 * n, window="half")),
-        "limit": (1, _weights_once(model)),
+        "sixteen, all cores": (16 * n, lambda: draw(n, num_samples=16, threads=cores)),
+        "past the window": (30, lambda: draw(30, context=n + 1)),
+        "past the window, all cores": (30, lambda: draw(30, context=n + 1, threads=cores)),
+        "past the window, half": (4 * n, lambda: draw(4 * n, context=n + 1, window="half")),
+        "limit": (1, lambda: limit(1)),
+        "limit, all cores": (1, lambda: limit(cores)),
     }
     if importlib.util.find_spec("torch"):
         import torch_gpt
 
         contenders["PyTorch, no cache"] = (n, lambda: torch_gpt.draw_without_cache(workload, n))
+        contenders["PyTorch, past the window"] = (30, lambda: torch_gpt.draw_without_cache(workload, 30, context=n + 1))
         if importlib.util.find_spec("transformers"):
             hugging_face = torch_gpt.hugging_face(workload)
             contenders["Hugging Face"] = (n, lambda: hugging_face(n))
     seconds = {key: [] for key in contenders}
-    with one_blas_thread():
-        for _ in range(3):
-            for key, (_, function) in contenders.items():
-                seconds[key].append(seconds_of(function, 50 if key == "limit" else 1))
+    for _ in range(3):
+        for key, (_, function) in contenders.items():
+            seconds[key].append(seconds_of(function, 50 if "limit" in key else 1))
     return {key: round(contenders[key][0] / statistics.median(seconds[key])) for key in contenders}
 
 

@@ -69,10 +69,10 @@ def make_step(workload, mode):
 
 
 @torch.inference_mode()
-def draw_without_cache(workload, tokens):
+def draw_without_cache(workload, tokens, context=1):
     """nanoGPT's way of sampling: the whole window again for each token."""
     model = TorchGPT(workload).eval()
-    ids = torch.zeros((1, 1), dtype=torch.long)
+    ids = torch.zeros((1, context), dtype=torch.long)
     for _ in range(tokens):
         p = F.softmax(model(ids[:, -workload.block_size :])[:, -1], dim=-1)
         ids = torch.cat([ids, torch.multinomial(p, 1)], dim=1)
