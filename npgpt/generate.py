@@ -81,13 +81,13 @@ class Drawing:
         for _ in range(self.settings.max_new_tokens):
             if not self._rows:
                 return
-            logits = self._next([row.ids for row in self._rows.values()])
-            drawn = []
-            for (sample, row), own in zip(self._rows.items(), logits, strict=True):
-                chosen = sample_id(own, self.settings, row.rng, row.ids)
-                row.ids.append(chosen)
-                drawn.append(Token(sample, chosen, float(own[chosen] - _logsumexp(own))))
-            yield from drawn
+            texts = [row.ids for row in self._rows.values()]
+            logits = self._next(texts)
+            ids = sample_ids(logits, self.settings, [row.rng for row in self._rows.values()], texts)
+            for text, chosen in zip(texts, ids.tolist(), strict=True):
+                text.append(chosen)
+            # A list, since whoever takes a token may stop its sample.
+            yield from list(map(Token, self._rows, ids.tolist(), _log_softmax_at(logits, ids).tolist()))
 
 
 @dataclass
@@ -141,37 +141,53 @@ class _NextLogits:
         return logits.numpy()[rows, 0]
 
 
-def sample_id(logits: np.ndarray, settings: GenerateConfig, rng: np.random.Generator, ids: Sequence[int] = ()) -> int:
-    """Draw an id from softmax(logits / temperature), restricted in this order: `repetition_penalty` on the logits of
-    what is among `ids` ("CTRL", Keskar et al., 2019: divided by it when positive, else multiplied), the `top_k`
-    likeliest and their equals, the smallest set of the likeliest whose probability reaches `top_p` ("The Curious Case
-    of Neural Text Degeneration", Holtzman et al., 2020), those with at least `min_p` times the highest probability
-    ("Turning Up the Heat: Min-p Sampling", Nguyen et al., 2024)."""
-    logits = np.array(logits, dtype=np.float64)
-    if settings.repetition_penalty != 1 and len(ids):
-        seen = np.unique(np.asarray(ids))
-        penalty = settings.repetition_penalty
-        logits[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+def sample_ids(
+    logits: np.ndarray, settings: GenerateConfig, rngs: Sequence[np.random.Generator], texts: Sequence[Sequence[int]]
+) -> np.ndarray:
+    """Draw an id for each row of logits (B, V) with the row's own generator -> (B,). What a row draws depends on its own
+    logits, generator and text alone. Temperature 0: the likeliest, of equals the first."""
+    weights = _restricted(logits, settings, texts)
     if settings.temperature == 0:
-        return int(np.argmax(logits))
-    if settings.top_k is not None and settings.top_k < len(logits):
-        logits[logits < np.partition(logits, -settings.top_k)[-settings.top_k]] = -np.inf
+        return weights.argmax(axis=1)
+    reached = np.cumsum(weights, axis=1)
+    drawn = np.array([rng.random() for rng in rngs]) * reached[:, -1]
+    return (reached > drawn[:, None]).argmax(axis=1)
+
+
+def _restricted(logits: np.ndarray, settings: GenerateConfig, texts: Sequence[Sequence[int]]) -> np.ndarray:
+    """softmax(logits / temperature) up to a factor (with temperature 0: the logits), restricted in this order:
+    `repetition_penalty` on the logits of what is in the text ("CTRL", Keskar et al., 2019: divided by it when positive,
+    else multiplied), the `top_k` likeliest and their equals, the smallest set of the likeliest whose probability reaches
+    `top_p` ("The Curious Case of Neural Text Degeneration", Holtzman et al., 2020), those with at least `min_p` times the
+    highest probability ("Turning Up the Heat: Min-p Sampling", Nguyen et al., 2024)."""
+    logits = np.array(logits, dtype=np.float64)
+    if settings.repetition_penalty != 1:
+        penalty = settings.repetition_penalty
+        for own, ids in zip(logits, texts, strict=True):
+            seen = np.unique(np.asarray(ids, dtype=np.int64))
+            own[seen] = np.where(own[seen] > 0, own[seen] / penalty, own[seen] * penalty)
+    if settings.temperature == 0:
+        return logits
+    if settings.top_k is not None and settings.top_k < logits.shape[1]:
+        logits[logits < np.partition(logits, -settings.top_k)[:, -settings.top_k, None]] = -np.inf
     with np.errstate(over="ignore"):  # a temperature near 0 sends all but the likeliest to -inf, as it should
-        p = np.exp((logits - logits.max()) / settings.temperature)
+        p = np.exp((logits - logits.max(axis=1, keepdims=True)) / settings.temperature)
     if settings.top_p is not None:
-        p /= p.sum()
-        order = np.argsort(-p, kind="stable")
-        likelier = np.cumsum(p[order]) - p[order]  # probability of everything likelier
-        p[order[likelier >= settings.top_p]] = 0
+        p /= p.sum(axis=1, keepdims=True)
+        order = np.argsort(-p, axis=1, kind="stable")
+        descending = np.take_along_axis(p, order, axis=1)
+        likelier = np.cumsum(descending, axis=1) - descending  # probability of everything likelier
+        descending[likelier >= settings.top_p] = 0
+        np.put_along_axis(p, order, descending, axis=1)
     if settings.min_p is not None:
-        p[p < settings.min_p * p.max()] = 0
-    reached = np.cumsum(p)
-    return int(np.searchsorted(reached, rng.random() * reached[-1], side="right"))
+        p[p < settings.min_p * p.max(axis=1, keepdims=True)] = 0
+    return p
 
 
-def _logsumexp(x: np.ndarray) -> float:
-    top = x.max()
-    return float(top + np.log(np.exp(x - top).sum()))
+def _log_softmax_at(logits: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """The log-probability of one id a row."""
+    top = logits.max(axis=1)
+    return logits[np.arange(len(ids)), ids] - top - np.log(np.exp(logits - top[:, None]).sum(axis=1))
 
 
 @dataclass(frozen=True)

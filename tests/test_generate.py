@@ -6,7 +6,7 @@ from threadpoolctl import threadpool_info
 
 from npgpt import GPT, CharTokenizer, GenerateConfig, GPTConfig, RequestError, generate, ops
 from npgpt.decode import Decoder
-from npgpt.generate import Drawing, Token, generate_text, generate_texts, sample_id
+from npgpt.generate import Drawing, Token, generate_text, generate_texts, sample_ids
 from npgpt.gpt import KVCache
 from npgpt.tensor import no_grad
 
@@ -28,7 +28,8 @@ def model(tokenizer):
 def frequencies(logits, n=20_000, **settings):
     rng, ids = np.random.default_rng(0), settings.pop("ids", ())
     config = GenerateConfig(**({"temperature": 1.0} | settings))
-    drawn = [sample_id(np.array(logits), config, rng, ids) for _ in range(n)]
+    rows = np.vstack([logits, np.roll(logits, 1)])  # the second row is not to matter to the first
+    drawn = [sample_ids(rows, config, [rng, rng], [ids, ids])[0] for _ in range(n)]
     return np.bincount(drawn, minlength=len(logits)) / n
 
 
