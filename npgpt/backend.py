@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from npgpt.kernels.cpu import CpuKernels
+from npgpt.kernels.cuda import CudaKernels, CudaLaunch, Key
 from npgpt.kernels.reference import Array, Kernels
 
 
@@ -39,10 +40,10 @@ class Backend:
         return self.xp.asarray(array, dtype=dtype)
 
     def generator(self, seed: int, stream: Stream, *counters: int) -> Any:
-        """A random generator of this device, a pure function of its arguments. See `Stream`."""
-        if self.xp is np:
+        """What dropout on this device draws from, a pure function of its arguments. See `Stream`."""
+        if self.name == "cpu":
             return generator(seed, stream, *counters)
-        return self.xp.random.default_rng(int(_seed_sequence(seed, stream, *counters).generate_state(1, np.uint64)[0]))
+        return Key(int(_seed_sequence(seed, stream, *counters).generate_state(1, np.uint64)[0]) >> 1)
 
 
 class Stream(enum.IntEnum):
@@ -127,12 +128,14 @@ def _why_no_cuda() -> str | None:
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
-        return "no NVIDIA driver was found; install one, or use --device cpu"
-    count = ctypes.c_int(0)
+        return "there is no NVIDIA driver; install one (https://www.nvidia.com/drivers), or use --device cpu"
+    count, version = ctypes.c_int(0), ctypes.c_int(0)
     if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value < 1:
         return "the NVIDIA driver reports no usable GPU; use --device cpu"
     if importlib.util.find_spec("cupy") is None:
-        return "CuPy is not installed; pip install 'npgpt[cuda13]' (or 'npgpt[cuda12]' for a CUDA 12 driver)"
+        driver.cuDriverGetVersion(ctypes.byref(version))
+        major = 13 if version.value >= 13_000 else 12
+        return f"CuPy is not installed; install it with: {sys.executable} -m pip install 'cupy-cuda{major}x[ctk]>=14'"
     return None
 
 
@@ -140,5 +143,5 @@ def _cuda() -> Backend:
     import cupy
 
     if cupy.ndarray not in _backends:
-        _backends[cupy.ndarray] = Backend("cuda", cupy, Kernels(cupy))
+        _backends[cupy.ndarray] = Backend("cuda", cupy, CudaKernels(cupy, CudaLaunch(cupy)))
     return _backends[cupy.ndarray]

@@ -134,7 +134,7 @@ class GPT(Module):
         the loss are of the last position alone, and targets are (B, 1). Raises ValueError when ids has another shape
         or goes beyond block_size.
         """
-        ids = self.backend.asarray(ids.data if isinstance(ids, Tensor) else ids)
+        ids = ids.data if isinstance(ids, Tensor) else ids if hasattr(ids, "ndim") else np.asarray(ids)
         seen = cache.length if cache else 0
         if ids.ndim != 2 or not 1 <= ids.shape[1] <= self.config.block_size - seen:
             room = f"{self.config.block_size} - {seen} in the cache" if seen else str(self.config.block_size)
@@ -150,7 +150,6 @@ class GPT(Module):
         logits = ops.linear(x, self.wte.weight.T) if self.config.tie_weights else self.lm_head(x)
         if targets is None:
             return logits, None
-        targets = self.backend.asarray(targets.data if isinstance(targets, Tensor) else targets)
         return logits, ops.cross_entropy(logits, targets)
 
     @property

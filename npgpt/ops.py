@@ -40,7 +40,7 @@ def softmax(x: Tensor, axis: int = -1) -> Tensor:
 
 def masked_fill(x: Tensor, mask: Any, value: float) -> Tensor:
     """x with `value` wherever the boolean `mask` (broadcast against x) is true; no gradient passes there."""
-    mask_data = mask.data if isinstance(mask, Tensor) else x.backend.xp.asarray(mask)
+    mask_data = mask.data if isinstance(mask, Tensor) else x.backend.asarray(mask)
     if mask_data.dtype != np.bool_:
         raise TypeError(f"masked_fill: the mask must be boolean, got dtype {mask_data.dtype}")
     kernels = backend_of(x.data, mask_data).kernels
@@ -110,10 +110,9 @@ def dropout(x: Tensor, p: float, rng: Any) -> Tensor:
 def embedding(weight: Tensor, ids: Any) -> Tensor:
     """Rows of a table: weight (V, C), integer ids (...) in [0, V) -> (..., C).
 
-    Raises IndexError for an id outside the table.
+    Raises IndexError for an id outside the table; of ids that are on a GPU already, that is not asked.
     """
-    ids_data = _integers("embedding", ids, weight)
-    _check_range("embedding", ids_data, weight.shape[0])
+    ids_data = _integers("embedding", ids, weight, weight.shape[0])
     kernels = backend_of(weight.data, ids_data).kernels
     y, saved = kernels.embedding_forward(weight.data, ids_data)
     return record(y, (weight,), lambda dy: (kernels.embedding_backward(dy, saved),))
@@ -123,14 +122,13 @@ def cross_entropy(logits: Tensor, targets: Any, reduction: str = "mean") -> Tens
     """-log softmax(logits)[target], in nats: logits (..., V), integer targets (...) in [0, V).
 
     `reduction` is "mean" (over all positions, a scalar) or "none" (one loss per position).
-    Raises IndexError for a target outside [0, V).
+    Raises IndexError for a target outside [0, V); of targets that are on a GPU already, that is not asked.
     """
     if reduction not in ("mean", "none"):
         raise ValueError(f"cross_entropy: reduction must be 'mean' or 'none', got {reduction!r}")
-    target_ids = _integers("cross_entropy", targets, logits)
+    target_ids = _integers("cross_entropy", targets, logits, logits.shape[-1])
     if target_ids.shape != logits.shape[:-1]:
         raise ValueError(f"cross_entropy: targets must have shape {logits.shape[:-1]}, got {target_ids.shape}")
-    _check_range("cross_entropy", target_ids, logits.shape[-1])
     kernels = backend_of(logits.data, target_ids).kernels
     y, saved = kernels.cross_entropy_forward(logits.data, target_ids)
     losses = record(y, (logits,), lambda dy: (kernels.cross_entropy_backward(dy, saved),))
@@ -145,20 +143,20 @@ def _kernels(op: str, *tensors: Tensor) -> Kernels:
     return backend_of(*(t.data for t in tensors)).kernels
 
 
-def _integers(op: str, ids: Any, like: Tensor) -> Array:
-    """ids as an integer array; raises TypeError for anything else."""
+def _integers(op: str, ids: Any, like: Tensor, n: int) -> Array:
+    """ids as integers on the device of `like`; raises TypeError for anything else, IndexError for one outside 0..n - 1: a
+    negative id would silently count from the end. To look at ids on a GPU the processor would have to wait for it, so they
+    are checked on their way there."""
     data = ids.data if isinstance(ids, Tensor) else ids
     if not hasattr(data, "dtype") or isinstance(data, np.generic):
-        data = like.backend.xp.asarray(data)
+        data = np.asarray(data)
     if data.dtype.kind not in "iu":
         raise TypeError(f"{op}: expected integers, got dtype {data.dtype}")
-    return data
-
-
-def _check_range(op: str, ids: Array, n: int) -> None:
-    """A negative id would silently count from the end, so it is refused like one that is too large."""
-    if ids.size and (ids.min() < 0 or ids.max() >= n):
-        raise IndexError(f"{op}: ids must lie in 0..{n - 1}, got {int(ids.min())}..{int(ids.max())}")
+    if not isinstance(data, np.ndarray):
+        return data
+    if data.size and (data.min() < 0 or data.max() >= n):
+        raise IndexError(f"{op}: ids must lie in 0..{n - 1}, got {int(data.min())}..{int(data.max())}")
+    return like.backend.asarray(data)
 
 
 def _check_probability(op: str, p: float) -> None:

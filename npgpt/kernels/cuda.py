@@ -1,0 +1,287 @@
+"""The operations on an NVIDIA GPU that pay for a kernel of their own: what is launched, with which arrays.
+
+The kernels are in the `.cu` files beside this one, a family a file; what they compute is defined by reference.py. Here
+is how their arguments come about: layout, dtype, sizes, room for results. What has no kernel, and dtypes other than
+float32 and float64, go to the reference, which runs on CuPy's arrays.
+
+`launch` starts a kernel. It is a parameter, so that the same arguments can meet the same sources compiled for a CPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from math import prod, sqrt
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from npgpt.kernels.reference import Array, Kernels, Saved
+
+FILES = ("common.cu", "norm.cu", "elementwise.cu", "softmax.cu", "embedding.cu")
+ELEMENTS = {"float32": ("float", "float"), "float64": ("double", "double")}  # T and A of common.cu
+THREADS = 256  # of a block
+ROWS = THREADS // 32  # of a block where a warp takes a row
+MOST_BLOCKS = 4096  # of an elementwise kernel, whose threads go on to further elements
+CHUNK = 64  # rows added up by a thread, one after the other
+MOST_PARTIAL = 1 << 24  # elements of an embedding's partial sums
+
+
+def source() -> str:
+    """All kernels, as one text for the compiler."""
+    return "\n".join((Path(__file__).parent / name).read_text(encoding="utf-8") for name in FILES)
+
+
+def compiler_options(dtype: str) -> tuple[str, ...]:
+    """What the compiler is told so that arrays hold `dtype`."""
+    element, accumulator = ELEMENTS[dtype]
+    return ("-std=c++14", f"-DSCALAR={element}", f"-DACCUMULATOR={accumulator}")
+
+
+class Launch(Protocol):
+    def __call__(self, name: str, dtype: str, grid: tuple[int, int], threads: int, arguments: tuple[Any, ...]) -> None:
+        """Run the kernel `name` for `dtype` on a grid of blocks of threads. Arguments are arrays, None (a null pointer),
+        integers (long long) and floats (double)."""
+
+
+class CudaLaunch:
+    """Launches on the current GPU, through CuPy. Each module is compiled when first needed, and kept by CuPy on disk."""
+
+    def __init__(self, cupy: Any) -> None:
+        self._cupy = cupy
+        self._kernel = functools.cache(self._compile)
+
+    def __call__(self, name: str, dtype: str, grid: tuple[int, int], threads: int, arguments: tuple[Any, ...]) -> None:
+        self._kernel(name, dtype)(grid, (threads,), tuple(np.uint64(0) if a is None else a for a in arguments))
+
+    def _compile(self, name: str, dtype: str) -> Any:
+        return self._module(dtype).get_function(name)
+
+    @functools.cache  # noqa: B019 (one object a process)
+    def _module(self, dtype: str) -> Any:
+        return self._cupy.RawModule(code=source(), options=compiler_options(dtype))
+
+
+class Key:
+    """Stands for a generator of random numbers on a GPU: they are a function of a key, of how often it was used before,
+    and of the element, so that a backward pass draws the same again. See philox in common.cu."""
+
+    def __init__(self, key: int) -> None:
+        """key: below 2**63."""
+        self.key, self.uses = key, 0
+
+    def use(self) -> tuple[int, int]:
+        """What one operation draws with: the key, and a number no other operation gets."""
+        self.uses += 1
+        return self.key, self.uses - 1
+
+
+class Own(tuple[Any, ...]):
+    """What a forward pass of this file saves, for its own backward pass; the reference's saves something else."""
+
+
+class CudaKernels(Kernels):
+    """The reference kernels with faster versions for CuPy's arrays."""
+
+    def __init__(self, xp: Any, launch: Launch) -> None:
+        super().__init__(xp)
+        self._launch = launch
+
+    # ---------------------------------------------------------------- dropout
+
+    def dropout_draws(self, shape: tuple[int, ...], p: float, rng: Any) -> tuple[Array, int]:
+        draws = self.xp.empty(shape, dtype=np.uint16)
+        n, c = _rows_and_columns(shape)
+        if draws.size:
+            self._launch("draw", "float32", _elementwise(n * -(-c // 8)), THREADS, (draws, n, c, *rng.use()))
+        return draws, round(p * 65536)
+
+    def dropout_forward(self, x: Array, p: float, rng: Any) -> tuple[Array, Saved]:
+        if not _supported(x):
+            return super().dropout_forward(x, p, rng)
+        drawn = Own((*rng.use(), round(p * 65536), 1 / (1 - p) if p < 1 else 0.0))
+        return self._dropout(x, drawn), drawn
+
+    def dropout_backward(self, dy: Array, saved: Saved) -> Array:
+        return self._dropout(dy, saved) if isinstance(saved, Own) else super().dropout_backward(dy, saved)
+
+    def _dropout(self, x: Array, drawn: tuple[Any, ...]) -> Array:
+        x = self.xp.ascontiguousarray(x)
+        y = self.xp.empty_like(x)
+        n, c = _rows_and_columns(x.shape)
+        if x.size:
+            self._launch("dropout", x.dtype.name, _elementwise(n * -(-c // 8)), THREADS, (x, y, n, c, *drawn))
+        return y
+
+    # ---------------------------------------------------------------- causal attention
+    #
+    # The products are the library's, which wants contiguous operands: of two equal products it is given the one whose
+    # transposed operand is small, (head_dim, T) and not (T, T).
+
+    def causal_attention_forward(
+        self, q: Array, k: Array, v: Array, dropout: float = 0.0, rng: Any = None
+    ) -> tuple[Array, Saved]:
+        if not (_supported(q, k, v) and q.size):
+            return super().causal_attention_forward(q, k, v, dropout, rng)
+        xp = self.xp
+        p = xp.ascontiguousarray(q) @ xp.ascontiguousarray(k.swapaxes(-1, -2))  # scores, then probabilities in their place
+        kept, drawn = None, (0, 0, 0, 1.0)
+        if dropout > 0 and rng is not None:
+            kept = xp.empty_like(p)
+            drawn = (*rng.use(), round(dropout * 65536), 1 / (1 - dropout) if dropout < 1 else 0.0)
+        sizes = _attention_sizes(q, k)
+        scale = 1 / sqrt(q.shape[-1])
+        self._launch("causal_softmax_forward", p.dtype.name, _rows(sizes[0]), THREADS, (p, p, kept, *sizes, scale, *drawn))
+        kept = p if kept is None else kept
+        return kept @ xp.ascontiguousarray(v), Own((q, k, v, p, kept, scale, drawn))
+
+    def causal_attention_backward(self, dy: Array, saved: Saved) -> tuple[Array, Array, Array]:
+        if not isinstance(saved, Own):
+            return super().causal_attention_backward(dy, saved)
+        q, k, v, p, kept, scale, drawn = saved
+        xp = self.xp
+        transposed = xp.ascontiguousarray
+        dv = (transposed(dy.swapaxes(-1, -2)) @ kept).swapaxes(-1, -2)
+        ds = xp.ascontiguousarray(dy) @ transposed(v.swapaxes(-1, -2))
+        sizes = _attention_sizes(q, k)
+        self._launch("causal_softmax_backward", ds.dtype.name, _rows(sizes[0]), THREADS, (ds, p, ds, *sizes, scale, *drawn))
+        dk = (transposed(q.swapaxes(-1, -2)) @ ds).swapaxes(-1, -2)
+        return ds @ xp.ascontiguousarray(k), dk, dv
+
+    # ---------------------------------------------------------------- layer norm
+
+    def layer_norm_forward(self, x: Array, weight: Array, bias: Array | None, eps: float = 1e-5) -> tuple[Array, Saved]:
+        if not (_supported(x, weight) and x.size):
+            return super().layer_norm_forward(x, weight, bias, eps)
+        x = self.xp.ascontiguousarray(x)
+        n, c = _rows_and_columns(x.shape)
+        y, mean, rstd = self.xp.empty_like(x), *(self.xp.empty(n, dtype=x.dtype) for _ in range(2))
+        self._launch("layer_norm_forward", x.dtype.name, _rows(n), THREADS, (x, weight, bias, y, mean, rstd, n, c, eps))
+        return y, Own((x, weight, mean, rstd))
+
+    def layer_norm_backward(self, dy: Array, saved: Saved) -> tuple[Array, Array, Array]:
+        if not isinstance(saved, Own):
+            return super().layer_norm_backward(dy, saved)
+        x, weight, mean, rstd = saved
+        dy, dtype = self.xp.ascontiguousarray(dy), x.dtype.name
+        n, c = _rows_and_columns(x.shape)
+        dx = self.xp.empty_like(x)
+        self._launch("layer_norm_backward", dtype, _rows(n), THREADS, (dy, x, weight, mean, rstd, dx, n, c))
+        chunks = -(-n // CHUNK)
+        partial = self.xp.empty((2, chunks, c), dtype=x.dtype)
+        arguments = (dy, x, mean, rstd, partial[0], partial[1], n, c, CHUNK)
+        self._launch("layer_norm_backward_weight", dtype, (-(-c // THREADS), chunks), THREADS, arguments)
+        return dx, self._sum_of_rows(partial[0]), self._sum_of_rows(partial[1])
+
+    def _sum_of_rows(self, x: Array) -> Array:
+        y = self.xp.empty(x.shape[1:], dtype=x.dtype)
+        self._launch("sum_of_rows", x.dtype.name, _elementwise(y.size), THREADS, (x, y, len(x), y.size))
+        return y
+
+    # ---------------------------------------------------------------- GELU
+
+    def gelu_forward(self, x: Array) -> tuple[Array, Saved]:
+        if not (_supported(x) and x.size):
+            return super().gelu_forward(x)
+        x = self.xp.ascontiguousarray(x)
+        y = self.xp.empty_like(x)
+        self._launch("gelu_forward", x.dtype.name, _elementwise(x.size), THREADS, (x, y, x.size))
+        return y, Own((x,))
+
+    def gelu_backward(self, dy: Array, saved: Saved) -> Array:
+        if not isinstance(saved, Own):
+            return super().gelu_backward(dy, saved)
+        (x,) = saved
+        dx = self.xp.empty_like(x)
+        arguments = (self.xp.ascontiguousarray(dy), x, dx, x.size)
+        self._launch("gelu_backward", x.dtype.name, _elementwise(x.size), THREADS, arguments)
+        return dx
+
+    # ---------------------------------------------------------------- embedding
+
+    def embedding_backward(self, dy: Array, saved: Saved) -> Array:
+        """Tables added up by chunks of rows, then these: no atomic additions, so the same sum every time."""
+        (v, c), ids = saved
+        n = ids.size
+        if not (_supported(dy) and n and c):
+            return super().embedding_backward(dy, saved)
+        chunk = max(CHUNK, -(-n * v * c // MOST_PARTIAL))
+        partial = self.xp.empty((-(-n // chunk), v, c), dtype=dy.dtype)
+        dy, ids = self.xp.ascontiguousarray(dy), self.xp.ascontiguousarray(ids, dtype=np.int64)
+        grid = (-(-c // THREADS), len(partial))
+        self._launch("embedding_backward", dy.dtype.name, grid, THREADS, (dy, ids, partial, n, c, v, chunk))
+        return self._sum_of_rows(partial)
+
+    # ---------------------------------------------------------------- cross-entropy
+
+    def cross_entropy_forward(self, logits: Array, targets: Array) -> tuple[Array, Saved]:
+        if not (_supported(logits) and logits.size):
+            return super().cross_entropy_forward(logits, targets)
+        xp = self.xp
+        logits, targets = xp.ascontiguousarray(logits), xp.ascontiguousarray(targets, dtype=np.int64)
+        n, v = _rows_and_columns(logits.shape)
+        losses, largest, log_total = (xp.empty(targets.shape, dtype=logits.dtype) for _ in range(3))
+        arguments = (logits, targets, losses, largest, log_total, n, v)
+        self._launch("cross_entropy_forward", logits.dtype.name, _rows(n), THREADS, arguments)
+        return losses, Own((logits, targets, largest, log_total))
+
+    def cross_entropy_backward(self, dy: Array, saved: Saved) -> Array:
+        if not isinstance(saved, Own):
+            return super().cross_entropy_backward(dy, saved)
+        logits, targets, largest, log_total = saved
+        dlogits = self.xp.empty_like(logits)
+        n, v = _rows_and_columns(logits.shape)
+        arguments = (self.xp.ascontiguousarray(dy), logits, targets, largest, log_total, dlogits, n, v)
+        self._launch("cross_entropy_backward", logits.dtype.name, _rows(n), THREADS, arguments)
+        return dlogits
+
+    # ---------------------------------------------------------------- AdamW
+
+    def adamw(
+        self,
+        parameter: Array,
+        gradient: Array,
+        exp_avg: Array,
+        exp_avg_sq: Array,
+        *,
+        step: int,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+    ) -> None:
+        arrays = (parameter, gradient, exp_avg, exp_avg_sq)
+        if not (_supported(*arrays) and parameter.size and all(a.flags.c_contiguous for a in arrays)):
+            super().adamw(*arrays, step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+            return
+        beta1, beta2 = betas
+        numbers = (lr, beta1, beta2, 1 - beta1**step, 1 - beta2**step, eps, weight_decay)
+        self._launch(
+            "adamw",
+            parameter.dtype.name,
+            _elementwise(parameter.size),
+            THREADS,
+            (*arrays, parameter.size, *map(float, numbers)),
+        )
+
+
+def _supported(*arrays: Array) -> bool:
+    return all(a.dtype.name in ELEMENTS and a.dtype == arrays[0].dtype for a in arrays)
+
+
+def _rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
+    """An array as rows along its last axis."""
+    return prod(shape[:-1]), shape[-1] if shape else 1
+
+
+def _attention_sizes(q: Array, k: Array) -> tuple[int, int, int]:
+    return prod(q.shape[:-1]), q.shape[-2], k.shape[-2]
+
+
+def _rows(n: int) -> tuple[int, int]:
+    """The grid for n rows, a warp each."""
+    return -(-n // ROWS), 1
+
+
+def _elementwise(n: int) -> tuple[int, int]:
+    return min(MOST_BLOCKS, -(-n // THREADS)), 1
