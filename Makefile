@@ -14,7 +14,7 @@ VENV_BIN := .venv/bin
 endif
 PIP := $(VENV_BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help train test soak lint bench gradcheck gradcheck-full parity mutation data venv clean
+.PHONY: help train test soak lint bench gpu gradcheck gradcheck-full parity mutation nvrtc data venv clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -39,6 +39,9 @@ lint: .venv/.dev ## check style and types
 bench: .venv/.core ## time training, kernels, generation, start-up; against PyTorch where it is installed
 	$(VENV_BIN)/python tests/benchmarks/bench.py $(ARGS)
 
+gpu: .venv/.test ## everything on an NVIDIA GPU: tests, speed against PyTorch, a training run; under nine minutes
+	$(VENV_BIN)/python tests/benchmarks/gpu.py $(ARGS)
+
 gradcheck: .venv/.core ## hold every gradient of a small GPT against finite differences
 	$(VENV_BIN)/python -m npgpt gradcheck $(ARGS)
 
@@ -50,6 +53,8 @@ parity: .venv/.parity ## the same numbers as PyTorch (installs it)
 
 mutation: .venv/.test ## plant bugs in the backward passes; every one must be caught
 	$(VENV_BIN)/python tests/mutation.py $(ARGS)
+
+nvrtc: .venv/.nvrtc ## install NVIDIA's compiler: `make test` then compiles the GPU's kernels, which needs no GPU
 
 data: ## fetch tiny Shakespeare into data/ (needs a network)
 	$(PYTHON) data/fetch.py
@@ -76,6 +81,10 @@ clean: ## remove .venv and what tests and tools leave behind
 
 .venv/.parity: .venv/.test
 	$(PIP) -e ".[parity]"
+	@touch $@
+
+.venv/.nvrtc: .venv/.test
+	$(PIP) -e ".[nvrtc]"
 	@touch $@
 
 .venv/.dev: .venv/.test

@@ -8,6 +8,8 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "npgpt" / "__init__.py").read_text(encoding="utf-8")).group(1)
 
+# Where NVIDIA has its compiler for.
+WITH_NVRTC = "platform_system != 'Darwin' and platform_machine in 'x86_64 AMD64 aarch64'"
 TEST = ["pytest>=8", "hypothesis>=6", "pytest-timeout>=2", "pytest-xdist>=3"]
 
 setup(
@@ -24,6 +26,7 @@ setup(
     extras_require={
         "cuda12": ["cupy-cuda12x[ctk]>=14"],
         "cuda13": ["cupy-cuda13x[ctk]>=14"],
+        "nvrtc": [f"nvidia-cuda-nvrtc>=13; {WITH_NVRTC}"],
         "plot": ["matplotlib>=3.7"],
         "test": TEST,
         "dev": [*TEST, "ruff>=0.9", "mypy>=1.13"],

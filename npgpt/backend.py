@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import enum
 import importlib.util
+import os
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -112,6 +113,15 @@ def select(name: str = "auto") -> Backend:
             raise DeviceError(f"device 'cuda' cannot be used: {missing}")
         return _cuda()
     raise ValueError(f"device must be 'auto', 'cpu' or 'cuda', got {name!r}")
+
+
+def allow_tf32() -> None:
+    """Let this process's matrix products on GPUs round float32 operands to TF32. To be called before the first one."""
+    import cupy
+
+    os.environ["CUPY_TF32"] = "1"  # CuPy looks at it for the products of two matrices
+    cublas = cupy.cuda.cublas  # and those of many are asked for by the library's mode
+    cublas.setMathMode(cupy.cuda.device.get_cublas_handle(), cublas.CUBLAS_TF32_TENSOR_OP_MATH)
 
 
 def to_numpy(array: Array) -> np.ndarray:

@@ -122,6 +122,7 @@ class TrainConfig(Settings):
     threads: int | None = setting(None, "worker threads (default: every core this process may use)", at_least=1, at_most=1024)
     micro_batch: int | None = setting(None, "windows a worker takes at a time (default: about 1024 tokens)", at_least=1)
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda"))
+    tf32: bool = setting(False, "on a GPU: matrix products with 10 bits of mantissa instead of 23, several times as fast")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -192,6 +193,7 @@ class GenerateConfig(Settings):
         at_most=1024,
     )
     seed: int | None = setting(None, "the same seed draws the same text (default: a new one each time)", at_least=0)
+    device: str = setting("cpu", "where to compute; a GPU pays for many samples", choices=("auto", "cpu", "cuda"))
 
 
 # ---------------------------------------------------------------- command line

@@ -144,7 +144,7 @@ class Trainer:
         if last.optimizer_state is None or last.train_config is None:
             raise RequestError("this checkpoint holds no training state to resume from; start a new run")
         differing = _differences(last.config, self.model.config)
-        free = ("steps", "eval_interval", "patience", "log_interval", "sample_tokens", "threads", "device")
+        free = ("steps", "eval_interval", "patience", "log_interval", "sample_tokens", "threads", "device", "tf32")
         differing += _differences(last.train_config, self.config, ignore=free)
         if last.tokenizer != self.tokenizer or last.fingerprint != self.fingerprint:
             where = f" ({last.source}, as it was then)" if last.source else ""

@@ -10,8 +10,16 @@ import numpy as np
 import pytest
 
 import npgpt
+from npgpt.backend import _why_no_cuda
 
 ROOT = Path(__file__).parent.parent
+
+
+def pytest_collection_modifyitems(items):
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    missing = _why_no_cuda() if marked else None
+    for item in marked if missing else []:
+        item.add_marker(pytest.mark.skip(reason=missing))
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 // Each thread of a block is a coroutine; where CUDA's threads wait for each other (a shuffle, __syncwarp) each hands on to the
 // next. So wrong indices and wrong formulas show, and races do not. The kernels' sources are included after this file.
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -22,20 +23,21 @@ struct Index {
 };
 static Index threadIdx, blockIdx, blockDim, gridDim;
 
+// A coroutine starts with ucontext.h and switches with _longjmp, which unlike swapcontext does not ask the system.
 struct Thread {
-    ucontext_t context;
+    ucontext_t start;
+    jmp_buf at;
     std::vector<char> stack;
-    bool done;
+    bool started, done;
 };
 static std::vector<Thread> threads;
-static ucontext_t scheduler;
+static jmp_buf scheduler;
 static std::vector<double> exchanged;
 static std::function<void()> body;
 
 static void wait_for_the_others() {
     unsigned me = threadIdx.x;
-    swapcontext(&threads[me].context, &scheduler);
-    threadIdx.x = me;
+    if (!_setjmp(threads[me].at)) _longjmp(scheduler, 1);
 }
 
 static void __syncwarp() { wait_for_the_others(); }
@@ -51,36 +53,49 @@ static Value __shfl_xor_sync(unsigned, Value value, int distance) {
 }
 
 static void thread_main() {
-    body();
-    threads[threadIdx.x].done = true;
+    for (;;) {  // a block after the other
+        body();
+        threads[threadIdx.x].done = true;
+        wait_for_the_others();
+    }
+}
+
+static void go_on_with(int i) {
+    threadIdx = {(unsigned)i, 0, 0};
+    if (_setjmp(scheduler)) return;
+    if (threads[i].started) _longjmp(threads[i].at, 1);
+    threads[i].started = true;
+    setcontext(&threads[i].start);
+}
+
+static void make_threads(int n) {
+    threads = std::vector<Thread>(n);
+    for (auto& thread : threads) {
+        thread.stack.resize(64 << 10);
+        getcontext(&thread.start);
+        thread.start.uc_stack.ss_sp = thread.stack.data();
+        thread.start.uc_stack.ss_size = thread.stack.size();
+        makecontext(&thread.start, thread_main, 0);
+    }
 }
 
 template <typename Call>
 static void run(int grid_x, int grid_y, int block, Call call) {
+    if ((int)threads.size() != block) make_threads(block);
     body = call;
     gridDim = {(unsigned)grid_x, (unsigned)grid_y, 1};
     blockDim = {(unsigned)block, 1, 1};
     exchanged.assign(block, 0.0);
-    threads.resize(block);
-    for (int y = 0; y < grid_y; y++)
-        for (int x = 0; x < grid_x; x++) {
-            blockIdx = {(unsigned)x, (unsigned)y, 0};
-            for (auto& thread : threads) {
-                thread.stack.resize(64 << 10);
-                thread.done = false;
-                getcontext(&thread.context);
-                thread.context.uc_stack.ss_sp = thread.stack.data();
-                thread.context.uc_stack.ss_size = thread.stack.size();
-                thread.context.uc_link = &scheduler;
-                makecontext(&thread.context, thread_main, 0);
-            }
+    for (unsigned y = 0; y < gridDim.y; y++)
+        for (unsigned x = 0; x < gridDim.x; x++) {
+            blockIdx = {x, y, 0};
+            for (auto& thread : threads) thread.done = false;
             for (bool all_done = false; !all_done;) {
                 all_done = true;
                 for (int i = 0; i < block; i++)
                     if (!threads[i].done) {
                         all_done = false;
-                        threadIdx = {(unsigned)i, 0, 0};
-                        swapcontext(&scheduler, &threads[i].context);
+                        go_on_with(i);
                     }
             }
         }

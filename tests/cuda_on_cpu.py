@@ -38,7 +38,15 @@ def library(dtype):
     with tempfile.TemporaryDirectory() as folder:
         source, built = Path(folder) / "kernels.cpp", Path(folder) / "kernels.so"
         source.write_text(program(dtype), encoding="utf-8")
-        flags = ["-O1", "-shared", "-fPIC", "-ffp-contract=off", "-Wno-unknown-pragmas", *cuda.compiler_options(dtype)]
+        flags = [
+            "-O1",
+            "-U_FORTIFY_SOURCE",
+            "-shared",
+            "-fPIC",
+            "-ffp-contract=off",
+            "-Wno-unknown-pragmas",
+            *cuda.compiler_options(dtype),
+        ]
         done = subprocess.run([COMPILER, *flags, "-o", built, source], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return ctypes.CDLL(str(built))

@@ -1,14 +1,26 @@
 """The CUDA kernels: compiled for GPUs that are not here, run on the CPU against the reference, and, where there is one, on
 a GPU."""
 
+import ctypes
+import importlib.util
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
 import cuda_on_cpu
 import numpy as np
 import pytest
+from op_cases import CASES, Dims, inputs_of
 from test_kernels import close, normal
 
+from npgpt import GPT, AdamW, Dataset, GPTConfig, Tensor, backend, generate, load, ops, save
+from npgpt.backend import CPU, Backend, Stream, _why_no_cuda, select
+from npgpt.gradcheck import check_tensors
 from npgpt.kernels import cuda
 from npgpt.kernels.cuda import CudaKernels, Key
 from npgpt.kernels.reference import Kernels
+from npgpt.optim import clip_grad_norm
+from npgpt.parallel import ParallelStep, Workers
 
 on_cpu = pytest.mark.skipif(cuda_on_cpu.MISSING is not None, reason=cuda_on_cpu.MISSING or "")
 
@@ -27,7 +39,8 @@ def dtype(request):
 
 
 @pytest.fixture
-def fast():
+def fast(monkeypatch):
+    monkeypatch.setattr(cuda, "THREADS", 64)  # two warps: enough to tell rows apart
     return CudaKernels(np, cuda_on_cpu.launch)
 
 
@@ -140,3 +153,174 @@ def test_nothing_to_do_is_no_launch(fast, dtype):
     same(fast, "embedding", (normal(dtype, 5, 3), np.zeros(0, np.int64)), dtype)
     same(fast, "cross_entropy", (normal(dtype, 0, 4), np.zeros(0, np.int64)), dtype)
     same(fast, "causal_attention", [normal(dtype, 1, 1, n, 4) for n in (0, 3, 3)], dtype)
+
+
+# ---------------------------------------------------------------- whole models
+
+
+@pytest.fixture(params=[pytest.param("run on the CPU", marks=on_cpu), pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request, fast, monkeypatch):
+    """The backend "cuda": on the CPU with NumPy's arrays, and the real one."""
+    if request.param == "cuda":
+        return select("cuda")
+    pretended = Backend("cuda", np, fast)
+    monkeypatch.setitem(backend._backends, np.ndarray, pretended)
+    return pretended
+
+
+def test_the_gradients_of_a_model(device):
+    model = GPT(GPTConfig(7, block_size=9, n_layer=2, n_head=2, n_embd=8, dropout=0.2), dtype=np.float64, backend=device)
+    rng = np.random.default_rng(0)
+    model.flat.data += device.asarray(0.3 * rng.standard_normal(model.num_parameters()))
+    x, y = rng.integers(0, 7, (2, 2, 9))
+
+    def loss():
+        logits, _ = model(x, rng=device.generator(0, Stream.DROPOUT))
+        return ops.cross_entropy(logits, y, reduction="none")
+
+    assert len(list(check_tensors(loss, dict(model.named_parameters()), rtol=1e-7, max_elements=1))) == len(model.parameters())
+
+
+def losses_of_training(device, dropout, steps=20):
+    model = GPT(GPTConfig(13, block_size=40, n_layer=2, n_head=2, n_embd=24, dropout=dropout), seed=1, backend=device)
+    optimizer = AdamW(model.parameters(), lr=3e-3)
+    dataset = Dataset(np.arange(5000) ** 2 // 7 % 13, 40, 4)
+    losses = []
+    with Workers(1) as workers:
+        step = ParallelStep(model, workers)
+        for number in range(steps):
+            losses.append(step(*dataset.get_batch("train", number), seed=1, number=number))
+            clip_grad_norm(model.parameters(), 1.0)
+            optimizer.step()
+    return losses
+
+
+def test_training_is_the_same_as_on_the_cpu(device, monkeypatch):
+    found = losses_of_training(device, 0.0)
+    monkeypatch.setitem(backend._backends, np.ndarray, CPU)
+    np.testing.assert_allclose(found, losses_of_training(CPU, 0.0), rtol=1e-4)
+    assert found[-1] < found[0] - 0.1
+
+
+def test_training_with_dropout_repeats_itself(device):
+    first, again = (losses_of_training(device, 0.2) for _ in range(2))
+    assert first == again
+    assert first != losses_of_training(device, 0.0)
+    assert first[-1] < first[0] - 0.1
+
+
+# ---------------------------------------------------------------- compiled for GPUs that are not here
+
+
+def nvrtc():
+    """NVIDIA's run-time compiler, which needs no GPU; None when it is not installed."""
+    found = importlib.util.find_spec("nvidia")
+    pattern = "nvrtc64*.dll" if sys.platform == "win32" else "libnvrtc.so*"
+    for folder in found.submodule_search_locations or [] if found else []:
+        for path in sorted(Path(folder).rglob(pattern)):
+            return ctypes.CDLL(str(path))
+    return None
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_every_kernel_compiles(architecture, dtype):
+    library = nvrtc()
+    if library is None:
+        pytest.skip("the CUDA compiler is not installed: make nvrtc")
+    program = ctypes.c_void_p()
+    source = cuda.source().encode()
+    assert library.nvrtcCreateProgram(ctypes.byref(program), source, b"kernels.cu", 0, None, None) == 0
+    options = [option.encode() for option in (*cuda.compiler_options(dtype.name), f"--gpu-architecture={architecture}")]
+    status = library.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
+    size = ctypes.c_size_t()
+    library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+    log = ctypes.create_string_buffer(size.value)
+    library.nvrtcGetProgramLog(program, log)
+    assert (status, log.value.decode()) == (0, "")
+    library.nvrtcGetCUBINSize(program, ctypes.byref(size))
+    binary = ctypes.create_string_buffer(size.value)
+    library.nvrtcGetCUBIN(program, binary)
+    library.nvrtcDestroyProgram(ctypes.byref(program))
+    for name in cuda_on_cpu.entry_points(cuda.source()):
+        assert name.encode() in binary.raw
+
+
+# ---------------------------------------------------------------- on a GPU
+
+NUMPY_S_OWN = {"array operand", "array matmul"}  # NumPy's arrays and its generators are the CPU's
+DRAWN = {name for name in CASES if "dropout" in name}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dims", [Dims(), Dims(lead=(), a=7, b=2, c=1, past=0), Dims(lead=(33,), a=65, b=40, c=8)])
+@pytest.mark.parametrize("name", sorted(set(CASES) - NUMPY_S_OWN - DRAWN))
+def test_every_operation_on_a_gpu(name, dims, dtype):
+    """The same results and gradients as the CPU's."""
+    case, gpu = CASES[name], select("cuda")
+    arrays = [a.astype(dtype) for a in inputs_of(case, dims, np.random.default_rng(7))]
+    results = []
+    for device in (CPU, gpu):
+        inputs = [Tensor(device.asarray(a), requires_grad=True) for a in arrays]
+        y = case.fn(*inputs)
+        y.backward(device.asarray(np.random.default_rng(1).standard_normal(y.shape), dtype=dtype))
+        results.append([y.numpy(), *(device.xp.asnumpy(x.grad) if device is gpu else x.grad for x in inputs)])
+    for expected, found in zip(*results, strict=True):
+        close(found, expected, dtype, 10)
+
+
+@pytest.mark.gpu
+def test_kernels_on_a_gpu_are_those_run_on_the_cpu(dtype):
+    """Dropout included, whose masks are the same numbers."""
+    gpu, cpu = select("cuda"), CudaKernels(np, cuda_on_cpu.launch)
+    x, q = normal(dtype, 33, 65), [normal(dtype, 2, 3, 70, 8) for _ in range(3)]
+    for name, inputs, rest in [
+        ("dropout", [x], [0.3]),
+        ("causal_attention", q, [0.3]),
+        ("gelu", [x], []),
+        ("layer_norm", [x, x[0], x[1]], []),
+    ]:
+        results = []
+        for kernels, xp in ((cpu, np), (gpu.kernels, gpu.xp)):
+            drawn = [Key(5)] if rest else []
+            y, saved = getattr(kernels, f"{name}_forward")(*map(xp.asarray, inputs), *rest, *drawn)
+            gradients = getattr(kernels, f"{name}_backward")(y, saved)
+            results.append([backend.to_numpy(a) for a in (y, *(gradients if isinstance(gradients, tuple) else [gradients]))])
+        for expected, found in zip(*results, strict=True):
+            close(found, expected, dtype, 10)
+
+
+@pytest.mark.gpu
+def test_a_checkpoint_moves_between_devices(tmp_path, tokenizer):
+    gpu = select("cuda")
+    model = GPT(GPTConfig(tokenizer.vocab_size, block_size=16, n_layer=1, n_head=2, n_embd=16), backend=gpu)
+    save(tmp_path / "model.npz", model, tokenizer)
+    on_cpu = load(tmp_path / "model.npz").model
+    ids = np.arange(12)[None]
+    np.testing.assert_allclose(on_cpu(ids)[0].numpy(), model(ids)[0].numpy(), rtol=0, atol=1e-5)
+    assert generate(model, [1, 2], 30, temperature=0) == generate(on_cpu, [1, 2], 30, temperature=0)
+
+
+# ---------------------------------------------------------------- without one
+
+
+def test_what_is_missing_is_said(monkeypatch):
+    def driver_of(gpus, version=13_000, init=0):
+        def write(value):
+            return lambda pointer: setattr(pointer._obj, "value", value) or 0
+
+        return SimpleNamespace(cuInit=lambda flags: init, cuDeviceGetCount=write(gpus), cuDriverGetVersion=write(version))
+
+    def no_driver(name):
+        raise OSError
+
+    monkeypatch.setattr(ctypes, "CDLL", no_driver)
+    assert "no NVIDIA driver; install one" in _why_no_cuda()
+    for driver in (driver_of(0), driver_of(1, init=100)):
+        monkeypatch.setattr(ctypes, "CDLL", lambda name, driver=driver: driver)
+        assert "no usable GPU" in _why_no_cuda()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for version, package in [(13_020, "cupy-cuda13x"), (12_080, "cupy-cuda12x")]:
+        monkeypatch.setattr(ctypes, "CDLL", lambda name, version=version: driver_of(1, version))
+        assert f"-m pip install '{package}[ctk]" in _why_no_cuda()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert _why_no_cuda() is None

@@ -11,6 +11,7 @@ import sys
 import time
 from typing import Any
 
+from npgpt.backend import select
 from npgpt.checkpoint import Checkpoint, load
 from npgpt.config import GenerateConfig, RequestError, add_flags, given
 from npgpt.data import read_text
@@ -62,7 +63,7 @@ def generate(args: argparse.Namespace) -> int:
         settings = dataclasses.replace(settings, seed=secrets.randbits(32))
     if "" in args.stop:
         raise RequestError("--stop must be a text of at least one character, got an empty one")
-    checkpoint = load(args.ckpt)
+    checkpoint = load(args.ckpt, select(settings.device))
     for stop in args.stop:
         if unknown := checkpoint.tokenizer.unknown(stop):
             raise RequestError(f"--stop {stop!r} could never come: the model does not know {', '.join(map(repr, unknown))}")

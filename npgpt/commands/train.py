@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
-from npgpt.backend import select
+from npgpt.backend import allow_tf32, select
 from npgpt.checkpoint import Checkpoint, CheckpointError, load
 from npgpt.config import PRESETS, GPTConfig, RequestError, TrainConfig, add_flags, given
 from npgpt.data import Dataset, read_ids
@@ -73,6 +73,8 @@ def train(args: argparse.Namespace) -> int:
         config = GPTConfig(**(vars(last.config) | {"vocab_size": tokenizer.vocab_size} | asked_model))
         train_config = TrainConfig(**(before | asked_training))
     backend = select(train_config.device)
+    if backend.name == "cuda" and train_config.tf32:
+        allow_tf32()
 
     dataset = Dataset(ids, config.block_size, train_config.batch_size, train_config.val_fraction, train_config.seed)
     try:

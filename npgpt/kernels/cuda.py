@@ -21,7 +21,6 @@ from npgpt.kernels.reference import Array, Kernels, Saved
 FILES = ("common.cu", "norm.cu", "elementwise.cu", "softmax.cu", "embedding.cu")
 ELEMENTS = {"float32": ("float", "float"), "float64": ("double", "double")}  # T and A of common.cu
 THREADS = 256  # of a block
-ROWS = THREADS // 32  # of a block where a warp takes a row
 MOST_BLOCKS = 4096  # of an elementwise kernel, whose threads go on to further elements
 CHUNK = 64  # rows added up by a thread, one after the other
 MOST_PARTIAL = 1 << 24  # elements of an embedding's partial sums
@@ -280,7 +279,7 @@ def _attention_sizes(q: Array, k: Array) -> tuple[int, int, int]:
 
 def _rows(n: int) -> tuple[int, int]:
     """The grid for n rows, a warp each."""
-    return -(-n // ROWS), 1
+    return -(-n // (THREADS // 32)), 1
 
 
 def _elementwise(n: int) -> tuple[int, int]:

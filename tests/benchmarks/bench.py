@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from threadpoolctl import threadpool_info
-from workloads import WORKLOADS
+from workloads import ON_A_GPU, WORKLOADS
 
 import npgpt
 from npgpt.backend import CPU
@@ -74,7 +74,8 @@ def training(name, engines, rounds):
             contender.seconds += contender.run(max(1, round(0.5 / statistics.median(contender.seconds or [0.5]))))
     for contender in contenders:
         contender.close()
-    tokens = WORKLOADS[name].batch_size * WORKLOADS[name].block_size
+    workload = (WORKLOADS | ON_A_GPU)[name]
+    tokens = workload.batch_size * workload.block_size
     rows = {}
     for c in turns:
         median = statistics.median(c.seconds)

@@ -6,6 +6,7 @@ of each step, and the process's peak memory.
 
     python contender.py npgpt seed
     python contender.py "torch eager float32" seed
+    python contender.py "npgpt TF32 cuda" "char, batch 64"
     python contender.py gemm seed                   the step's matrix products alone, same shapes and threads
 """
 
@@ -14,17 +15,21 @@ import sys
 import time
 
 import numpy as np
-from workloads import WORKLOADS
+from workloads import ON_A_GPU, WORKLOADS
 
 
-def npgpt_step(workload):
+def npgpt_step(workload, mode):
     import npgpt
+    from npgpt.backend import allow_tf32, select
     from npgpt.parallel import ParallelStep, Workers
 
+    backend = select("cuda" if "cuda" in mode else "cpu")
+    if "TF32" in mode:
+        allow_tf32()
     settings = {k: v for k, v in vars(workload).items() if k != "batch_size"}
-    model = npgpt.GPT(npgpt.GPTConfig(**settings), seed=0)
+    model = npgpt.GPT(npgpt.GPTConfig(**settings), seed=0, backend=backend)
     optimizer = npgpt.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99))
-    workers = Workers().__enter__()
+    workers = Workers(None if backend.name == "cpu" else 1).__enter__()
     forward_backward = ParallelStep(model, workers)
     number = iter(range(1 << 62))
 
@@ -32,6 +37,8 @@ def npgpt_step(workload):
         loss = forward_backward(x, y, seed=0, number=next(number))
         npgpt.clip_grad_norm(model.parameters(), 1.0)
         optimizer.step(workers.over)
+        if backend.name == "cuda":
+            backend.xp.cuda.Device().synchronize()
         return loss
 
     return step
@@ -93,9 +100,9 @@ def peak_memory_bytes():
 
 
 def main(engine, name):
-    workload = WORKLOADS[name]
-    if engine == "npgpt":
-        step = npgpt_step(workload)
+    workload = (WORKLOADS | ON_A_GPU)[name]
+    if engine.startswith("npgpt"):
+        step = npgpt_step(workload, engine)
     elif engine == "gemm":
         step = gemm_step(workload)
     else:

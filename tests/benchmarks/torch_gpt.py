@@ -39,7 +39,7 @@ class TorchGPT(nn.Module):
         self.ln_f, self.lm_head = nn.LayerNorm(w.n_embd), nn.Linear(w.n_embd, w.vocab_size, bias=False)
 
     def forward(self, ids, targets=None):
-        x = self.dropout(self.wte(ids) + self.wpe(torch.arange(ids.shape[1])))
+        x = self.dropout(self.wte(ids) + self.wpe(torch.arange(ids.shape[1], device=ids.device)))
         x = self.blocks(x)
         if targets is None:  # as nanoGPT does it: of the last position alone
             return self.lm_head(self.ln_f(x[:, -1:]))
@@ -48,17 +48,18 @@ class TorchGPT(nn.Module):
 
 
 def make_step(workload, mode):
-    """A function that does one training step on given ids. mode: "eager float32", "compiled bfloat16", ..."""
-    compiled, dtype = mode.split()
+    """A function that does one training step on given ids. mode: "eager float32", "compiled bfloat16 cuda", ..."""
+    compiled, dtype, device = [*mode.split(), "cpu"][:3]
     torch.manual_seed(0)
-    model = TorchGPT(workload)
+    model = TorchGPT(workload).to(device)
+    torch.set_float32_matmul_precision("high" if dtype == "TF32" else "highest")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
     forward = torch.compile(model) if compiled == "compiled" else model
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
+    autocast = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
 
     def step(x, y):
         with autocast:
-            loss = forward(torch.from_numpy(x), torch.from_numpy(y))
+            loss = forward(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

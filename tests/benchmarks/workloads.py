@@ -19,3 +19,4 @@ WORKLOADS = {
     "nano": Workload(4, 4, 128, 64, 12, 0.0),  # nanoGPT's configuration for a CPU
     "char": Workload(6, 6, 384, 256, 16, 0.2),  # nanoGPT's configuration for a GPU, smaller batch
 }
+ON_A_GPU = {"char, batch 64": Workload(6, 6, 384, 256, 64, 0.2)}  # nanoGPT's configuration for a GPU

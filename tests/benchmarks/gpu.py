@@ -1,0 +1,113 @@
+"""`make gpu`: the tests on a GPU, the speed of a training step against PyTorch, and a training run to a loss.
+
+One sitting at a borrowed machine: under nine minutes. Writes results/NAME.json and a table. It needs CuPy; PyTorch is
+compared with where it is installed with CUDA.
+"""
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from bench import HERE, machine, training
+from workloads import ON_A_GPU
+
+from npgpt.backend import DeviceError, select
+
+ROOT = HERE.parent.parent
+MODES = [f"{how} {dtype} cuda" for how in ("eager", "compiled") for dtype in ("float32", "TF32", "bfloat16")]
+
+
+def gpu(cupy):
+    properties = cupy.cuda.runtime.getDeviceProperties(0)
+    return {
+        "gpu": properties["name"].decode(),
+        "cuda": cupy.cuda.runtime.runtimeGetVersion(),
+        "driver": cupy.cuda.runtime.driverGetVersion(),
+        "cupy": cupy.__version__,
+    }
+
+
+def tests():
+    """The last line of pytest, and whether all passed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"], cwd=ROOT, capture_output=True, text=True, timeout=240
+    )
+    lines = done.stdout.strip().splitlines()
+    if done.returncode:
+        print(done.stdout[-6000:], done.stderr[-2000:], flush=True)
+    return lines[-1] if lines else "", done.returncode == 0
+
+
+def run_to_a_loss(text, seconds, extra):
+    """nanoGPT's published run, or as much of it as `seconds` allow: its best loss, by the exact held-out loss."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "model.npz"
+        command = [sys.executable, "-m", "npgpt", "train", text, "--out", out, "--preset", "char", "--device", "cuda"]
+        started = time.perf_counter()
+        process = subprocess.Popen([*command, "--patience", "0", *extra], cwd=ROOT)
+        try:
+            status = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # it saves its state and ends
+            status = process.wait(60)
+        taken = time.perf_counter() - started
+        events = [json.loads(line) for line in out.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()]
+        evaluations = [e for e in events if e["event"] == "evaluation"]
+        best = min(evaluations, key=lambda e: e["val_loss"])
+        return {
+            "text": Path(text).name,
+            "status": status,
+            "steps": evaluations[-1]["step"],
+            "seconds": round(taken),
+            "best_step": best["step"],
+            "best_loss": round(best["val_loss"], 4),
+            "stderr": round(best["val_stderr"], 4),
+        }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", default=None, help="default: data/tinyshakespeare.txt where it is, else data/tiny.txt")
+    parser.add_argument("--rounds", type=int, default=6, help="turns of each contender")
+    parser.add_argument("--seconds", type=float, default=200, help="at most, for the training run")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "gpu.json", help="where the figures go")
+    args, extra = parser.parse_known_args()
+    try:
+        cupy = select("cuda").xp
+    except DeviceError as error:
+        sys.exit(f"make gpu: {error}")
+    shakespeare = ROOT / "data" / "tinyshakespeare.txt"
+    text = args.text or str(shakespeare if shakespeare.exists() else ROOT / "data" / "tiny.txt")
+
+    results = {"machine": machine() | gpu(cupy)}
+    print("  ".join(f"{key} {value}" for key, value in results["machine"].items()), flush=True)
+    results["tests"], passed = tests()
+    print(f"tests: {results['tests']}", flush=True)
+
+    engines = ["npgpt float32 cuda", "npgpt TF32 cuda"]
+    if importlib.util.find_spec("torch"):
+        engines += [f"torch {mode}" for mode in MODES]
+    (name,) = ON_A_GPU
+    rows, failed = training(name, engines, args.rounds)
+    results["training"] = {name: rows}
+    print(f"\n{name}: {'ms/step':>34} {'tokens/s':>11}")
+    for engine, row in rows.items():
+        print(f"  {engine:32} {row['ms']:10.2f} {row['tokens_per_second']:11,}", flush=True)
+    if failed:
+        print(f"  did not run: {', '.join(failed)}")
+
+    results["run"] = run_to_a_loss(text, args.seconds, extra)
+    print("\n" + "  ".join(f"{key} {value}" for key, value in results["run"].items()))
+    args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8", newline="\n")
+    print(f"written to {args.out}")
+    return 0 if passed and not failed and np.isfinite(results["run"]["best_loss"]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
