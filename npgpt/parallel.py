@@ -125,7 +125,10 @@ class Workers:
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
         """[function(item) for item in items], computed side by side. An exception reaches the caller with its
-        traceback, when no worker is busy any more."""
+        traceback, when no worker is busy any more. One thread is the caller's own, which is also where a GPU's library
+        keeps its settings."""
+        if self.threads == 1:
+            return [function(item) for item in items]
         futures = [self._executor.submit(function, item) for item in items]
         failures = [e for e in (future.exception() for future in futures) if e is not None]
         if failures:
