@@ -38,6 +38,7 @@ ORDER = [
     "decode.py",
     "generate.py",
     "train.py",
+    "plan.py",
     "terminal.py",
     "commands/__init__.py",
     "commands/train.py",

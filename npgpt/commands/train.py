@@ -12,14 +12,19 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
-from npgpt.backend import allow_tf32, select
+import numpy as np
+
+from npgpt.backend import Backend, allow_tf32, select
 from npgpt.checkpoint import Checkpoint, CheckpointError, load
 from npgpt.config import PRESETS, GPTConfig, RequestError, TrainConfig, add_flags, given
 from npgpt.data import Dataset, read_ids
 from npgpt.gpt import GPT
 from npgpt.parallel import available_cores, describe_blas
+from npgpt.plan import plan
 from npgpt.terminal import command_parser, duration, failed, progress_bar, say
+from npgpt.tokenizer import CharTokenizer
 from npgpt.train import End, Evaluation, Outcome, Step, Trainer, crash_path, files_of, last_path, log_path, memory_advice
 
 
@@ -44,13 +49,38 @@ def train_parser() -> argparse.ArgumentParser:
         help="a whole configuration, which other flags change: quick (readable text in half a minute), nano and char "
         "(nanoGPT's for a CPU and for a GPU)",
     )
+    parser.add_argument(
+        "--minutes",
+        type=_minutes,
+        metavar="X",
+        help="choose model, batch, learning rate and steps so that the run takes about X minutes in all and learns the most in "
+        "them; settings given beside it are kept",
+    )
     add_flags(parser, TrainConfig)
     add_flags(parser, GPTConfig, skip=("vocab_size",))
     return parser
 
 
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = 0.0
+    if not 0 < minutes <= 100_000:
+        raise argparse.ArgumentTypeError(f"minutes must be a number above 0 and at most 100000, got {text!r}")
+    return minutes
+
+
 def train(args: argparse.Namespace) -> int:
+    started = time.perf_counter()
     out = _checkpoint_path(args.out)
+    for flag, given_too in (
+        ("--resume", args.resume is not None),
+        ("--preset", args.preset),
+        ("--steps", hasattr(args, "steps")),
+    ):
+        if args.minutes and given_too:
+            raise RequestError(f"--minutes chooses what to train and how long, and {flag} says it; leave one of them out")
     if Path(args.text).resolve() in [path.resolve() for path in files_of(out)]:
         raise RequestError(f"{args.text} is one of the files this run would write; choose another --out")
     tokenizer, ids = read_ids(args.text, track=progress_bar)
@@ -59,7 +89,10 @@ def train(args: argparse.Namespace) -> int:
         if not hasattr(args, name):
             setattr(args, name, value)
     asked_model, asked_training = given(GPTConfig, args), given(TrainConfig, args)
-    if resumed_from is None:
+    if args.minutes:
+        config, train_config = _planned(args, started + 60 * args.minutes, tokenizer, ids, asked_model | asked_training)
+        last = None
+    elif resumed_from is None:
         last = None
         config = GPTConfig(vocab_size=tokenizer.vocab_size, **asked_model)
         train_config = TrainConfig(**asked_training)
@@ -72,9 +105,7 @@ def train(args: argparse.Namespace) -> int:
             del before["min_lr"]  # nobody had asked for it
         config = GPTConfig(**(vars(last.config) | {"vocab_size": tokenizer.vocab_size} | asked_model))
         train_config = TrainConfig(**(before | asked_training))
-    backend = select(train_config.device)
-    if backend.name == "cuda" and train_config.tf32:
-        allow_tf32()
+    backend = _backend(train_config)
 
     dataset = Dataset(ids, config.block_size, train_config.batch_size, train_config.val_fraction, train_config.seed)
     try:
@@ -117,6 +148,23 @@ def train(args: argparse.Namespace) -> int:
     loss = "" if best.best_loss is None else f", validation loss {best.best_loss:.4f}"
     say(f"{out}: step {best.best_step}{loss}; write with: bin/generate --ckpt {shlex.quote(str(out))}")
     return 0
+
+
+def _backend(config: TrainConfig) -> Backend:
+    backend = select(config.device)
+    if backend.name == "cuda" and config.tf32:
+        allow_tf32()
+    return backend
+
+
+def _planned(
+    args: argparse.Namespace, until: float, tokenizer: CharTokenizer, ids: np.ndarray, fixed: dict[str, Any]
+) -> tuple[GPTConfig, TrainConfig]:
+    """What to train in the time that was asked for; says why."""
+    backend = _backend(TrainConfig(**given(TrainConfig, args)))
+    chosen = plan(until, ids, tokenizer, backend, fixed)
+    say(f"plan    {chosen.reasons[0]}\n        {chosen.reasons[1]}")
+    return chosen.model, chosen.training
 
 
 def _load_state(path: Path, out: Path) -> Checkpoint:

@@ -1,0 +1,202 @@
+"""What to train in a given time: candidates are timed on this machine and text, and judged by what they were measured to reach.
+
+Nothing is trained for good here, and no flag is parsed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from npgpt.backend import Backend
+from npgpt.config import GPTConfig, RequestError, TrainConfig
+from npgpt.data import Dataset
+from npgpt.gpt import GPT
+from npgpt.tokenizer import CharTokenizer
+from npgpt.train import Evaluation, Step, Trainer, estimate_memory
+
+EVALUATIONS = 8  # fewer where they would take more than FOR_EVALUATIONS even so
+FOR_EVALUATIONS = 0.08  # of the time, at most
+FOR_TIMING = 0.02  # of the time, on the one that is chosen
+RESERVE = 0.02  # of the time, for checkpoints and what else is not timed here
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Settings, and validation losses they reached on tiny Shakespeare: runs of so many steps, each to its end."""
+
+    settings: dict[str, Any]
+    reached: tuple[tuple[int, float], ...]  # (steps, loss), steps rising
+
+    def expected(self, steps: int) -> float | None:
+        """The loss after a run of so many steps, between those measured on a logarithmic scale, and beyond the last one as
+        after it; None below the first."""
+        if steps < self.reached[0][0]:
+            return None
+        measured, losses = zip(*self.reached, strict=True)
+        return float(np.interp(np.log(steps), np.log(measured), losses))
+
+
+# What learned fastest of some thirty configurations, each for 20 seconds to 5 minutes on two cores. Depth pays late, a long
+# window early. The last is nanoGPT's for a GPU, with the loss it gives.
+CANDIDATES = (
+    Candidate(
+        {"n_layer": 1, "n_embd": 128, "block_size": 64, "batch_size": 12, "lr": 6e-3},
+        ((300, 2.34), (1500, 1.831), (3000, 1.734), (15_000, 1.602)),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to train, and why in two lines."""
+
+    model: GPTConfig
+    training: TrainConfig
+    reasons: tuple[str, str]
+
+
+@dataclass(frozen=True)
+class _Timed:
+    candidate: Candidate
+    model: GPTConfig
+    training: TrainConfig
+    step_seconds: float
+
+    def steps_in(self, seconds: float) -> int:
+        return max(1, int(seconds / self.step_seconds))
+
+
+def plan(
+    until: float,
+    ids: np.ndarray,
+    tokenizer: CharTokenizer,
+    backend: Backend,
+    fixed: Mapping[str, Any],
+    candidates: tuple[Candidate, ...] = CANDIDATES,
+) -> Plan:
+    """Choose model, batch, learning rate and steps for training on `ids` that is to end at `until`, a time of
+    `time.perf_counter`. `fixed` are settings somebody has chosen already. Raises RequestError when there is no time for a
+    step, or the text is too short for any candidate."""
+    seconds = until - time.perf_counter()
+    choices: list[tuple[float, _Timed]] = []
+    for candidate in candidates:
+        model, training = _configs(candidate, fixed, tokenizer)
+        last = choices[-1][1] if choices else None
+        if last and not _could_do(candidate, model, training, last, seconds):
+            continue
+        if len(choices) and len(ids) * (1 - training.val_fraction) <= model.block_size + 1:
+            continue
+        timed = _time(candidate, model, training, ids, tokenizer, backend, 0.002 * seconds)
+        expected = candidate.expected(timed.steps_in((1 - FOR_EVALUATIONS) * seconds))
+        if expected is not None or not choices:
+            choices.append((candidate.reached[0][1] if expected is None else expected, timed))
+    choices.sort(key=lambda choice: choice[0])
+    loss, best = choices[0]
+
+    tokens_in_step = best.training.batch_size * best.model.block_size
+    trained_on = len(ids) * (1 - best.training.val_fraction)
+    epochs = best.steps_in(seconds) * tokens_in_step / trained_on
+    if "dropout" not in fixed:
+        best = dataclasses.replace(best, model=dataclasses.replace(best.model, dropout=dropout_for(epochs)))
+    best = _time(best.candidate, best.model, best.training, ids, tokenizer, backend, FOR_TIMING * seconds)
+    evaluation_seconds, eval_tokens = _evaluations(best, ids, tokenizer, backend, seconds)
+    evaluations = max(1, min(EVALUATIONS, int(FOR_EVALUATIONS * seconds / evaluation_seconds)))
+    left = until - time.perf_counter() - evaluations * evaluation_seconds - RESERVE * seconds
+    if left < best.step_seconds:
+        raise RequestError(f"there is no time for a step, which takes {best.step_seconds:.2g} s; give it more --minutes")
+    steps = best.steps_in(left)
+    training = dataclasses.replace(
+        best.training,
+        steps=steps,
+        warmup_steps=fixed.get("warmup_steps", min(100, steps // 10)),
+        eval_interval=fixed.get("eval_interval", -(-steps // evaluations)),
+        eval_tokens=fixed.get("eval_tokens", eval_tokens),
+    )
+    others = f", {choices[1][0]:.2f} with {_in_short(choices[1][1])}" if len(choices) > 1 else ""
+    memory = estimate_memory(best.model, training) / 1e6
+    return Plan(
+        best.model,
+        training,
+        (
+            f"{_in_short(best)}: of what was tried, it learns most in this time (tiny Shakespeare to {loss:.2f}{others})",
+            f"a step takes {1e3 * best.step_seconds:.3g} ms here, and the text is read {epochs:.1f} times over, so dropout "
+            f"{best.model.dropout:g}; about {memory:,.0f} MB of memory",
+        ),
+    )
+
+
+def dropout_for(epochs: float) -> float:
+    """How much dropout suits a text that is read so many times over; measured, on 100,000 and a million characters."""
+    return 0.0 if epochs < 8 else 0.1 if epochs < 40 else 0.2
+
+
+def _configs(candidate: Candidate, fixed: Mapping[str, Any], tokenizer: CharTokenizer) -> tuple[GPTConfig, TrainConfig]:
+    settings = {"dropout": 0.0, "min_lr": 0.0, "patience": 0} | candidate.settings | dict(fixed)
+    of_model = {f.name for f in dataclasses.fields(GPTConfig)}
+    return (
+        GPTConfig(vocab_size=tokenizer.vocab_size, **{k: v for k, v in settings.items() if k in of_model}),
+        TrainConfig(**{k: v for k, v in settings.items() if k not in of_model}),
+    )
+
+
+def _could_do(candidate: Candidate, model: GPTConfig, training: TrainConfig, last: _Timed, seconds: float) -> bool:
+    """Whether there is time for the first of the runs it was measured in, judged by one that was timed: a step takes as long
+    as its parameters times its tokens."""
+
+    def work(model: GPTConfig, training: TrainConfig) -> float:
+        return model.num_parameters() * model.block_size * training.batch_size
+
+    expected = last.step_seconds * work(model, training) / work(last.model, last.training)
+    return candidate.reached[0][0] * expected < 1.5 * seconds
+
+
+def _time(
+    candidate: Candidate,
+    model: GPTConfig,
+    training: TrainConfig,
+    ids: np.ndarray,
+    tokenizer: CharTokenizer,
+    backend: Backend,
+    seconds: float,
+) -> _Timed:
+    """Time steps for so many seconds, two at least after the first two."""
+    endless = dataclasses.replace(training, steps=10**9, eval_interval=10**9)
+    trainer = _trainer(model, endless, ids, tokenizer, backend)
+    started = time.perf_counter()
+    events = trainer.run(lambda: trainer.progress.step >= 4 and time.perf_counter() - started > seconds)
+    times = [event.seconds for event in events if isinstance(event, Step)]
+    return _Timed(candidate, model, training, statistics.median(times[2:]))
+
+
+def _evaluations(
+    best: _Timed, ids: np.ndarray, tokenizer: CharTokenizer, backend: Backend, seconds: float
+) -> tuple[float, int]:
+    """(seconds of one evaluation, how many tokens it may look at), from two short ones."""
+    few, more = 2048, 16_384
+    taken = []
+    for eval_tokens in (few, more):
+        once = dataclasses.replace(best.training, steps=1, eval_interval=1, eval_tokens=eval_tokens)
+        events = list(_trainer(best.model, once, ids, tokenizer, backend).run())
+        taken += [event.seconds for event in events if isinstance(event, Evaluation)]
+    a_token = max(1e-9, (taken[1] - taken[0]) / (more - few))
+    affordable = int(FOR_EVALUATIONS * seconds / EVALUATIONS / a_token)
+    eval_tokens = max(few, min(TrainConfig().eval_tokens, affordable))
+    held_out = int(len(ids) * best.training.val_fraction)
+    return taken[0] + a_token * (min(eval_tokens, held_out) - few), eval_tokens
+
+
+def _trainer(model: GPTConfig, training: TrainConfig, ids: np.ndarray, tokenizer: CharTokenizer, backend: Backend) -> Trainer:
+    dataset = Dataset(ids, model.block_size, training.batch_size, training.val_fraction, training.seed)
+    return Trainer(GPT(model, seed=training.seed, backend=backend), tokenizer, dataset, training)
+
+
+def _in_short(timed: _Timed) -> str:
+    m, t = timed.model, timed.training
+    return f"n_layer {m.n_layer}, n_embd {m.n_embd}, {t.batch_size} x {m.block_size} tokens"
