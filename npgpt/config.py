@@ -120,6 +120,11 @@ class TrainConfig(Settings):
     val_fraction: float = setting(0.1, "part of the text held out for validation", at_least=0, below=1)
     seed: int = setting(1337, "seed of weights, batches and dropout", at_least=0)
     threads: int | None = setting(None, "worker threads (default: every core this process may use)", at_least=1, at_most=1024)
+    processes: bool | None = setting(
+        None,
+        "workers are processes and not threads: faster, most of all for small models (default: after ten steps, if more "
+        "than ten seconds are to come)",
+    )
     micro_batch: int | None = setting(None, "windows a worker takes at a time (default: about 1024 tokens)", at_least=1)
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     tf32: bool = setting(False, "on a GPU: matrix products with 10 bits of mantissa instead of 23, several times as fast")

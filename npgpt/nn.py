@@ -38,14 +38,24 @@ class Parameters(list[Tensor]):
         super().__init__(sorted(found, key=lambda t: t.ndim < 2))  # stable: matrices first, else in order
         xp = self[0].backend.xp
         self.n_decay: int = sum(t.size for t in self if t.ndim >= 2)
-        self.data: Array = xp.concatenate([t.data.reshape(-1) for t in self])
-        self.grad: Array = xp.zeros_like(self.data)
+        data = xp.concatenate([t.data.reshape(-1) for t in self])
+        self.look_at(data, xp.zeros_like(data))
+
+    def look_at(self, data: Array, grad: Array) -> None:
+        """Have the parameters look into these buffers, whatever they hold, and no longer into the old ones."""
+        self.data: Array = data
+        self.grad: Array = grad
         start = 0
         for t in self:
             view = slice(start, start + t.size)
-            t.data, t.grad = self.data[view].reshape(t.shape), self.grad[view].reshape(t.shape)
+            t.data, t.grad = data[view].reshape(t.shape), grad[view].reshape(t.shape)
             start += t.size
         self._views = [(t.data, t.grad) for t in self]
+
+    def move_to(self, data: Array, grad: Array) -> None:
+        """Copy values and gradients into other buffers, and look into those from now on."""
+        data[...], grad[...] = self.data, self.grad
+        self.look_at(data, grad)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copied or unpickled, parameters move into a buffer of their own."""
@@ -62,10 +72,7 @@ class Parameters(list[Tensor]):
 
     def share_data(self, other: Parameters) -> None:
         """Look at the values of `other`, whose parameters have the same shapes, and keep gradients of its own."""
-        self.data = other.data
-        for t, o in zip(self, other, strict=True):
-            t.data = o.data
-        self._views = [(t.data, grad) for t, (_, grad) in zip(self, self._views, strict=True)]
+        self.look_at(other.data, self.grad)
 
 
 class Module:

@@ -14,12 +14,13 @@ import ctypes
 import functools
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
@@ -144,6 +145,21 @@ class Workers:
             self.map(function, _cut(n, pieces))
 
 
+Share = list[tuple[int, slice]]  # of a step: numbers of micro-batches, and their rows
+
+
+class Others(Protocol):
+    """Workers beside this thread; see processes.py."""
+
+    gradients: list[np.ndarray]
+
+    def begin(self, worker: int, x: np.ndarray, y: np.ndarray, share: Share, seed: int, number: int) -> None: ...
+
+    def loss(self, worker: int) -> float: ...
+
+    def close(self) -> None: ...
+
+
 class ParallelStep:
     """Forward and backward of a batch over workers: loss = step(x, y, seed, number)."""
 
@@ -151,6 +167,7 @@ class ParallelStep:
         """micro_batch: sequences in a micro-batch; None chooses by the number of tokens (on a GPU: all)."""
         keep_freed_memory()
         self.model, self.workers, self.micro_batch = model, workers, micro_batch
+        self._others: Others | None = None
         # The first worker uses the model itself; the others models that look at the same weights.
         self._models = [model]
         while len(self._models) < workers.threads:
@@ -161,17 +178,17 @@ class ParallelStep:
     def __call__(self, x: np.ndarray, y: np.ndarray, seed: int, number: int) -> float:
         """The batch's mean loss; its gradient is then in the model's parameters. Dropout in micro-batch i is a
         function of (seed, number, i)."""
-        pieces = self._pieces(x)
+        pieces = list(enumerate(self._pieces(x)))
+        shares = [pieces[worker :: self.workers.threads] for worker in range(min(self.workers.threads, len(pieces)))]
 
         def work(worker: int) -> float:
-            model = self._models[worker]
-            model.zero_grad()
-            mine = range(worker, len(pieces), self.workers.threads)
-            return sum(_forward_backward(model, x, y, pieces[i], seed, number, i) for i in mine)
+            return forward_backward_of(self._models[worker], x, y, shares[worker], seed, number)
 
-        busy = min(self.workers.threads, len(pieces))
-        losses = self.workers.map(work, range(busy))
-        first, *others = (twin.flat.grad for twin in self._models[:busy])
+        losses = self._with_others(x, y, shares, seed, number) if self._others and len(shares) > 1 else None
+        if losses is None:
+            losses = self.workers.map(work, range(len(shares)))
+        gradients = self._others.gradients if self._others else [twin.flat.grad for twin in self._models[1:]]
+        first, others = self.model.flat.grad, gradients[: len(shares) - 1]
 
         def add_up(at: slice) -> None:
             with np.errstate(over="ignore", invalid="ignore"):
@@ -181,6 +198,41 @@ class ParallelStep:
         if others:
             self.workers.over(add_up, first.size)
         return sum(losses)
+
+    def use(self, start: Callable[[GPT, int], Others]) -> None:
+        """From now on share steps with `start(model, number of others)` instead of threads. Raises OSError when they cannot
+        be started."""
+        self._others = start(self.model, self.workers.threads - 1)
+        self._share_weights()
+
+    def close(self) -> None:
+        """Do without the others again."""
+        if self._others:
+            self._others.close()
+            self._others = None
+            self._share_weights()
+
+    def _share_weights(self) -> None:
+        for twin in self._models[1:]:
+            twin.share_weights(self.model)
+
+    def _with_others(self, x: np.ndarray, y: np.ndarray, shares: list[Share], seed: int, number: int) -> list[float] | None:
+        """The losses of the shares, the first computed here and the rest by the others; None when one of them has died."""
+        assert self._others
+        done = False
+        try:
+            for i, share in enumerate(shares[1:]):
+                self._others.begin(i, x, y, share, seed, number)
+            losses = [forward_backward_of(self.model, x, y, shares[0], seed, number)]
+            losses += [self._others.loss(i) for i in range(len(shares) - 1)]
+            done = True
+            return losses
+        except (EOFError, OSError):
+            warnings.warn("a worker process has died; going on with threads, more slowly", RuntimeWarning, stacklevel=3)
+            return None
+        finally:
+            if not done:  # an answer may be on its way that nobody would wait for
+                self.close()
 
     def diagnose(self, x: np.ndarray, y: np.ndarray, seed: int, number: int) -> str:
         """Why this step's loss or gradient is not finite: the step once more, in one thread, watching every
@@ -209,6 +261,12 @@ class ParallelStep:
         rows, tokens = x.shape
         on_cpu = self.model.backend.name == "cpu"
         return micro_batches(rows, tokens, self.micro_batch if on_cpu else self.micro_batch or rows)
+
+
+def forward_backward_of(model: GPT, x: np.ndarray, y: np.ndarray, share: Share, seed: int, number: int) -> float:
+    """Put the gradient of some micro-batches of step `number` into the model; returns their share of the loss."""
+    model.zero_grad()
+    return sum(_forward_backward(model, x, y, piece, seed, number, i) for i, piece in share)
 
 
 def _forward_backward(model: GPT, x: np.ndarray, y: np.ndarray, piece: slice, seed: int, number: int, i: int) -> float:

@@ -19,7 +19,7 @@ from npgpt.config import GPTConfig, RequestError, TrainConfig
 from npgpt.data import Dataset
 from npgpt.gpt import GPT
 from npgpt.tokenizer import CharTokenizer
-from npgpt.train import Evaluation, Step, Trainer, estimate_memory
+from npgpt.train import SECONDS_FOR_PROCESSES, Evaluation, Step, Trainer, estimate_memory
 
 EVALUATIONS = 8  # fewer where they would take more than FOR_EVALUATIONS even so
 FOR_EVALUATIONS = 0.08  # of the time, at most
@@ -85,6 +85,8 @@ def plan(
     `time.perf_counter`. `fixed` are settings somebody has chosen already. Raises RequestError when there is no time for a
     step, or the text is too short for any candidate."""
     seconds = until - time.perf_counter()
+    if "processes" not in fixed:
+        fixed = {**fixed, "processes": True if seconds > SECONDS_FOR_PROCESSES else None}  # as the run itself will do
     choices: list[tuple[float, _Timed]] = []
     for candidate in candidates:
         model, training = _configs(candidate, fixed, tokenizer)

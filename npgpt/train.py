@@ -22,7 +22,9 @@ import dataclasses
 import enum
 import json
 import math
+import statistics
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,8 +41,11 @@ from npgpt.gpt import GPT
 from npgpt.kernels.cpu import QUERY_BLOCK
 from npgpt.optim import AdamW, clip_grad_norm, learning_rate
 from npgpt.parallel import ParallelStep, Workers, machine, micro_batches
+from npgpt.processes import Processes
 from npgpt.tokenizer import CharTokenizer
 
+STEPS_BEFORE_PROCESSES = 10  # by then it is known how long a step takes
+SECONDS_FOR_PROCESSES = 10.0  # to come, for starting them to pay
 LONGEST_HISTORY = 10_000  # evaluations a checkpoint remembers; the log has all of them
 
 
@@ -144,7 +149,7 @@ class Trainer:
         if last.optimizer_state is None or last.train_config is None:
             raise RequestError("this checkpoint holds no training state to resume from; start a new run")
         differing = _differences(last.config, self.model.config)
-        free = ("steps", "eval_interval", "patience", "log_interval", "sample_tokens", "threads", "device", "tf32")
+        free = ("steps", "eval_interval", "patience", "log_interval", "sample_tokens", "threads", "processes", "device", "tf32")
         differing += _differences(last.train_config, self.config, ignore=free)
         if last.tokenizer != self.tokenizer or last.fingerprint != self.fingerprint:
             where = f" ({last.source}, as it was then)" if last.source else ""
@@ -190,7 +195,7 @@ class Trainer:
                 self._save(best=True)
             self._own = True
         self._log("start" if p.step == 0 else "resume", {"step": p.step, "config": dataclasses.asdict(config)})
-        with self._workers:
+        with self._workers, contextlib.closing(self._forward_backward):
             outcome = yield from self._steps(stop_requested)
             reason = self._crash() if outcome is Outcome.DIVERGED else ""
         end = End(p.step, outcome, advice(p, config, self.model.config, outcome), reason)
@@ -211,8 +216,12 @@ class Trainer:
     def _steps(self, stop_requested: Callable[[], bool]) -> Generator[Step | Evaluation, None, Outcome]:
         """Steps and evaluations until something ends them; returns what."""
         p, config = self.progress, self.config
+        seconds: list[float] = []
         while p.step < config.steps:
+            self._use_processes(seconds)
             step = self._step()
+            if len(seconds) <= STEPS_BEFORE_PROCESSES:
+                seconds.append(step.seconds)
             if not (math.isfinite(step.loss) and math.isfinite(step.grad_norm)):
                 return Outcome.DIVERGED  # the weights were left alone
             if p.step % config.log_interval == 0:
@@ -231,6 +240,20 @@ class Trainer:
             if stop and p.step < config.steps:
                 return Outcome.INTERRUPTED
         return Outcome.FINISHED
+
+    def _use_processes(self, seconds: list[float]) -> None:
+        """Change to worker processes where that was asked for, or will pay; `seconds` are those of the steps so far."""
+        asked = self.config.processes
+        if asked is None and len(seconds) == STEPS_BEFORE_PROCESSES:
+            to_come = statistics.median(seconds) * (self.config.steps - self.progress.step)
+            asked = to_come > SECONDS_FOR_PROCESSES
+        elif seconds:  # it was decided before
+            return
+        if asked and self._workers.threads > 1:
+            try:
+                self._forward_backward.use(Processes)
+            except OSError as error:
+                warnings.warn(f"no worker processes ({error}); going on with threads", RuntimeWarning, stacklevel=2)
 
     def _step(self) -> Step:
         """One step: batch, forward, backward, clip, update. A loss or gradient that is not finite updates nothing."""

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,10 +13,12 @@ import numpy as np
 import pytest
 from threadpoolctl import ThreadpoolController, threadpool_limits
 
-from npgpt import GPT, AdamW, GPTConfig, ops, parallel
+from npgpt import GPT, AdamW, GPTConfig, ops, parallel, processes
 from npgpt.backend import Stream, generator
 from npgpt.parallel import ParallelStep, Workers, micro_batches
+from npgpt.processes import Processes
 
+ROOT = Path(__file__).parent.parent
 CONFIG = GPTConfig(11, block_size=8, n_layer=1, n_head=2, n_embd=8, dropout=0.2)
 
 
@@ -177,3 +180,92 @@ def test_a_step_takes_no_new_pages_once_warm():
     )
     root = str(Path(__file__).parent.parent)
     subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": root}, check=True, timeout=100)
+
+
+# ---------------------------------------------------------------- processes
+
+
+@pytest.fixture
+def in_processes():
+    """A step that three workers share, two of them processes; and its model."""
+    model = GPT(CONFIG, seed=1)
+    with Workers(3) as workers:
+        step = ParallelStep(model, workers, 1)
+        step.use(Processes)
+        yield step, model
+        step.close()
+
+
+def test_processes_give_the_bytes_of_threads(in_processes):
+    step, model = in_processes
+    expected = GPT(CONFIG, seed=1)
+    with Workers(3) as workers:
+        by_threads = ParallelStep(expected, workers, 1)
+        for rows in (7, 2, 1, 7):  # with two and one, some have nothing to do
+            assert step(*batch(rows), seed=3, number=rows) == by_threads(*batch(rows), seed=3, number=rows)
+            np.testing.assert_array_equal(model.flat.grad, expected.flat.grad)
+            for m in (model, expected):
+                AdamW(m.parameters(), lr=0.1).step()
+            np.testing.assert_array_equal(model.flat.data, expected.flat.data)
+    step.close()
+    assert step(*batch(), seed=3, number=4) == by_threads_alone(expected)
+    np.testing.assert_array_equal(model.state_dict()["wte.weight"], expected.state_dict()["wte.weight"])
+
+
+def by_threads_alone(model):
+    with Workers(3) as workers:
+        return ParallelStep(model, workers, 1)(*batch(), seed=3, number=4)
+
+
+def test_a_process_that_dies_costs_nothing_but_speed(in_processes):
+    step, _ = in_processes
+    expected = by_threads_alone(GPT(CONFIG, seed=1))
+    assert step(*batch(), seed=3, number=4) == expected
+    for child in step._others._children[:1]:
+        child.kill()
+        child.wait()
+    with pytest.warns(RuntimeWarning, match="a worker process has died; going on with threads"):
+        assert step(*batch(), seed=3, number=4) == expected
+    assert step(*batch(), seed=3, number=4) == expected
+
+
+def test_what_a_process_lacks_memory_for_is_said_here(in_processes, monkeypatch):
+    step, _ = in_processes
+    step(*batch(), seed=3, number=4)
+    monkeypatch.setattr(processes.pickle, "load", lambda file: MemoryError("no room"))
+    with pytest.raises(MemoryError, match="no room"):
+        step(*batch(), seed=3, number=4)
+    monkeypatch.undo()
+    assert step(*batch(), seed=3, number=4) == by_threads_alone(GPT(CONFIG, seed=1))
+
+
+def test_processes_end_with_their_parent():
+    script = (
+        "from test_parallel import *\n"
+        "step = ParallelStep(GPT(CONFIG, seed=1), Workers(3).__enter__(), 1)\n"
+        "step.use(Processes)\n"
+        "step(*batch(), seed=3, number=4)\n"
+        "print(*[child.pid for child in step._others._children], flush=True)\n"
+        "os._exit(0)\n"
+    )
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert result.returncode == 0, result.stderr
+    if os.name != "posix":
+        return
+    deadline = time.monotonic() + 20
+    for pid in map(int, result.stdout.split()):
+        while alive(pid):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{pid}/stat")
+    return not (status.exists() and status.read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "Z")

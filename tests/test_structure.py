@@ -33,6 +33,7 @@ ORDER = [
     "files.py",
     "checkpoint.py",
     "parallel.py",
+    "processes.py",
     "evaluate.py",
     "likeness.py",
     "decode.py",

@@ -11,6 +11,7 @@ import pytest
 import npgpt
 from npgpt import GPT, AdamW, Dataset, GPTConfig, RequestError, TrainConfig, Trainer, evaluate, ops
 from npgpt.evaluate import Loss, compare
+from npgpt.processes import Processes
 from npgpt.train import Evaluation, Outcome, Progress, Step, advice, estimate_memory, last_path, log_path
 
 GOLDEN_CONFIG = GPTConfig(63, block_size=32, n_layer=2, n_head=2, n_embd=32, dropout=0.1)
@@ -279,3 +280,28 @@ def test_compare_is_the_paired_difference(tokenizer, text, small_config):
     assert (same.difference, same.stderr) == (0, 0)
     with pytest.raises(RequestError, match="as many ids"):
         compare([(models[0], ids), (models[1], ids[1:])])
+
+
+def test_worker_processes_change_no_byte(text, tokenizer, small_config, monkeypatch):
+    used, found = [], []
+    monkeypatch.setattr("npgpt.train.Processes", lambda *arguments: used.append(1) or Processes(*arguments))
+    monkeypatch.setattr("npgpt.train.SECONDS_FOR_PROCESSES", 0.0)
+    for asked in (False, True, None):
+        config = quick(steps=14, micro_batch=2, threads=2, processes=asked)
+        trainer, events = run(text[:4000], tokenizer, small_config, config)
+        losses = [e.loss for e in events if isinstance(e, Step)]
+        found.append((losses, trainer.progress.history, trainer.model.flat.data.tobytes()))
+    assert found[0] == found[1] == found[2]
+    assert len(used) == 2
+    run(text[:4000], tokenizer, small_config, quick(steps=5))
+    assert len(used) == 2  # too short a run
+
+
+def test_without_worker_processes_there_are_threads(text, tokenizer, small_config, monkeypatch):
+    def cannot(*arguments):
+        raise OSError("no more processes")
+
+    monkeypatch.setattr("npgpt.train.Processes", cannot)
+    with pytest.warns(RuntimeWarning, match=r"no worker processes \(no more processes\); going on with threads"):
+        _, events = run(text[:4000], tokenizer, small_config, quick(threads=2, processes=True))
+    assert events[-1].outcome is Outcome.FINISHED
