@@ -12,6 +12,7 @@ import contextlib
 import difflib
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,7 +50,8 @@ def main(argv: list[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):  # absent where something else has taken the stream's place
             stream.reconfigure(encoding="utf-8", errors="backslashreplace", newline="\n")
     name = argv[0] if argv and argv[0] in COMMANDS else ""
-    with contextlib.redirect_stderr(Unread(sys.stderr)):
+    with contextlib.redirect_stderr(Unread(sys.stderr)), warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: say(f"warning: {message}")
         try:
             status = COMMANDS[name][1](COMMANDS[name][0]().parse_args(argv[1:])) if name else _no_command(argv)
             sys.stdout.flush()

@@ -60,23 +60,11 @@ def read_ids(
 def _pieces(path: str | Path, track: Callable[..., Iterable[Any]] = _unwatched) -> Iterator[str]:
     """The text of a file, checked and decoded piece by piece."""
     path = Path(path)
-    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
-    done, empty = 0, True
     try:
         with path.open("rb") as file:
             total = -(-os.fstat(file.fileno()).st_size // PIECE)  # 0 for a pipe
-            for raw in track(iter(functools.partial(file.read, PIECE), b""), total=total or None, desc="Reading"):
-                if done == 0 and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                    raise RequestError(f"{path} is UTF-16, expected UTF-8; save it as UTF-8 and try again")
-                if (nul := raw.find(b"\0")) >= 0:
-                    raise RequestError(f"{path} is not a text file: it has a NUL byte at offset {done + nul}")
-                done += len(raw)
-                piece = decoder.decode(raw)
-                empty = empty and not piece
-                yield piece
-        if piece := decoder.decode(b"", final=True):
-            empty = False
-            yield piece
+            raw = track(iter(functools.partial(file.read, PIECE), b""), total=total or None, desc="Reading")
+            yield from decoded(raw, str(path))
     except FileNotFoundError:
         raise RequestError(f"no such file: {path}") from None
     except IsADirectoryError:
@@ -84,12 +72,31 @@ def _pieces(path: str | Path, track: Callable[..., Iterable[Any]] = _unwatched) 
     except OSError as error:
         kind = "a folder" if path.is_dir() else error.strerror  # Windows says PermissionError for a folder
         raise RequestError(f"cannot read {path}: {kind}") from None
+
+
+def decoded(pieces: Iterable[bytes], name: str) -> Iterator[str]:
+    """The text of the bytes of `name`, in the same pieces. Raises RequestError as `read_text` does."""
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
+    done, empty = 0, True
+    try:
+        for raw in pieces:
+            if done == 0 and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise RequestError(f"{name} is UTF-16, expected UTF-8; save it as UTF-8 and try again")
+            if (nul := raw.find(b"\0")) >= 0:
+                raise RequestError(f"{name} is not a text file: it has a NUL byte at offset {done + nul}")
+            done += len(raw)
+            piece = decoder.decode(raw)
+            empty = empty and not piece
+            yield piece
+        if piece := decoder.decode(b"", final=True):
+            empty = False
+            yield piece
     except UnicodeDecodeError as error:
         offset = done - len(error.object) + error.start  # the decoder may have kept bytes of earlier pieces
         byte = f"byte 0x{error.object[error.start]:02x} at offset {offset}"
-        raise RequestError(f"{path} is not UTF-8 text: {byte}; save it as UTF-8 and try again") from None
+        raise RequestError(f"{name} is not UTF-8 text: {byte}; save it as UTF-8 and try again") from None
     if empty:
-        raise RequestError(f"{path} is empty; expected a text to learn from")
+        raise RequestError(f"{name} is empty, expected a text")
 
 
 class Dataset:

@@ -478,6 +478,10 @@ def test_compare(workshop, tmp_path):
     assert npgpt_command("train", "text.txt", *flags, cwd=workshop).returncode == 0
     warned = npgpt_command("compare", "more-held-out.npz", "model.npz", cwd=workshop)
     assert warned.stderr == "warning: model.npz was trained on a part of what is held out here; put it first\n"
+    assert npgpt_command("train", "other.txt", *QUICK, "--out", "poorer.npz", cwd=workshop).returncode == 0
+    refused = npgpt_command("compare", "model.npz", "poorer.npz", cwd=workshop)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("npgpt compare: poorer.npz cannot be judged on this text: ")
     assert rows[1]["difference"] == pytest.approx(rows[1]["loss"] - rows[0]["loss"])
     assert all(row["seconds"] > 0 for row in rows)
 

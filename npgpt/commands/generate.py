@@ -14,7 +14,7 @@ from typing import Any
 from npgpt.backend import select
 from npgpt.checkpoint import Checkpoint, load
 from npgpt.config import GenerateConfig, RequestError, add_flags, given
-from npgpt.data import read_text
+from npgpt.data import decoded, read_text
 from npgpt.generate import Token, generate_texts
 from npgpt.terminal import command_parser, say
 
@@ -80,15 +80,11 @@ def generate(args: argparse.Namespace) -> int:
 
 
 def _from_stdin() -> str:
-    """Standard input, read as a text file is."""
+    """Standard input, read as a text file is; it may be empty."""
     if sys.stdin is None:
         raise RequestError("--prompt - reads standard input, which is closed")
-    try:
-        text = sys.stdin.buffer.read().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        byte = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
-        raise RequestError(f"the prompt on standard input is not UTF-8 text: {byte}") from None
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    raw = sys.stdin.buffer.read()
+    return "".join(decoded([raw], "the prompt on standard input")) if raw else ""
 
 
 def _known(checkpoint: Checkpoint, prompt: str, unknown: str) -> str:

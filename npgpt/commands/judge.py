@@ -155,8 +155,9 @@ def compare_command(args: argparse.Namespace) -> int:
         for name, run in runs.items()
     }
     differing = [key for key in settings[args.ckpt[0]] if len({repr(s.get(key)) for s in settings.values()}) > 1]
+    judged_by = [(run.model, _ids_of(name, run, text)) for name, run in runs.items()]
     with Workers() as workers:
-        results = compare([(run.model, run.tokenizer.encode_array(text)) for run in runs.values()], workers)
+        results = compare(judged_by, workers)
     for name, (loss, _) in zip(runs, results, strict=True):
         if not np.isfinite(loss.loss):
             return failed(
@@ -187,6 +188,13 @@ def compare_command(args: argparse.Namespace) -> int:
         if differing:
             print(f"{'':{width}}  " + ", ".join(f"{key} {value}" for key, value in row["settings"].items()))
     return 0
+
+
+def _ids_of(name: str, run: Checkpoint, text: str) -> np.ndarray:
+    try:
+        return run.tokenizer.encode_array(text)
+    except RequestError as error:
+        raise RequestError(f"{name} cannot be judged on this text: {error}") from None
 
 
 def _held_out_fraction(run: Checkpoint) -> float:
