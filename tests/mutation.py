@@ -20,6 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 TESTS = ["test_gradients.py", "test_kernels.py", "test_tensor.py", "test_properties.py", "test_model.py"]
 REFERENCE, CPU, TENSOR, OPS = "kernels/reference.py", "kernels/cpu.py", "tensor.py", "ops.py"
+NORM, ELEMENTWISE, SOFTMAX = "kernels/norm.cu", "kernels/elementwise.cu", "kernels/softmax.cu"
+EMBEDDING, COMMON = "kernels/embedding.cu", "kernels/common.cu"
 
 # (name, file, what is there, once, and what takes its place).
 BUGS = [
@@ -114,6 +116,33 @@ BUGS = [
     ("tensor: the graph is not freed", TENSOR, "node.inputs, node.backward = (), _used_up", "pass"),
     ("ops: mean loss without 1/N", OPS, 'losses.mean() if reduction == "mean"', 'losses.sum() if reduction == "mean"'),
     ("ops: a bias's gradient is dropped", OPS, "bias is not None and bias.requires_grad)", "False)"),
+    ("cuda: layer norm without its mean", NORM, "sum += (A)x[i];", "sum += 0;"),
+    ("cuda: layer norm's eps twice", NORM, "(A)c + (A)eps)", "(A)c + 2 * (A)eps)"),
+    ("cuda: layer norm's mean term forgotten", NORM, "weight[i] - mean_g - xhat", "weight[i] - xhat"),
+    ("cuda: layer norm's variance term without xhat", NORM, "- xhat * mean_g_xhat", "- mean_g_xhat"),
+    ("cuda: layer norm's dweight without rstd", NORM, "mean[row]) * rstd[row]", "mean[row])"),
+    ("cuda: layer norm's last row of a chunk", NORM, "row < last; row++) {\n        A d", "row < last - 1; row++) {\n        A d"),
+    ("cuda: layer norm's bias for all", NORM, "bias ? value + (A)bias[i] : value", "value"),
+    ("cuda: partial sums without the last", NORM, "row < n; row++) sum", "row < n - 1; row++) sum"),
+    ("cuda: gelu's cubic term without its 3", ELEMENTWISE, "1 + 3 * (A)GELU_CUBIC", "1 + (A)GELU_CUBIC"),
+    ("cuda: gelu's second term forgotten", ELEMENTWISE, " + (A)0.5 * v * (1 - t * t) * du_dx", ""),
+    ("cuda: dropout's threshold off by many", ELEMENTWISE, "draws[j] >= threshold ? (T)((A)x", "draws[j] >= threshold / 2 ? (T)((A)x"),
+    ("cuda: dropout without scale", ELEMENTWISE, "(T)((A)x[at] * (A)scale)", "x[at]"),
+    ("cuda: AdamW without a correction", ELEMENTWISE, "sqrt(v / (A)correction2)", "sqrt(v)"),
+    ("cuda: AdamW's decay through the rate", ELEMENTWISE, "(1 - lr * weight_decay)", "(1 - weight_decay)"),
+    ("cuda: softmax sees one token of the future", SOFTMAX, "row % n_query + 1;\n    scores", "row % n_query + 2;\n    scores"),
+    ("cuda: softmax without its largest", SOFTMAX, "top = score > top ? score : top;", "top = 0;"),
+    ("cuda: softmax's row term forgotten", SOFTMAX, "((A)dscores[i] - sum)", "((A)dscores[i])"),
+    ("cuda: softmax's scale forgotten on the way back", SOFTMAX, "- sum) * (A)scale)", "- sum))"),
+    ("cuda: attention's dropout without scale on the way back", SOFTMAX, "(A)dkept[i] * (A)kept_scale", "(A)dkept[i]"),
+    ("cuda: other draws on the way back", SOFTMAX, "dscores += row * n_key;\n    A sum = 0;", "dscores += row * n_key;\n    use++;\n    A sum = 0;"),
+    ("cuda: cross-entropy's target forgotten", SOFTMAX, "(p - (i == targets[row] ? (A)1 : (A)0))", "p"),
+    ("cuda: cross-entropy's gradient of the loss forgotten", SOFTMAX, "(T)((A)dy[row] * (p", "(T)((p"),
+    ("cuda: embedding without its last row", EMBEDDING, "row < last; row++", "row < last - 1; row++"),
+    ("cuda: embedding's table not cleared", EMBEDDING, "table[id * c] = 0", "table[id * c] += 0"),
+    ("cuda: one random number for two elements", COMMON, "16 * (i % 2)", "0"),
+    ("cuda: a round less", COMMON, "round < 10", "round < 9"),
+    ("cuda: warps share a row", COMMON, "+ threadIdx.x / WARP; }", "; }"),
 ]  # fmt: skip
 
 
@@ -136,7 +165,7 @@ def caught(bug):
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         plant(bug, folder)
-        tests = [f"tests/{file}" for file in TESTS]
+        tests = [f"tests/{file}" for file in (["test_cuda.py"] if bug[1].endswith(".cu") else TESTS)]
         pytest = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--timeout", "300"]
         result = subprocess.run(
             [*pytest, *tests],
