@@ -105,13 +105,16 @@ def select(name: str = "auto") -> Backend:
     """
     if name == "cpu":
         return CPU
-    if name == "auto":
-        return CPU if _why_no_cuda() else _cuda()
-    if name == "cuda":
+    if name in ("auto", "cuda"):
         missing = _why_no_cuda()
-        if missing:
-            raise DeviceError(f"device 'cuda' cannot be used: {missing}")
-        return _cuda()
+        if not missing:
+            try:
+                return _cuda()
+            except ImportError as error:  # another CUDA's, or half of it
+                missing = f"CuPy is installed and cannot be imported: {error}"
+        if name == "auto":
+            return CPU
+        raise DeviceError(f"device 'cuda' cannot be used: {missing}")
     raise ValueError(f"device must be 'auto', 'cpu' or 'cuda', got {name!r}")
 
 

@@ -16,7 +16,7 @@ from npgpt.gpt import GPT
 from npgpt.parallel import Workers
 from npgpt.tensor import no_grad
 
-TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 65_536}  # what a worker evaluates at a time; a GPU is one worker
+TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 16_384}  # what a worker evaluates at a time; a GPU is one worker
 
 
 @dataclass(frozen=True)

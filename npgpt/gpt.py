@@ -70,7 +70,7 @@ class MultiHeadSelfAttention(Module):
         if last:
             q = q[:, :, -1:]
         y = ops.causal_attention(q, k, v, self.attn_dropout, rng)
-        y = y.transpose(0, 2, 1, 3).reshape(b, -1, c)  # heads side by side again
+        y = y.transpose(0, 2, 1, 3).reshape(b, y.shape[2], c)  # heads side by side again
         return self.resid_dropout(self.out(y), rng)
 
 

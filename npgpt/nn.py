@@ -42,7 +42,12 @@ class Parameters(list[Tensor]):
         self.look_at(data, xp.zeros_like(data))
 
     def look_at(self, data: Array, grad: Array) -> None:
-        """Have the parameters look into these buffers, whatever they hold, and no longer into the old ones."""
+        """Have the parameters look into these buffers, whatever they hold, and no longer into the old ones. Raises
+        ValueError when they are not of the right size and dtype."""
+        expected = (sum(t.size for t in self),), self[0].dtype
+        for buffer in (data, grad):
+            if (buffer.shape, buffer.dtype) != expected:
+                raise ValueError(f"expected a buffer of shape and dtype {expected}, got {(buffer.shape, buffer.dtype)}")
         self.data: Array = data
         self.grad: Array = grad
         start = 0
@@ -101,8 +106,8 @@ class Module:
         self.flat = Parameters(p for _, p in self.named_parameters())
 
     def share_weights(self, other: Module) -> None:
-        """Use the weights of `other`, a module of the same shape: a change there is seen here. Gradients stay
-        separate."""
+        """Use the weights of `other`, a module of the same shape: a change there is seen here, until its parameters move
+        to another buffer. Gradients stay separate."""
         self.flat.share_data(other.flat)
 
     def zero_grad(self) -> None:

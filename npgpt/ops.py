@@ -110,7 +110,8 @@ def dropout(x: Tensor, p: float, rng: Any) -> Tensor:
 def embedding(weight: Tensor, ids: Any) -> Tensor:
     """Rows of a table: weight (V, C), integer ids (...) in [0, V) -> (..., C).
 
-    Raises IndexError for an id outside the table; of ids that are on a GPU already, that is not asked.
+    Raises IndexError for an id outside the table. Ids that are on a GPU already are not looked at: one outside it reads and,
+    on the way back, writes somewhere else.
     """
     ids_data = _integers("embedding", ids, weight, weight.shape[0])
     kernels = backend_of(weight.data, ids_data).kernels
@@ -122,7 +123,8 @@ def cross_entropy(logits: Tensor, targets: Any, reduction: str = "mean") -> Tens
     """-log softmax(logits)[target], in nats: logits (..., V), integer targets (...) in [0, V).
 
     `reduction` is "mean" (over all positions, a scalar) or "none" (one loss per position).
-    Raises IndexError for a target outside [0, V); of targets that are on a GPU already, that is not asked.
+    Raises IndexError for a target outside [0, V). Targets that are on a GPU already are not looked at: one outside it reads
+    somewhere else.
     """
     if reduction not in ("mean", "none"):
         raise ValueError(f"cross_entropy: reduction must be 'mean' or 'none', got {reduction!r}")

@@ -148,7 +148,7 @@ class Workers:
 Share = list[tuple[int, slice]]  # of a step: numbers of micro-batches, and their rows
 
 
-class Others(Protocol):
+class Helpers(Protocol):
     """Workers beside this thread; see processes.py."""
 
     gradients: list[np.ndarray]
@@ -167,13 +167,9 @@ class ParallelStep:
         """micro_batch: sequences in a micro-batch; None chooses by the number of tokens (on a GPU: all)."""
         keep_freed_memory()
         self.model, self.workers, self.micro_batch = model, workers, micro_batch
-        self._others: Others | None = None
-        # The first worker uses the model itself; the others models that look at the same weights.
+        self._helpers: Helpers | None = None
+        # The first worker uses the model itself; the others, where they are threads, models that look at the same weights.
         self._models = [model]
-        while len(self._models) < workers.threads:
-            twin = GPT(model.config, seed=None, backend=model.backend, dtype=model.wte.weight.dtype)
-            twin.share_weights(model)
-            self._models.append(twin)
 
     def __call__(self, x: np.ndarray, y: np.ndarray, seed: int, number: int) -> float:
         """The batch's mean loss; its gradient is then in the model's parameters. Dropout in micro-batch i is a
@@ -184,10 +180,12 @@ class ParallelStep:
         def work(worker: int) -> float:
             return forward_backward_of(self._models[worker], x, y, shares[worker], seed, number)
 
-        losses = self._with_others(x, y, shares, seed, number) if self._others and len(shares) > 1 else None
+        losses = self._with_helpers(x, y, shares, seed, number) if self._helpers and len(shares) > 1 else None
         if losses is None:
+            while len(self._models) < len(shares):
+                self._models.append(self._twin())
             losses = self.workers.map(work, range(len(shares)))
-        gradients = self._others.gradients if self._others else [twin.flat.grad for twin in self._models[1:]]
+        gradients = self._helpers.gradients if self._helpers else [twin.flat.grad for twin in self._models[1:]]
         first, others = self.model.flat.grad, gradients[: len(shares) - 1]
 
         def add_up(at: slice) -> None:
@@ -199,36 +197,41 @@ class ParallelStep:
             self.workers.over(add_up, first.size)
         return sum(losses)
 
-    def use(self, start: Callable[[GPT, int], Others]) -> None:
-        """From now on share steps with `start(model, number of others)` instead of threads. Raises OSError when they cannot
-        be started."""
-        self._others = start(self.model, self.workers.threads - 1)
-        self._share_weights()
+    def use(self, start: Callable[[GPT, int], Helpers]) -> None:
+        """From now on share steps with `start(model, number)` instead of threads. The model's flat buffers are then others:
+        whoever looked into the old ones no longer sees the model. Raises OSError when they cannot be started."""
+        self.close()
+        self._helpers = start(self.model, self.workers.threads - 1)
+        del self._models[1:]
 
     def close(self) -> None:
-        """Do without the others again."""
-        if self._others:
-            self._others.close()
-            self._others = None
-            self._share_weights()
+        """Do without helpers again."""
+        helpers, self._helpers = self._helpers, None
+        if helpers:
+            helpers.close()
 
-    def _share_weights(self) -> None:
-        for twin in self._models[1:]:
-            twin.share_weights(self.model)
+    def _twin(self) -> GPT:
+        twin = GPT(self.model.config, seed=None, backend=self.model.backend, dtype=self.model.wte.weight.dtype)
+        twin.share_weights(self.model)
+        return twin
 
-    def _with_others(self, x: np.ndarray, y: np.ndarray, shares: list[Share], seed: int, number: int) -> list[float] | None:
-        """The losses of the shares, the first computed here and the rest by the others; None when one of them has died."""
-        assert self._others
+    def _with_helpers(self, x: np.ndarray, y: np.ndarray, shares: list[Share], seed: int, number: int) -> list[float] | None:
+        """The losses of the shares, the first computed here and the rest by helpers; None when one of them has died."""
+        assert self._helpers
         done = False
         try:
             for i, share in enumerate(shares[1:]):
-                self._others.begin(i, x, y, share, seed, number)
+                self._helpers.begin(i, x, y, share, seed, number)
             losses = [forward_backward_of(self.model, x, y, shares[0], seed, number)]
-            losses += [self._others.loss(i) for i in range(len(shares) - 1)]
+            losses += [self._helpers.loss(i) for i in range(len(shares) - 1)]
             done = True
             return losses
         except (EOFError, OSError):
-            warnings.warn("a worker process has died; going on with threads, more slowly", RuntimeWarning, stacklevel=3)
+            warnings.warn(
+                "a worker process has died (of too little memory? --threads takes fewer); going on with threads",
+                RuntimeWarning,
+                stacklevel=3,
+            )
             return None
         finally:
             if not done:  # an answer may be on its way that nobody would wait for

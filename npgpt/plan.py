@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from npgpt.backend import Backend
-from npgpt.config import GPTConfig, RequestError, TrainConfig
+from npgpt.config import PRESETS, GPTConfig, RequestError, TrainConfig
 from npgpt.data import Dataset
 from npgpt.gpt import GPT
 from npgpt.tokenizer import CharTokenizer
@@ -25,6 +25,8 @@ EVALUATIONS = 8  # fewer where they would take more than FOR_EVALUATIONS even so
 FOR_EVALUATIONS = 0.08  # of the time, at most
 FOR_TIMING = 0.02  # of the time, on the one that is chosen
 RESERVE = 0.02  # of the time, for checkpoints and what else is not timed here
+LONGEST_TIMED = 1 << 22  # characters of a text that timing looks at
+CHOSEN = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "lr", "dropout")  # what a candidate is
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,23 @@ class Candidate:
         return float(np.interp(np.log(steps), np.log(measured), losses))
 
 
-# What learned fastest of some thirty configurations, each for 20 seconds to 5 minutes on two cores. Depth pays late, a long
-# window early. The last is nanoGPT's for a GPU, with the loss it gives.
+# What learned fastest of some thirty configurations, each for 20 seconds to 5 minutes on two cores. Depth pays late, a window
+# of 128 early; dropout costs more than it gives to models this small, unless the text is read many times over. The last is
+# nanoGPT's for a GPU, with the loss it publishes.
 CANDIDATES = (
     Candidate(
         {"n_layer": 1, "n_embd": 128, "block_size": 64, "batch_size": 12, "lr": 6e-3},
-        ((300, 2.34), (1500, 1.831), (3000, 1.734), (15_000, 1.602)),
+        ((325, 2.341), (1500, 1.831), (3000, 1.734), (15_000, 1.602)),
     ),
+    Candidate(
+        {"n_layer": 1, "n_embd": 128, "block_size": 128, "batch_size": 8, "lr": 6e-3},
+        ((11_500, 1.578), (26_700, 1.566)),
+    ),
+    Candidate(
+        {"n_layer": 2, "n_embd": 128, "block_size": 128, "batch_size": 8, "lr": 4e-3},
+        ((5800, 1.598), (13_300, 1.519)),
+    ),
+    Candidate({k: v for k, v in PRESETS["char"].items() if k in CHOSEN}, ((5000, 1.470),)),
 )
 
 
@@ -70,7 +82,7 @@ class _Timed:
     step_seconds: float
 
     def steps_in(self, seconds: float) -> int:
-        return max(1, int(seconds / self.step_seconds))
+        return int(seconds / self.step_seconds)
 
 
 def plan(
@@ -83,43 +95,55 @@ def plan(
 ) -> Plan:
     """Choose model, batch, learning rate and steps for training on `ids` that is to end at `until`, a time of
     `time.perf_counter`. `fixed` are settings somebody has chosen already. Raises RequestError when there is no time for a
-    step, or the text is too short for any candidate."""
+    step, or no candidate goes with the text and what is fixed."""
     seconds = until - time.perf_counter()
     if "processes" not in fixed:
-        fixed = {**fixed, "processes": True if seconds > SECONDS_FOR_PROCESSES else None}  # as the run itself will do
+        fixed = {**fixed, "processes": seconds > SECONDS_FOR_PROCESSES}  # as the run itself will do
+    sample = ids[:LONGEST_TIMED]
     choices: list[tuple[float, _Timed]] = []
+    refused = RequestError(f"there is no time for a step in {seconds:.2g} s; give it more --minutes")
     for candidate in candidates:
-        model, training = _configs(candidate, fixed, tokenizer)
-        last = choices[-1][1] if choices else None
-        if last and not _could_do(candidate, model, training, last, seconds):
+        try:
+            model, training = _configs(candidate, fixed, tokenizer)
+            if choices and not _could_do(candidate, model, training, choices[-1][1], seconds):
+                continue
+            timed = _time(candidate, model, training, sample, tokenizer, backend, 0.002 * seconds)
+        except RequestError as error:  # it does not go with what is fixed, or with so short a text
+            refused = error
             continue
-        if len(choices) and len(ids) * (1 - training.val_fraction) <= model.block_size + 1:
-            continue
-        timed = _time(candidate, model, training, ids, tokenizer, backend, 0.002 * seconds)
         expected = candidate.expected(timed.steps_in((1 - FOR_EVALUATIONS) * seconds))
         if expected is not None or not choices:
             choices.append((candidate.reached[0][1] if expected is None else expected, timed))
+    if not choices:
+        raise refused
     choices.sort(key=lambda choice: choice[0])
     loss, best = choices[0]
 
-    tokens_in_step = best.training.batch_size * best.model.block_size
-    trained_on = len(ids) * (1 - best.training.val_fraction)
-    epochs = best.steps_in(seconds) * tokens_in_step / trained_on
-    if "dropout" not in fixed:
-        best = dataclasses.replace(best, model=dataclasses.replace(best.model, dropout=dropout_for(epochs)))
-    best = _time(best.candidate, best.model, best.training, ids, tokenizer, backend, FOR_TIMING * seconds)
-    evaluation_seconds, eval_tokens = _evaluations(best, ids, tokenizer, backend, seconds)
-    evaluations = max(1, min(EVALUATIONS, int(FOR_EVALUATIONS * seconds / evaluation_seconds)))
-    left = until - time.perf_counter() - evaluations * evaluation_seconds - RESERVE * seconds
-    if left < best.step_seconds:
+    def epochs(steps: int) -> float:
+        return steps * best.training.batch_size * best.model.block_size / (len(ids) * (1 - best.training.val_fraction))
+
+    if "dropout" not in fixed and "dropout" not in best.candidate.settings:
+        dropout = dropout_for(epochs(best.steps_in(seconds)))
+        best = dataclasses.replace(best, model=dataclasses.replace(best.model, dropout=dropout))
+    best = _time(best.candidate, best.model, best.training, sample, tokenizer, backend, FOR_TIMING * seconds)
+    evaluation_seconds, eval_tokens = _evaluations(best, ids, tokenizer, backend, seconds, fixed.get("eval_tokens"))
+    left = until - time.perf_counter() - RESERVE * seconds
+    if "eval_interval" in fixed:
+        interval = fixed["eval_interval"]
+        steps = int(left / (best.step_seconds + evaluation_seconds / interval))
+    else:
+        evaluations = max(1, min(EVALUATIONS, int(FOR_EVALUATIONS * seconds / evaluation_seconds)))
+        steps = best.steps_in(left - evaluations * evaluation_seconds)
+        interval = -(-steps // evaluations)
+    if steps < 1:
         raise RequestError(f"there is no time for a step, which takes {best.step_seconds:.2g} s; give it more --minutes")
-    steps = best.steps_in(left)
     training = dataclasses.replace(
         best.training,
+        processes=None if fixed["processes"] == (seconds > SECONDS_FOR_PROCESSES) else fixed["processes"],
         steps=steps,
         warmup_steps=fixed.get("warmup_steps", min(100, steps // 10)),
-        eval_interval=fixed.get("eval_interval", -(-steps // evaluations)),
-        eval_tokens=fixed.get("eval_tokens", eval_tokens),
+        eval_interval=interval,
+        eval_tokens=eval_tokens,
     )
     others = f", {choices[1][0]:.2f} with {_in_short(choices[1][1])}" if len(choices) > 1 else ""
     memory = estimate_memory(best.model, training) / 1e6
@@ -127,8 +151,8 @@ def plan(
         best.model,
         training,
         (
-            f"{_in_short(best)}: of what was tried, it learns most in this time (tiny Shakespeare to {loss:.2f}{others})",
-            f"a step takes {1e3 * best.step_seconds:.3g} ms here, and the text is read {epochs:.1f} times over, so dropout "
+            f"{_in_short(best)}: of {len(choices)} that fit this time, the best on tiny Shakespeare (to {loss:.2f}{others})",
+            f"a step takes {1e3 * best.step_seconds:.3g} ms here; the text is read {epochs(steps):.1f} times over: dropout "
             f"{best.model.dropout:g}; about {memory:,.0f} MB of memory",
         ),
     )
@@ -174,24 +198,32 @@ def _time(
     started = time.perf_counter()
     events = trainer.run(lambda: trainer.progress.step >= 4 and time.perf_counter() - started > seconds)
     times = [event.seconds for event in events if isinstance(event, Step)]
+    if len(times) < 4:
+        raise RequestError(f"it diverges within {len(times) + 1} steps: lower the learning rate (--lr, now {training.lr:g})")
     return _Timed(candidate, model, training, statistics.median(times[2:]))
 
 
 def _evaluations(
-    best: _Timed, ids: np.ndarray, tokenizer: CharTokenizer, backend: Backend, seconds: float
+    best: _Timed, ids: np.ndarray, tokenizer: CharTokenizer, backend: Backend, seconds: float, fixed_tokens: int | None
 ) -> tuple[float, int]:
-    """(seconds of one evaluation, how many tokens it may look at), from two short ones."""
+    """(seconds of one evaluation, how many tokens it may look at; 0: all), from two short ones."""
     few, more = 2048, 16_384
     taken = []
     for eval_tokens in (few, more):
-        once = dataclasses.replace(best.training, steps=1, eval_interval=1, eval_tokens=eval_tokens)
-        events = list(_trainer(best.model, once, ids, tokenizer, backend).run())
+        once = dataclasses.replace(best.training, steps=1, eval_interval=1, eval_tokens=eval_tokens, processes=False)
+        events = list(_trainer(best.model, once, ids[-LONGEST_TIMED:], tokenizer, backend).run())
         taken += [event.seconds for event in events if isinstance(event, Evaluation)]
+    if len(taken) < 2:
+        raise RequestError(f"it diverges in one step: lower the learning rate (--lr, now {best.training.lr:g})")
     a_token = max(1e-9, (taken[1] - taken[0]) / (more - few))
-    affordable = int(FOR_EVALUATIONS * seconds / EVALUATIONS / a_token)
-    eval_tokens = max(few, min(TrainConfig().eval_tokens, affordable))
     held_out = int(len(ids) * best.training.val_fraction)
-    return taken[0] + a_token * (min(eval_tokens, held_out) - few), eval_tokens
+    if fixed_tokens is None:
+        affordable = int(FOR_EVALUATIONS * seconds / EVALUATIONS / a_token)
+        eval_tokens = max(few, min(TrainConfig().eval_tokens, affordable))
+    else:
+        eval_tokens = fixed_tokens
+    looked_at = held_out if eval_tokens == 0 else min(eval_tokens, held_out)
+    return max(taken[0], taken[0] + a_token * (looked_at - few)), eval_tokens
 
 
 def _trainer(model: GPTConfig, training: TrainConfig, ids: np.ndarray, tokenizer: CharTokenizer, backend: Backend) -> Trainer:

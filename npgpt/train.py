@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from npgpt import checkpoint
+from npgpt.backend import allow_tf32
 from npgpt.checkpoint import Checkpoint
 from npgpt.config import GenerateConfig, GPTConfig, RequestError, TrainConfig
 from npgpt.data import Dataset
@@ -132,8 +133,12 @@ class Trainer:
         self.progress = Progress()
         self._started = time.perf_counter()
         self._own = False  # whether the files at `out` are of this run
-        self._workers = Workers(config.threads if model.backend.name == "cpu" else 1)
-        self.machine = machine(model.backend.name, self._workers.threads)
+        device = model.backend.name
+        self._workers = Workers(config.threads if device == "cpu" else 1)
+        if device == "cuda" and config.tf32:
+            allow_tf32()
+            device = "cuda, TF32"
+        self.machine = machine(device, self._workers.threads)
         self._forward_backward = ParallelStep(model, self._workers, config.micro_batch)
         self.optimizer = AdamW(model.parameters(), config.lr, (config.beta1, config.beta2), weight_decay=config.weight_decay)
 

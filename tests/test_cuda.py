@@ -54,7 +54,8 @@ def same(fast, name, inputs, dtype, *rest, key=None, size=1.0):
             assert isinstance(saved, cuda.Own | tuple), "not the kernel"
         dy = np.random.default_rng(1).standard_normal(y.shape).astype(dtype)
         gradients = getattr(kernels, f"{name}_backward")(dy, saved)
-        results.append((y, *(gradients if isinstance(gradients, tuple) else (gradients,))))
+        every = (y, *(gradients if isinstance(gradients, tuple) else (gradients,)))
+        results.append([np.asarray(a) if isinstance(a, np.generic) else a for a in every])  # of no dimensions
     for expected, found in zip(*results, strict=True):
         close(found, expected, dtype, size)
     for array, untouched in zip(inputs, before, strict=True):
@@ -143,6 +144,28 @@ def test_adamw(fast, dtype):
         results.append(arrays)
     for expected, found in zip(*results, strict=True):
         close(found, expected, dtype)
+
+
+@on_cpu
+def test_arguments_as_they_may_come(fast, dtype):
+    """No dimensions, not contiguous, of another float type, more rows than a grid has chunks."""
+    scalar = normal(dtype)
+    for name, rest, key in [("gelu", [], None), ("dropout", [np.float32(0.25)], 3)]:
+        same(fast, name, (scalar,), dtype, *rest, key=key)
+    same(fast, "cross_entropy", (normal(dtype, 5), np.array(2)), dtype)
+    x, wide, one = normal(dtype, 6, 4), normal(dtype, 8), np.ones(4, np.float16)
+    same(fast, "layer_norm", (x, wide[::2], wide[1::2]), dtype, 1, size=4)
+    y, saved = fast.layer_norm_forward(x, wide[:4].copy(), one)
+    assert not isinstance(saved, cuda.Own)
+    np.testing.assert_array_equal(y, Kernels(np).layer_norm_forward(x, wide[:4].copy(), one)[0])
+
+
+@on_cpu
+def test_grids_have_an_end(fast, dtype, monkeypatch):
+    monkeypatch.setattr(cuda, "MOST_CHUNKS", 2)
+    monkeypatch.setattr(cuda, "CHUNK", 3)
+    same(fast, "layer_norm", (normal(dtype, 20, 5), normal(dtype, 5), None), dtype, size=4)
+    same(fast, "embedding", (normal(dtype, 5, 3), np.arange(20) % 5), dtype, size=20)
 
 
 @on_cpu

@@ -1,6 +1,7 @@
 """Worker threads: the same numbers as one, errors that arrive, the BLAS given back."""
 
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -221,12 +222,34 @@ def test_a_process_that_dies_costs_nothing_but_speed(in_processes):
     step, _ = in_processes
     expected = by_threads_alone(GPT(CONFIG, seed=1))
     assert step(*batch(), seed=3, number=4) == expected
-    for child in step._others._children[:1]:
+    for child in step._helpers._children[:1]:
         child.kill()
         child.wait()
-    with pytest.warns(RuntimeWarning, match="a worker process has died; going on with threads"):
+    with pytest.warns(RuntimeWarning, match="a worker process has died .*; going on with threads"):
         assert step(*batch(), seed=3, number=4) == expected
     assert step(*batch(), seed=3, number=4) == expected
+
+
+def test_a_process_that_says_something_else_is_as_good_as_dead(in_processes, monkeypatch):
+    step, _ = in_processes
+
+    def load(file):
+        raise pickle.UnpicklingError("Hello")
+
+    monkeypatch.setattr(processes.pickle, "load", load)
+    with pytest.warns(RuntimeWarning, match="a worker process has died"):
+        assert step(*batch(), seed=3, number=4) == by_threads_alone(GPT(CONFIG, seed=1))
+
+
+def test_processes_do_not_run_what_lies_about(tmp_path, monkeypatch):
+    """Their modules are their parent's, whatever the folder they are started in, and what they print is no answer."""
+    (tmp_path / "pickle.py").write_text("raise RuntimeError('not to be run')", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    with Workers(2) as workers:
+        step = ParallelStep(GPT(CONFIG, seed=1), workers, 1)
+        step.use(Processes)
+        assert np.isfinite(step(*batch(), seed=3, number=4))
+        step.close()
 
 
 def test_what_a_process_lacks_memory_for_is_said_here(in_processes, monkeypatch):
@@ -245,7 +268,7 @@ def test_processes_end_with_their_parent():
         "step = ParallelStep(GPT(CONFIG, seed=1), Workers(3).__enter__(), 1)\n"
         "step.use(Processes)\n"
         "step(*batch(), seed=3, number=4)\n"
-        "print(*[child.pid for child in step._others._children], flush=True)\n"
+        "print(*[child.pid for child in step._helpers._children], flush=True)\n"
         "os._exit(0)\n"
     )
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])

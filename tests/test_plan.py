@@ -42,7 +42,8 @@ def test_the_table_can_be_trusted():
         model, training = GPTConfig(65, **of_model), TrainConfig(**of_training)
         work.append(model.num_parameters() * model.block_size * training.batch_size)
     assert work == sorted(work)
-    assert PRESETS["quick"]["n_embd"] == CANDIDATES[0].settings["n_embd"]
+    assert len(CANDIDATES) > 2
+    assert CANDIDATES[-1].settings.items() <= PRESETS["char"].items()
 
 
 def test_the_best_that_can_be_done_in_the_time_is_chosen(ids, tokenizer):

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from npgpt.backend import Backend, allow_tf32, select
+from npgpt.backend import select
 from npgpt.checkpoint import Checkpoint, CheckpointError, load
 from npgpt.config import PRESETS, GPTConfig, RequestError, TrainConfig, add_flags, given
 from npgpt.data import Dataset, read_ids
@@ -105,7 +105,7 @@ def train(args: argparse.Namespace) -> int:
             del before["min_lr"]  # nobody had asked for it
         config = GPTConfig(**(vars(last.config) | {"vocab_size": tokenizer.vocab_size} | asked_model))
         train_config = TrainConfig(**(before | asked_training))
-    backend = _backend(train_config)
+    backend = select(train_config.device)
 
     dataset = Dataset(ids, config.block_size, train_config.batch_size, train_config.val_fraction, train_config.seed)
     try:
@@ -150,18 +150,11 @@ def train(args: argparse.Namespace) -> int:
     return 0
 
 
-def _backend(config: TrainConfig) -> Backend:
-    backend = select(config.device)
-    if backend.name == "cuda" and config.tf32:
-        allow_tf32()
-    return backend
-
-
 def _planned(
     args: argparse.Namespace, until: float, tokenizer: CharTokenizer, ids: np.ndarray, fixed: dict[str, Any]
 ) -> tuple[GPTConfig, TrainConfig]:
     """What to train in the time that was asked for; says why."""
-    backend = _backend(TrainConfig(**given(TrainConfig, args)))
+    backend = select(getattr(args, "device", "auto"))
     chosen = plan(until, ids, tokenizer, backend, fixed)
     say(f"plan    {chosen.reasons[0]}\n        {chosen.reasons[1]}")
     return chosen.model, chosen.training
@@ -188,7 +181,7 @@ def _banner(trainer: Trainer, source: str) -> None:
     say(f"seed {config.seed}, log in {log_path(trainer.out)}" if trainer.out else f"seed {config.seed}")
     if model.backend.name == "cpu":
         threads = config.threads or available_cores()
-        say(f"        {threads} thread{'' if threads == 1 else 's'}, {describe_blas()}")
+        say(f"        {threads} worker{'' if threads == 1 else 's'}, {describe_blas()}")
     if trainer.progress.step:
         say(f"        resumed at step {trainer.progress.step}")
 

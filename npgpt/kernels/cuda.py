@@ -23,6 +23,7 @@ ELEMENTS = {"float32": ("float", "float"), "float64": ("double", "double")}  # T
 THREADS = 256  # of a block
 MOST_BLOCKS = 4096  # of an elementwise kernel, whose threads go on to further elements
 CHUNK = 64  # rows added up by a thread, one after the other
+MOST_CHUNKS = 65_535  # the largest second dimension of a grid
 MOST_PARTIAL = 1 << 24  # elements of an embedding's partial sums
 
 
@@ -98,16 +99,16 @@ class CudaKernels(Kernels):
     def dropout_forward(self, x: Array, p: float, rng: Any) -> tuple[Array, Saved]:
         if not _supported(x):
             return super().dropout_forward(x, p, rng)
-        drawn = Own((*rng.use(), round(p * 65536), 1 / (1 - p) if p < 1 else 0.0))
+        drawn = Own(_drawn(p, rng))
         return self._dropout(x, drawn), drawn
 
     def dropout_backward(self, dy: Array, saved: Saved) -> Array:
         return self._dropout(dy, saved) if isinstance(saved, Own) else super().dropout_backward(dy, saved)
 
     def _dropout(self, x: Array, drawn: tuple[Any, ...]) -> Array:
+        y = self.xp.empty(x.shape, dtype=x.dtype)
         x = self.xp.ascontiguousarray(x)
-        y = self.xp.empty_like(x)
-        n, c = _rows_and_columns(x.shape)
+        n, c = _rows_and_columns(y.shape)
         if x.size:
             self._launch("dropout", x.dtype.name, _elementwise(n * -(-c // 8)), THREADS, (x, y, n, c, *drawn))
         return y
@@ -127,7 +128,7 @@ class CudaKernels(Kernels):
         kept, drawn = None, (0, 0, 0, 1.0)
         if dropout > 0 and rng is not None:
             kept = xp.empty_like(p)
-            drawn = (*rng.use(), round(dropout * 65536), 1 / (1 - dropout) if dropout < 1 else 0.0)
+            drawn = _drawn(dropout, rng)
         sizes = _attention_sizes(q, k)
         scale = 1 / sqrt(q.shape[-1])
         self._launch("causal_softmax_forward", p.dtype.name, _rows(sizes[0]), THREADS, (p, p, kept, *sizes, scale, *drawn))
@@ -150,12 +151,13 @@ class CudaKernels(Kernels):
     # ---------------------------------------------------------------- layer norm
 
     def layer_norm_forward(self, x: Array, weight: Array, bias: Array | None, eps: float = 1e-5) -> tuple[Array, Saved]:
-        if not (_supported(x, weight) and x.size):
+        if not (_supported(x, weight, weight if bias is None else bias) and x.size):
             return super().layer_norm_forward(x, weight, bias, eps)
-        x = self.xp.ascontiguousarray(x)
+        x, weight = self.xp.ascontiguousarray(x), self.xp.ascontiguousarray(weight)
+        bias = None if bias is None else self.xp.ascontiguousarray(bias)
         n, c = _rows_and_columns(x.shape)
         y, mean, rstd = self.xp.empty_like(x), *(self.xp.empty(n, dtype=x.dtype) for _ in range(2))
-        self._launch("layer_norm_forward", x.dtype.name, _rows(n), THREADS, (x, weight, bias, y, mean, rstd, n, c, eps))
+        self._launch("layer_norm_forward", x.dtype.name, _rows(n), THREADS, (x, weight, bias, y, mean, rstd, n, c, float(eps)))
         return y, Own((x, weight, mean, rstd))
 
     def layer_norm_backward(self, dy: Array, saved: Saved) -> tuple[Array, Array, Array]:
@@ -166,9 +168,10 @@ class CudaKernels(Kernels):
         n, c = _rows_and_columns(x.shape)
         dx = self.xp.empty_like(x)
         self._launch("layer_norm_backward", dtype, _rows(n), THREADS, (dy, x, weight, mean, rstd, dx, n, c))
-        chunks = -(-n // CHUNK)
+        chunk = max(CHUNK, -(-n // MOST_CHUNKS))
+        chunks = -(-n // chunk)
         partial = self.xp.empty((2, chunks, c), dtype=x.dtype)
-        arguments = (dy, x, mean, rstd, partial[0], partial[1], n, c, CHUNK)
+        arguments = (dy, x, mean, rstd, partial[0], partial[1], n, c, chunk)
         self._launch("layer_norm_backward_weight", dtype, (-(-c // THREADS), chunks), THREADS, arguments)
         return dx, self._sum_of_rows(partial[0]), self._sum_of_rows(partial[1])
 
@@ -182,8 +185,8 @@ class CudaKernels(Kernels):
     def gelu_forward(self, x: Array) -> tuple[Array, Saved]:
         if not (_supported(x) and x.size):
             return super().gelu_forward(x)
+        y = self.xp.empty(x.shape, dtype=x.dtype)
         x = self.xp.ascontiguousarray(x)
-        y = self.xp.empty_like(x)
         self._launch("gelu_forward", x.dtype.name, _elementwise(x.size), THREADS, (x, y, x.size))
         return y, Own((x,))
 
@@ -191,7 +194,7 @@ class CudaKernels(Kernels):
         if not isinstance(saved, Own):
             return super().gelu_backward(dy, saved)
         (x,) = saved
-        dx = self.xp.empty_like(x)
+        dx = self.xp.empty(dy.shape, dtype=x.dtype)
         arguments = (self.xp.ascontiguousarray(dy), x, dx, x.size)
         self._launch("gelu_backward", x.dtype.name, _elementwise(x.size), THREADS, arguments)
         return dx
@@ -204,7 +207,7 @@ class CudaKernels(Kernels):
         n = ids.size
         if not (_supported(dy) and n and c):
             return super().embedding_backward(dy, saved)
-        chunk = max(CHUNK, -(-n * v * c // MOST_PARTIAL))
+        chunk = max(CHUNK, -(-n * v * c // MOST_PARTIAL), -(-n // MOST_CHUNKS))
         partial = self.xp.empty((-(-n // chunk), v, c), dtype=dy.dtype)
         dy, ids = self.xp.ascontiguousarray(dy), self.xp.ascontiguousarray(ids, dtype=np.int64)
         grid = (-(-c // THREADS), len(partial))
@@ -217,9 +220,9 @@ class CudaKernels(Kernels):
         if not (_supported(logits) and logits.size):
             return super().cross_entropy_forward(logits, targets)
         xp = self.xp
+        losses, largest, log_total = (xp.empty(targets.shape, dtype=logits.dtype) for _ in range(3))
         logits, targets = xp.ascontiguousarray(logits), xp.ascontiguousarray(targets, dtype=np.int64)
         n, v = _rows_and_columns(logits.shape)
-        losses, largest, log_total = (xp.empty(targets.shape, dtype=logits.dtype) for _ in range(3))
         arguments = (logits, targets, losses, largest, log_total, n, v)
         self._launch("cross_entropy_forward", logits.dtype.name, _rows(n), THREADS, arguments)
         return losses, Own((logits, targets, largest, log_total))
@@ -271,6 +274,11 @@ def _supported(*arrays: Array) -> bool:
 def _rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
     """An array as rows along its last axis."""
     return prod(shape[:-1]), shape[-1] if shape else 1
+
+
+def _drawn(p: float, rng: Key) -> tuple[int, int, int, float]:
+    """What dropout's kernels are told: key and use, from which draw on an element is kept, and by what it is scaled."""
+    return *rng.use(), round(p * 65536), float(1 / (1 - p)) if p < 1 else 0.0
 
 
 def _attention_sizes(q: Array, k: Array) -> tuple[int, int, int]:
