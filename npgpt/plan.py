@@ -6,6 +6,7 @@ Nothing is trained for good here, and no flag is parsed.
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from npgpt.config import PRESETS, GPTConfig, RequestError, TrainConfig
 from npgpt.data import Dataset
 from npgpt.gpt import GPT
 from npgpt.tokenizer import CharTokenizer
-from npgpt.train import SECONDS_FOR_PROCESSES, Evaluation, Step, Trainer, estimate_memory
+from npgpt.train import SECONDS_FOR_PROCESSES, End, Evaluation, Outcome, Step, Trainer, check_memory, estimate_memory
 
 EVALUATIONS = 8  # fewer where they would take more than FOR_EVALUATIONS even so
 FOR_EVALUATIONS = 0.08  # of the time, at most
@@ -107,17 +108,19 @@ def plan(
             model, training = _configs(candidate, fixed, tokenizer)
             if choices and not _could_do(candidate, model, training, choices[-1][1], seconds):
                 continue
-            timed = _time(candidate, model, training, sample, tokenizer, backend, 0.002 * seconds)
+            if backend.name == "cpu":
+                check_memory(model, training)
+            timed = _time(candidate, model, training, sample, tokenizer, backend, (0.002 * seconds, 0.02 * seconds))
         except RequestError as error:  # it does not go with what is fixed, or with so short a text
             refused = error
             continue
         expected = candidate.expected(timed.steps_in((1 - FOR_EVALUATIONS) * seconds))
         if expected is not None or not choices:
-            choices.append((candidate.reached[0][1] if expected is None else expected, timed))
+            choices.append((math.inf if expected is None else expected, timed))
     if not choices:
         raise refused
     choices.sort(key=lambda choice: choice[0])
-    loss, best = choices[0]
+    best = choices[0][1]
 
     def epochs(steps: int) -> float:
         return steps * best.training.batch_size * best.model.block_size / (len(ids) * (1 - best.training.val_fraction))
@@ -125,7 +128,8 @@ def plan(
     if "dropout" not in fixed and "dropout" not in best.candidate.settings:
         dropout = dropout_for(epochs(best.steps_in(seconds)))
         best = dataclasses.replace(best, model=dataclasses.replace(best.model, dropout=dropout))
-    best = _time(best.candidate, best.model, best.training, sample, tokenizer, backend, FOR_TIMING * seconds)
+    longest = FOR_TIMING * seconds
+    best = _time(best.candidate, best.model, best.training, sample, tokenizer, backend, (min(20.0, longest), longest))
     evaluation_seconds, eval_tokens = _evaluations(best, ids, tokenizer, backend, seconds, fixed.get("eval_tokens"))
     left = until - time.perf_counter() - RESERVE * seconds
     if "eval_interval" in fixed:
@@ -136,7 +140,9 @@ def plan(
         steps = best.steps_in(left - evaluations * evaluation_seconds)
         interval = -(-steps // evaluations)
     if steps < 1:
-        raise RequestError(f"there is no time for a step, which takes {best.step_seconds:.2g} s; give it more --minutes")
+        raise RequestError(
+            f"there is no time for a step, which takes {best.step_seconds:.2g} s, once it was timed; give it more --minutes"
+        )
     training = dataclasses.replace(
         best.training,
         processes=None if fixed["processes"] == (seconds > SECONDS_FOR_PROCESSES) else fixed["processes"],
@@ -145,16 +151,25 @@ def plan(
         eval_interval=interval,
         eval_tokens=eval_tokens,
     )
-    others = f", {choices[1][0]:.2f} with {_in_short(choices[1][1])}" if len(choices) > 1 else ""
+    return Plan(best.model, training, _reasons(choices, best, training, fixed, epochs(steps)))
+
+
+def _reasons(
+    choices: list[tuple[float, _Timed]], best: _Timed, training: TrainConfig, fixed: Mapping[str, Any], epochs: float
+) -> tuple[str, str]:
+    why = _in_short(best)
+    if fixed.keys() & set(CHOSEN):
+        why += ": the rest of a configuration you have chosen part of"
+    elif math.isinf(choices[0][0]):
+        why += ": the quickest there is; what it reaches in so little time was not measured"
+    else:
+        reached = [f"{loss:.2f} with {_in_short(timed)}" for loss, timed in choices[1:2]]
+        why += f": on tiny Shakespeare it came to {choices[0][0]:.2f}" + (f" ({', '.join(reached)})" if reached else "")
     memory = estimate_memory(best.model, training) / 1e6
-    return Plan(
-        best.model,
-        training,
-        (
-            f"{_in_short(best)}: of {len(choices)} that fit this time, the best on tiny Shakespeare (to {loss:.2f}{others})",
-            f"a step takes {1e3 * best.step_seconds:.3g} ms here; the text is read {epochs(steps):.1f} times over: dropout "
-            f"{best.model.dropout:g}; about {memory:,.0f} MB of memory",
-        ),
+    return (
+        why,
+        f"a step takes {1e3 * best.step_seconds:.3g} ms here; the text is read {epochs:.1f} times over: dropout "
+        f"{best.model.dropout:g}; about {memory:,.0f} MB of memory",
     )
 
 
@@ -190,17 +205,23 @@ def _time(
     ids: np.ndarray,
     tokenizer: CharTokenizer,
     backend: Backend,
-    seconds: float,
+    seconds: tuple[float, float],
 ) -> _Timed:
-    """Time steps for so many seconds, two at least after the first two."""
+    """Time steps for `seconds[0]`, two at least after the first two, unless that takes longer than `seconds[1]`."""
+    usual, longest = seconds
     endless = dataclasses.replace(training, steps=10**9, eval_interval=10**9)
     trainer = _trainer(model, endless, ids, tokenizer, backend)
     started = time.perf_counter()
-    events = trainer.run(lambda: trainer.progress.step >= 4 and time.perf_counter() - started > seconds)
+
+    def enough() -> bool:
+        taken = time.perf_counter() - started
+        return taken > longest or (trainer.progress.step >= 4 and taken > usual)
+
+    events = list(trainer.run(enough))
+    if isinstance(events[-1], End) and events[-1].outcome is Outcome.DIVERGED:
+        raise RequestError(f"it diverges at step {events[-1].step + 1}: lower the learning rate (--lr, now {training.lr:g})")
     times = [event.seconds for event in events if isinstance(event, Step)]
-    if len(times) < 4:
-        raise RequestError(f"it diverges within {len(times) + 1} steps: lower the learning rate (--lr, now {training.lr:g})")
-    return _Timed(candidate, model, training, statistics.median(times[2:]))
+    return _Timed(candidate, model, training, statistics.median(times[2:] or times[-1:]))
 
 
 def _evaluations(
@@ -208,6 +229,8 @@ def _evaluations(
 ) -> tuple[float, int]:
     """(seconds of one evaluation, how many tokens it may look at; 0: all), from two short ones."""
     few, more = 2048, 16_384
+    if best.step_seconds > FOR_TIMING * seconds:  # a guess has to do: forward is a third of a step
+        return best.step_seconds, few if fixed_tokens is None else fixed_tokens
     taken = []
     for eval_tokens in (few, more):
         once = dataclasses.replace(best.training, steps=1, eval_interval=1, eval_tokens=eval_tokens, processes=False)
@@ -233,4 +256,4 @@ def _trainer(model: GPTConfig, training: TrainConfig, ids: np.ndarray, tokenizer
 
 def _in_short(timed: _Timed) -> str:
     m, t = timed.model, timed.training
-    return f"n_layer {m.n_layer}, n_embd {m.n_embd}, {t.batch_size} x {m.block_size} tokens"
+    return f"n_layer {m.n_layer}, n_embd {m.n_embd}, {t.batch_size} x {m.block_size} tokens, lr {t.lr:g}"

@@ -41,7 +41,7 @@ from npgpt.generate import generate_text
 from npgpt.gpt import GPT
 from npgpt.kernels.cpu import QUERY_BLOCK
 from npgpt.optim import AdamW, clip_grad_norm, learning_rate
-from npgpt.parallel import ParallelStep, Workers, machine, micro_batches
+from npgpt.parallel import ParallelStep, Workers, machine, micro_batches, physical_memory
 from npgpt.processes import Processes
 from npgpt.tokenizer import CharTokenizer
 
@@ -457,6 +457,14 @@ def estimate_memory(model: GPTConfig, config: TrainConfig) -> int:
     kept = model.n_layer * (8 * c + 2 * masks * c + 3 * d_ff + attention) + (2 + masks) * c + 2 * v
     temporaries = max(3 * d_ff, 2 * model.n_head * model.block_size, 4 * v)
     return int(4 * ((3 + workers) * parameters + workers * rows * model.block_size * (kept + temporaries)))
+
+
+def check_memory(model: GPTConfig, config: TrainConfig) -> None:
+    """Raises RequestError when training would take more memory than the machine has, where that is known: systems promise
+    more than they have, and end the process when it comes to use it."""
+    have = physical_memory()
+    if have is not None and estimate_memory(model, config) > have:
+        raise RequestError(f"this machine has {have / 2**30:.1f} GiB of memory, {memory_advice(model, config)}")
 
 
 def memory_advice(model: GPTConfig, config: TrainConfig) -> str:

@@ -233,6 +233,7 @@ WRONG = {
         ("text.txt --minutes 1 --preset nano", "--minutes.*--preset says it"),
         ("text.txt --minutes 1 --resume", "--minutes.*--resume says it"),
         ("text.txt --minutes 0.0001", "no time for a step.*more --minutes"),
+        ("text.txt --n-embd 65536 --n-layer 90", "this machine has .* GiB of memory, this run needs roughly"),
         ("short.txt --minutes 0.1", "too short"),
         ("text.txt --lr nan", "lr must be"),
         ("text.txt --min-lr 1", "min_lr must not be above lr"),
@@ -337,7 +338,7 @@ WRONG = {
         ("model.npz", "two checkpoints or more"),
         ("model.npz model.npz", "named twice"),
         ("model.npz none.npz", "no such checkpoint"),
-        ("model.npz model.last.npz --text none.txt", "no such file"),
+        ("model.npz model.last.npz --text none.txt", "model.npz: no such file"),
         ("", "required: FILE"),
     ],
     "replay": [
@@ -560,7 +561,7 @@ def test_wrong_requests_as_processes(workshop):
     ("flags", "words"),
     [
         (["--n-embd", "4096"], "lower --n-embd"),
-        (["--batch-size", "20000", "--micro-batch", "20000", "--threads", "1"], "lower --micro-batch first"),
+        (["--batch-size", "200", "--micro-batch", "200", "--threads", "1"], "lower --micro-batch first"),
     ],
 )
 def test_out_of_memory_says_what_to_lower(workshop, flags, words):

@@ -58,6 +58,7 @@ def test_the_best_that_can_be_done_in_the_time_is_chosen(ids, tokenizer):
     assert chosen.training.steps / chosen.training.eval_interval <= 8
     assert chosen.training.warmup_steps <= chosen.training.steps / 10
     assert "n_embd 8" in chosen.reasons[0]
+    assert "with n_layer 1" in chosen.reasons[0]
     longer = in_seconds(60, ids, tokenizer, candidates=(quick, better, never))
     assert longer.training.steps > chosen.training.steps
 
@@ -66,6 +67,12 @@ def test_what_somebody_has_chosen_is_kept(ids, tokenizer):
     fixed = {"n_embd": 24, "n_head": 3, "dropout": 0.35, "lr": 0.5, "eval_interval": 7, "seed": 5, "eval_tokens": 99}
     chosen = in_seconds(1.5, ids, tokenizer, fixed)
     assert (vars(chosen.model) | vars(chosen.training)).items() >= fixed.items()
+    assert "you have chosen part of" in chosen.reasons[0]
+
+
+def test_what_diverges_is_no_plan(ids, tokenizer):
+    with pytest.raises(RequestError, match="diverges at step .: lower the learning rate"):
+        in_seconds(60, ids, tokenizer, {"lr": 1e30, "processes": False}, (Candidate(SMALL, ((1, 3.0),)),))
 
 
 def test_too_little_time_and_too_little_text(ids, tokenizer):

@@ -147,14 +147,19 @@ def compare_command(args: argparse.Namespace) -> int:
     if len(runs) < len(args.ckpt):
         raise RequestError("a checkpoint is named twice")
     first = runs[args.ckpt[0]]
-    path, ids, held_out = _text_of(first, args.text, "name one with --text")
+    try:
+        path, ids, held_out = _text_of(first, args.text, "name one with --text")
+    except RequestError as error:
+        raise RequestError(f"{args.ckpt[0]}: {error}") from None
     judged = ids if held_out is None or not len(held_out) else held_out
     text = first.tokenizer.decode(judged)
     settings = {
         name: vars(run.config) | (vars(run.train_config) if run.train_config else {}) | {"text": run.source}
         for name, run in runs.items()
     }
-    differing = [key for key in settings[args.ckpt[0]] if len({repr(s.get(key)) for s in settings.values()}) > 1]
+    differing = [
+        key for key in settings[args.ckpt[0]] if key != "processes" and len({repr(s.get(key)) for s in settings.values()}) > 1
+    ]
     judged_by = [(run.model, _ids_of(name, run, text)) for name, run in runs.items()]
     with Workers() as workers:
         results = compare(judged_by, workers)

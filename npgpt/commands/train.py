@@ -20,12 +20,26 @@ from npgpt.backend import select
 from npgpt.checkpoint import Checkpoint, CheckpointError, load
 from npgpt.config import PRESETS, GPTConfig, RequestError, TrainConfig, add_flags, given
 from npgpt.data import Dataset, read_ids
+from npgpt.files import lock
 from npgpt.gpt import GPT
 from npgpt.parallel import available_cores, describe_blas
 from npgpt.plan import plan
 from npgpt.terminal import command_parser, duration, failed, progress_bar, say
 from npgpt.tokenizer import CharTokenizer
-from npgpt.train import End, Evaluation, Outcome, Step, Trainer, crash_path, files_of, last_path, log_path, memory_advice
+from npgpt.train import (
+    End,
+    Evaluation,
+    Outcome,
+    Step,
+    Trainer,
+    check_memory,
+    crash_path,
+    files_of,
+    last_path,
+    lock_path,
+    log_path,
+    memory_advice,
+)
 
 
 def train_parser() -> argparse.ArgumentParser:
@@ -53,8 +67,8 @@ def train_parser() -> argparse.ArgumentParser:
         "--minutes",
         type=_minutes,
         metavar="X",
-        help="choose model, batch, learning rate and steps so that the run takes about X minutes in all and learns the most in "
-        "them; settings given beside it are kept",
+        help="choose model, batch, learning rate and steps for a run of about X minutes in all (half a minute or more) that "
+        "learns the most in them; settings given beside it are kept; not with --steps, --preset or --resume",
     )
     add_flags(parser, TrainConfig)
     add_flags(parser, GPTConfig, skip=("vocab_size",))
@@ -108,6 +122,8 @@ def train(args: argparse.Namespace) -> int:
     backend = select(train_config.device)
 
     dataset = Dataset(ids, config.block_size, train_config.batch_size, train_config.val_fraction, train_config.seed)
+    if backend.name == "cpu":
+        check_memory(config, train_config)
     try:
         with _interruptible() as stop_requested:
             model = GPT(config, seed=train_config.seed, backend=backend)
@@ -155,6 +171,11 @@ def _planned(
 ) -> tuple[GPTConfig, TrainConfig]:
     """What to train in the time that was asked for; says why."""
     backend = select(getattr(args, "device", "auto"))
+    if (out := _checkpoint_path(args.out)).exists():
+        with lock(lock_path(out), str(out)):  # not to be found out after minutes
+            pass
+    if args.minutes > 1:  # else it is over in a second
+        say(f"plan    timing what could be trained in {args.minutes:g} minutes")
     chosen = plan(until, ids, tokenizer, backend, fixed)
     say(f"plan    {chosen.reasons[0]}\n        {chosen.reasons[1]}")
     return chosen.model, chosen.training
