@@ -313,6 +313,8 @@ WRONG = {
         ("--ckpt model.npz --window wide", "exact"),
         ("--ckpt model.npz --unknown guess", "error"),
         ("--ckpt model.npz --prompt-file none.txt", "no such file"),
+        ("--ckpt model.npz --threads 0", "threads must be a whole number at least 1"),
+        ("--ckpt model.npz --device tpu", "auto"),
         ("--ckpt model.npz --prompt a --prompt-file text.txt", "not allowed with"),
         ("--ckpt model.npz --prompt 5€ --unknown error", "--unknown skip"),
         ("--ckpt model.npz --seed -1", "seed"),

@@ -8,7 +8,7 @@ import pytest
 from npgpt import RequestError
 from npgpt.backend import CPU
 from npgpt.config import PRESETS, GPTConfig, TrainConfig
-from npgpt.plan import CANDIDATES, Candidate, plan
+from npgpt.plan import CANDIDATES, Candidate, dropout_for, plan
 
 SMALL = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 8, "batch_size": 2}
 
@@ -68,6 +68,12 @@ def test_what_somebody_has_chosen_is_kept(ids, tokenizer):
     chosen = in_seconds(1.5, ids, tokenizer, fixed)
     assert (vars(chosen.model) | vars(chosen.training)).items() >= fixed.items()
     assert "you have chosen part of" in chosen.reasons[0]
+
+
+def test_dropout_grows_with_how_often_a_text_is_read():
+    found = [dropout_for(epochs, 1_000_000) for epochs in (1, 10, 100)]
+    assert found == sorted(set(found))
+    assert dropout_for(10, 1_000_000) == dropout_for(100, 100_000)
 
 
 def test_what_diverges_is_no_plan(ids, tokenizer):
