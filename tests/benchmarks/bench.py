@@ -71,7 +71,7 @@ def training(name, engines, rounds):
     turns = [c for c in contenders if c.engine not in failed]
     for _ in range(rounds):
         for contender in turns:
-            contender.seconds += contender.run(max(1, round(0.5 / statistics.median(contender.seconds or [0.5]))))
+            contender.seconds += contender.run(max(3, round(0.5 / statistics.median(contender.seconds or [0.5]))))
     for contender in contenders:
         contender.close()
     workload = (WORKLOADS | ON_A_GPU)[name]
