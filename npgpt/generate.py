@@ -102,6 +102,7 @@ class _NextLogits:
     def __init__(self, model: GPT, window: str, threads: int) -> None:
         self._model, self._window, self._threads = model, window, threads
         self._cache: KVCache | None = None
+        self._decode: Decoder | None = None  # with that cache, on a CPU
 
     def keep(self, rows: list[int]) -> None:
         """Go on with these texts alone."""
@@ -114,8 +115,8 @@ class _NextLogits:
         with blas_threads(self._threads), np.errstate(over="ignore", invalid="ignore"):  # told below
             if self._cache is None or self._cache.length == self._model.config.block_size:
                 last = self._look_anew(texts)
-            elif self._model.backend.name == "cpu":
-                last = Decoder(self._model, self._cache)(np.array([ids[-1] for ids in texts]))
+            elif self._decode:
+                last = self._decode(np.array([ids[-1] for ids in texts]))
             else:
                 last = self._model(np.array([ids[-1:] for ids in texts]), cache=self._cache)[0].numpy()[:, 0]
         last = last.astype(np.float64)
@@ -134,6 +135,7 @@ class _NextLogits:
             windows = windows[:1]
         # Exact beyond block_size: the next token would need every key at another position.
         self._cache = None if beyond and self._window == "exact" else KVCache(self._model, len(windows))
+        self._decode = Decoder(self._model, self._cache) if self._cache and self._model.backend.name == "cpu" else None
         logits, _ = self._model(np.array(windows), cache=self._cache, last=True)
         rows = [0] * len(texts) if same else list(range(len(texts)))
         if self._cache and same:
