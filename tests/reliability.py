@@ -109,12 +109,17 @@ def logged_step(log):
     return max([0] + [e["step"] for e in map(json.loads, lines) if e["event"] == "evaluation"])
 
 
+def again(out):
+    return ["--resume"] if last_path(out).exists() else []
+
+
 def kills(folder, n, seed=0):
-    """R1: `kill -9` at random moments of a run that saves at every step, and on from there."""
+    """R1: `kill -9` at random moments of a run that saves at every step, and on from there; every third with worker
+    processes."""
     tally, rng = Tally(), random.Random(seed)
     out, reached = folder / "model.npz", 0
     for i in range(n):
-        process = start_training(folder, *(["--resume"] if last_path(out).exists() else []))
+        process = start_training(folder, *again(out), *["--processes"] * (i % 3 == 0))
         for _ in range(5 if i % 2 else 1):  # half the kills come once training is under way
             if not process.stderr.readline():
                 raise RuntimeError(f"training ended by itself: status {process.wait()}")
@@ -148,12 +153,12 @@ def kills(folder, n, seed=0):
 
 
 def signals(folder, n, seed=0):
-    """R8: SIGINT and SIGTERM by turns at random moments; a second signal in every fifth."""
+    """R8: SIGINT and SIGTERM by turns at random moments; a second signal in every fifth, worker processes in every third."""
     tally, rng = Tally(), random.Random(seed)
     out = folder / "model.npz"
     for i in range(n):
         number, status = [(signal.SIGINT, 130), (signal.SIGTERM, 143)][i % 2]
-        process = start_training(folder, *(["--resume"] if last_path(out).exists() else []))
+        process = start_training(folder, *again(out), *["--processes"] * (i % 3 == 0))
         for _ in range(4):  # the banner: training has begun
             process.stderr.readline()
         time.sleep(rng.uniform(0, 0.2))
