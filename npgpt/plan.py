@@ -98,7 +98,8 @@ def plan(
     `time.perf_counter`. `fixed` are settings somebody has chosen already. Raises RequestError when there is no time for a
     step, or no candidate goes with the text and what is fixed."""
     seconds = until - time.perf_counter()
-    if "processes" not in fixed:
+    processes = fixed.get("processes")
+    if processes is None:
         fixed = {**fixed, "processes": seconds > SECONDS_FOR_PROCESSES}  # as the run itself will do
     sample = ids[:LONGEST_TIMED]
     choices: list[tuple[float, _Timed]] = []
@@ -145,7 +146,7 @@ def plan(
         )
     training = dataclasses.replace(
         best.training,
-        processes=None if fixed["processes"] == (seconds > SECONDS_FOR_PROCESSES) else fixed["processes"],
+        processes=processes,
         steps=steps,
         warmup_steps=fixed.get("warmup_steps", min(100, steps // 10)),
         eval_interval=interval,

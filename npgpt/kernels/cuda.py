@@ -49,16 +49,15 @@ class CudaLaunch:
 
     def __init__(self, cupy: Any) -> None:
         self._cupy = cupy
-        self._kernel = functools.cache(self._compile)
+        self._kernel, self._module = functools.cache(self._find), functools.cache(self._compile)
 
     def __call__(self, name: str, dtype: str, grid: tuple[int, int], threads: int, arguments: tuple[Any, ...]) -> None:
         self._kernel(name, dtype)(grid, (threads,), tuple(np.uint64(0) if a is None else a for a in arguments))
 
-    def _compile(self, name: str, dtype: str) -> Any:
+    def _find(self, name: str, dtype: str) -> Any:
         return self._module(dtype).get_function(name)
 
-    @functools.cache  # noqa: B019 (one object a process)
-    def _module(self, dtype: str) -> Any:
+    def _compile(self, dtype: str) -> Any:
         return self._cupy.RawModule(code=source(), options=compiler_options(dtype))
 
 
