@@ -17,14 +17,19 @@ from npgpt.kernels.reference import GELU_CUBIC, GELU_SCALE, Array
 from npgpt.nn import LayerNorm, Linear
 
 EPS = 1e-5  # of layer norms, as in ops.layer_norm
+FEW_ROWS = 32  # up to here a product goes in pieces
+FEW_ROWS_OF_THREADS = 8  # the same where the BLAS has threads, among which it divides no small product
+PIECE = 128  # columns
+SMALL_PRODUCT = 1_000_000  # multiplications, above which OpenBLAS copies its operands
 
 
 class Decoder:
     """logits = decoder(ids): ids (B,), the token that follows what the cache has seen of each sequence -> (B, V)."""
 
-    def __init__(self, model: GPT, cache: KVCache) -> None:
-        """For a model on the CPU, whose weights may change in between."""
+    def __init__(self, model: GPT, cache: KVCache, threads: int = 1) -> None:
+        """For a model on the CPU, whose weights may change in between. threads: the BLAS's, while this is called."""
         self._model, self._cache = model, cache
+        self._few_rows = FEW_ROWS if threads == 1 else FEW_ROWS_OF_THREADS
         config = model.config
         self._mean = np.full(config.n_embd, 1 / config.n_embd, dtype=model.wte.weight.dtype)
         self._scale = model.wte.weight.dtype.type(1 / sqrt(config.n_embd // config.n_head))
@@ -35,7 +40,7 @@ class Decoder:
         at = cache.length
         x = model.wte.weight.data[ids] + model.wpe.weight.data[at]
         for layer, block in enumerate(model.blocks):
-            qkv = _linear(self._norm(x, block.ln_1), block.attn.qkv).reshape(b, 3, heads, c // heads)
+            qkv = self._linear(self._norm(x, block.ln_1), block.attn.qkv).reshape(b, 3, heads, c // heads)
             keys, values = cache.room[layer]
             keys[:, :, at], values[:, :, at] = qkv[:, 1], qkv[:, 2]
             q = (qkv[:, 0] * self._scale)[..., None]
@@ -45,13 +50,19 @@ class Decoder:
             total = e.sum(axis=2)
             y = (e.swapaxes(2, 3) @ values[:, :, : at + 1])[:, :, 0]
             y /= total
-            x += _linear(y.reshape(b, c), block.attn.out)
-            hidden = _linear(self._norm(x, block.ln_2), block.mlp.fc)
+            x += self._linear(y.reshape(b, c), block.attn.out)
+            hidden = self._linear(self._norm(x, block.ln_2), block.mlp.fc)
             hidden = _gelu(hidden) if config.activation == "gelu" else np.maximum(hidden, 0, out=hidden)
-            x += _linear(hidden, block.mlp.proj)
+            x += self._linear(hidden, block.mlp.proj)
         cache.length += 1
         x = self._norm(x, model.ln_f)
-        return x @ model.wte.weight.data.T if config.tie_weights else _linear(x, model.lm_head)
+        return x @ model.wte.weight.data.T if config.tie_weights else self._linear(x, model.lm_head)
+
+    def _linear(self, x: Array, linear: Linear) -> Array:
+        y = few_rows_product(x, linear.weight.data, self._few_rows)
+        if linear.bias is not None:
+            y += linear.bias.data
+        return y
 
     def _norm(self, x: Array, norm: LayerNorm) -> Array:
         y = x - (x @ self._mean)[:, None]
@@ -63,10 +74,23 @@ class Decoder:
         return y
 
 
-def _linear(x: Array, linear: Linear) -> Array:
-    y = x @ linear.weight.data
-    if linear.bias is not None:
-        y += linear.bias.data
+def few_rows_product(x: Array, weight: Array, few_rows: int = FEW_ROWS) -> Array:
+    """x (B, n) @ weight (n, m), for 2 to `few_rows` rows in pieces small enough that OpenBLAS, with its AVX-512 kernels,
+    reads the weights where they are. Of a larger product it copies them into another order first, which takes longer
+    than all the rest; so a token of each of four sequences takes hardly longer than that of one."""
+    (rows, n), m = x.shape, weight.shape[1]
+    if not 1 < rows <= few_rows or m % PIECE:
+        return x @ weight
+
+    def pieces(a: Array) -> Array:
+        """(k, m) -> (m / PIECE, k, PIECE)."""
+        return a.reshape(len(a), m // PIECE, PIECE).swapaxes(0, 1)
+
+    y = np.zeros((rows, m), dtype=x.dtype)
+    out, parts = pieces(y), -(-rows * n * PIECE // SMALL_PRODUCT)
+    for i in range(parts):
+        at = slice(n * i // parts, n * (i + 1) // parts)
+        out += x[:, at] @ pieces(weight[at])
     return y
 
 

@@ -135,7 +135,8 @@ class _NextLogits:
             windows = windows[:1]
         # Exact beyond block_size: the next token would need every key at another position.
         self._cache = None if beyond and self._window == "exact" else KVCache(self._model, len(windows))
-        self._decode = Decoder(self._model, self._cache) if self._cache and self._model.backend.name == "cpu" else None
+        on_cpu = self._model.backend.name == "cpu"
+        self._decode = Decoder(self._model, self._cache, self._threads) if self._cache and on_cpu else None
         logits, _ = self._model(np.array(windows), cache=self._cache, last=True)
         rows = [0] * len(texts) if same else list(range(len(texts)))
         if self._cache and same:

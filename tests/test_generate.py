@@ -5,7 +5,7 @@ import pytest
 from threadpoolctl import threadpool_info
 
 from npgpt import GPT, CharTokenizer, GenerateConfig, GPTConfig, RequestError, generate, ops
-from npgpt.decode import Decoder
+from npgpt.decode import Decoder, few_rows_product
 from npgpt.generate import Drawing, Token, generate_text, generate_texts, sample_ids
 from npgpt.gpt import KVCache
 from npgpt.tensor import no_grad
@@ -131,6 +131,14 @@ def test_cached_and_uncached_logits_agree(options):
             assert cache.length == 12
         with pytest.raises(ValueError, match="12 - 12 in the cache"):
             model(ids[:, :1], cache=cache)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 16, 32, 33])
+@pytest.mark.parametrize("shape", [(64, 128), (1537, 384), (1024, 256), (40, 130)])
+def test_products_in_pieces(rng, rows, shape):
+    """Of any number of rows, columns that are a multiple of a piece or not, one part of the sum or several."""
+    x, weight = rng.standard_normal((rows, shape[0])), rng.standard_normal(shape)
+    np.testing.assert_allclose(few_rows_product(x, weight), x @ weight, rtol=0, atol=1e-10)
 
 
 def test_the_last_position_alone_is_as_among_the_others(model, rng):
