@@ -10,7 +10,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "npgpt" / "__init__.py").re
 
 # Where NVIDIA has its compiler for.
 WITH_NVRTC = "platform_system != 'Darwin' and platform_machine in 'x86_64 AMD64 aarch64'"
-TEST = ["pytest>=8", "hypothesis>=6", "pytest-timeout>=2", "pytest-xdist>=3"]
+TEST = ["pytest>=8", "hypothesis>=6", "pytest-timeout>=2", "pytest-xdist>=3", "ml_dtypes>=0.5"]
 
 setup(
     name="npgpt",
@@ -24,8 +24,8 @@ setup(
     package_data={"npgpt": ["py.typed", "kernels/*.cu"]},
     install_requires=["numpy>=2.0", "threadpoolctl>=3", "tqdm>=4.60"],
     extras_require={
-        "cuda12": ["cupy-cuda12x[ctk]>=14"],
-        "cuda13": ["cupy-cuda13x[ctk]>=14"],
+        "cuda12": ["cupy-cuda12x[ctk]>=14", "ml_dtypes>=0.5"],
+        "cuda13": ["cupy-cuda13x[ctk]>=14", "ml_dtypes>=0.5"],
         "nvrtc": [f"nvidia-cuda-nvrtc>=13; {WITH_NVRTC}"],
         "plot": ["matplotlib>=3.7"],
         "test": TEST,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import enum
 import importlib.util
-import os
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ import numpy as np
 
 from npgpt.kernels.cpu import CpuKernels
 from npgpt.kernels.cuda import CudaKernels, CudaLaunch, Key
+from npgpt.kernels.products import CublasGemm
 from npgpt.kernels.reference import Array, Kernels
 
 
@@ -118,13 +118,24 @@ def select(name: str = "auto") -> Backend:
     raise ValueError(f"device must be 'auto', 'cpu' or 'cuda', got {name!r}")
 
 
-def allow_tf32() -> None:
-    """Let this process's matrix products on GPUs round float32 operands to TF32. To be called before the first one."""
-    import cupy
+def bfloat16() -> np.dtype:
+    """The dtype: a float's range with 8 bits of precision. Raises DeviceError when the package that has it is missing."""
+    try:
+        import ml_dtypes
+    except ImportError:
+        raise DeviceError(f"bfloat16 needs ml_dtypes; install it with: {sys.executable} -m pip install ml_dtypes") from None
+    return np.dtype(ml_dtypes.bfloat16)
 
-    os.environ["CUPY_TF32"] = "1"  # CuPy looks at it for the products of two matrices
-    cublas = cupy.cuda.cublas  # and those of many are asked for by the library's mode
-    cublas.setMathMode(cupy.cuda.device.get_cublas_handle(), cublas.CUBLAS_TF32_TENSOR_OP_MATH)
+
+def is_float(dtype: np.dtype) -> bool:
+    """Whether a gradient can be held in it."""
+    return dtype.kind == "f" or dtype.name == "bfloat16"  # which NumPy does not know
+
+
+def use_tf32(backend: Backend, yes: bool) -> None:
+    """Whether matrix products on a GPU round float32 operands to TF32."""
+    if isinstance(backend.kernels, CudaKernels):
+        backend.kernels.gemm.tf32 = yes
 
 
 def to_numpy(array: Array) -> np.ndarray:
@@ -156,5 +167,5 @@ def _cuda() -> Backend:
     import cupy
 
     if cupy.ndarray not in _backends:
-        _backends[cupy.ndarray] = Backend("cuda", cupy, CudaKernels(cupy, CudaLaunch(cupy)))
+        _backends[cupy.ndarray] = Backend("cuda", cupy, CudaKernels(cupy, CudaLaunch(cupy), CublasGemm(cupy)))
     return _backends[cupy.ndarray]

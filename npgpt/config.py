@@ -128,6 +128,7 @@ class TrainConfig(Settings):
     micro_batch: int | None = setting(None, "windows a worker takes at a time (default: about 1024 tokens)", at_least=1)
     device: str = setting("auto", "where to compute", choices=("auto", "cpu", "cuda"))
     tf32: bool = setting(False, "on a GPU: matrix products with 10 bits of mantissa instead of 23, several times as fast")
+    bf16: bool = setting(False, "on a GPU: activations in bfloat16, half the memory and faster still; weights stay float32")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from npgpt.backend import Stream, generator
+from npgpt.backend import Backend, Stream, backend_of, generator
 from npgpt.config import RequestError
+from npgpt.kernels.reference import Array
 from npgpt.tokenizer import CharTokenizer
 
 SPLITS = ("train", "val")
@@ -129,6 +130,11 @@ class Dataset:
                 f"needs {block_size + 1}; use a longer text or a smaller block_size"
             )
         self._drawn = dict.fromkeys(SPLITS, 0)
+        self._ids: dict[str, Array] = {"train": self.train, "val": self.val}  # that batches are gathered from
+
+    def move_to(self, backend: Backend) -> None:
+        """Hold the ids on a device too, where from now on batches are gathered, and stay."""
+        self._ids = {name: backend.asarray(self.ids_of(name)) for name in SPLITS}
 
     def ids_of(self, name: str) -> np.ndarray:
         """The ids of "train" or "val"."""
@@ -136,7 +142,7 @@ class Dataset:
             raise ValueError(f"split must be 'train' or 'val', got {name!r}")
         return self.train if name == "train" else self.val
 
-    def get_batch(self, split: str, k: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def get_batch(self, split: str, k: int | None = None) -> tuple[Array, Array]:
         """x and y, integers of shape (batch_size, block_size): x is tokens t .. t + block_size - 1 at a random
         t for each row, y the tokens one further.
 
@@ -152,7 +158,7 @@ class Dataset:
             self._drawn[split] += 1
         rng = generator(self.seed, Stream.BATCH, SPLITS.index(split), k)
         starts = rng.integers(0, len(ids) - self.block_size, size=self.batch_size)
-        return windows_at(ids, starts, self.block_size)
+        return windows_at(self._ids[split], starts, self.block_size)
 
     def fingerprint(self) -> str:
         """See the function of this name."""
@@ -180,7 +186,8 @@ def window_starts(n_ids: int, block_size: int, max_tokens: int | None = None) ->
     return np.arange(min(n, kept), dtype=np.int64) * n // kept * block_size
 
 
-def windows_at(ids: np.ndarray, starts: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """x and y of shape (len(starts), block_size): the tokens from each start on, and those one further."""
-    rows = ids[starts[:, None] + np.arange(block_size + 1)].astype(np.int64)
+def windows_at(ids: Array, starts: np.ndarray, block_size: int) -> tuple[Array, Array]:
+    """x and y of shape (len(starts), block_size), where ids are: the tokens from each start on, and those one further."""
+    backend = backend_of(ids)
+    rows = ids[backend.asarray(starts)[:, None] + backend.xp.arange(block_size + 1)].astype(np.int64)
     return rows[:, :-1], rows[:, 1:]

@@ -19,7 +19,7 @@ from npgpt import ops
 from npgpt.backend import CPU, Backend, Stream, generator
 from npgpt.config import GPTConfig
 from npgpt.kernels.reference import Array
-from npgpt.nn import Dropout, Embedding, LayerNorm, Linear, Module
+from npgpt.nn import Dropout, Embedding, LayerNorm, Linear, Module, Residual
 from npgpt.tensor import Tensor
 
 
@@ -59,7 +59,6 @@ class MultiHeadSelfAttention(Module):
         self.attn_dropout = config.dropout
         self.qkv = Linear(c, 3 * c, config.bias, backend, dtype)
         self.out = Linear(c, c, config.bias, backend, dtype)
-        self.resid_dropout = Dropout(config.dropout)
 
     def __call__(self, x: Tensor, rng: Any, cache: KVCache | None, last: bool) -> Tensor:
         b, t, c = x.shape
@@ -71,7 +70,7 @@ class MultiHeadSelfAttention(Module):
             q = q[:, :, -1:]
         y = ops.causal_attention(q, k, v, self.attn_dropout, rng)
         y = y.transpose(0, 2, 1, 3).reshape(b, y.shape[2], c)  # heads side by side again
-        return self.resid_dropout(self.out(y), rng)
+        return self.out(y)
 
 
 class FeedForward(Module):
@@ -82,10 +81,9 @@ class FeedForward(Module):
         self.fc = Linear(config.n_embd, config.d_ff, config.bias, backend, dtype)
         self.activation = {"gelu": ops.gelu, "relu": ops.relu}[config.activation]
         self.proj = Linear(config.d_ff, config.n_embd, config.bias, backend, dtype)
-        self.dropout = Dropout(config.dropout)
 
-    def __call__(self, x: Tensor, rng: Any) -> Tensor:
-        return self.dropout(self.proj(self.activation(self.fc(x))), rng)
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.proj(self.activation(self.fc(x)))
 
 
 class Block(Module):
@@ -97,10 +95,11 @@ class Block(Module):
         self.attn = MultiHeadSelfAttention(config, layer, backend, dtype)
         self.ln_2 = LayerNorm(config.n_embd, config.bias, backend, dtype)
         self.mlp = FeedForward(config, backend, dtype)
+        self.residual = Residual(config.dropout)
 
     def __call__(self, x: Tensor, rng: Any, cache: KVCache | None, last: bool) -> Tensor:
-        x = (x[:, -1:] if last else x) + self.attn(self.ln_1(x), rng, cache, last)
-        return x + self.mlp(self.ln_2(x), rng)
+        x = self.residual(x[:, -1:] if last else x, self.attn(self.ln_1(x), rng, cache, last), rng)
+        return self.residual(x, self.mlp(self.ln_2(x)), rng)
 
 
 class GPT(Module):
@@ -124,15 +123,22 @@ class GPT(Module):
         self.flatten_parameters()
 
     def __call__(
-        self, ids: Any, targets: Any = None, rng: Any = None, cache: KVCache | None = None, last: bool = False
+        self,
+        ids: Any,
+        targets: Any = None,
+        rng: Any = None,
+        cache: KVCache | None = None,
+        last: bool = False,
+        dtype: Any = None,
     ) -> tuple[Tensor, Tensor | None]:
         """ids (B, T) integers, T <= block_size -> logits (B, T, V) and, with targets (B, T), the mean
         cross-entropy in nats, else None.
 
         `rng` is the generator dropout draws from, `model.backend.generator(...)`; without one there is no
         dropout. With a `cache` the ids are those that follow the ones it has seen. With `last`, logits (B, 1, V) and
-        the loss are of the last position alone, and targets are (B, 1). Raises ValueError when ids has another shape
-        or goes beyond block_size.
+        the loss are of the last position alone, and targets are (B, 1). `dtype` is that of everything between the
+        embeddings and the loss: None, as the weights; on a GPU also bfloat16. Raises ValueError when ids has another
+        shape or goes beyond block_size.
         """
         ids = ids.data if isinstance(ids, Tensor) else ids if hasattr(ids, "ndim") else np.asarray(ids)
         seen = cache.length if cache else 0
@@ -141,6 +147,7 @@ class GPT(Module):
             raise ValueError(f"expected ids of shape (B, T) with 1 <= T <= block_size {room}, got {ids.shape}")
         positions = self.backend.xp.arange(seen, seen + ids.shape[1])
         x = self.dropout(self.wte(ids) + self.wpe(positions), rng)  # (B, T, C)
+        x = x.astype(dtype or x.dtype)
         for layer, block in enumerate(self.blocks):
             # The other positions are of no use once the last block has their keys and values.
             x = block(x, rng, cache, last and layer == len(self.blocks) - 1)

@@ -191,3 +191,13 @@ class Dropout(Module):
 
     def __call__(self, x: Tensor, rng: Any) -> Tensor:
         return ops.dropout(x, self.p, rng)
+
+
+class Residual(Module):
+    """x + dropout(branch) with probability p; see Dropout."""
+
+    def __init__(self, p: float):
+        self.p = p
+
+    def __call__(self, x: Tensor, branch: Tensor, rng: Any) -> Tensor:
+        return ops.residual(x, branch, self.p, rng)

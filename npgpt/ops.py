@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from npgpt.backend import backend_of
+from npgpt.backend import backend_of, is_float
 from npgpt.kernels.reference import Array, Kernels
 from npgpt.tensor import Tensor, record
 
@@ -107,6 +107,18 @@ def dropout(x: Tensor, p: float, rng: Any) -> Tensor:
     return record(y, (x,), lambda dy: (kernels.dropout_backward(dy, saved),))
 
 
+def residual(x: Tensor, branch: Tensor, p: float = 0.0, rng: Any = None) -> Tensor:
+    """x + dropout(branch, p, rng), of one shape: the end of a branch of a transformer."""
+    if x.shape != branch.shape:
+        raise ValueError(f"residual: expected x and branch of one shape, got {x.shape} and {branch.shape}")
+    _check_probability("residual", p)
+    if p == 0 or rng is None:
+        return x + branch
+    kernels = _kernels("residual", x, branch)
+    y, saved = kernels.residual_forward(x.data, branch.data, p, rng)
+    return record(y, (x, branch), lambda dy: kernels.residual_backward(dy, saved))
+
+
 def embedding(weight: Tensor, ids: Any) -> Tensor:
     """Rows of a table: weight (V, C), integer ids (...) in [0, V) -> (..., C).
 
@@ -140,7 +152,7 @@ def cross_entropy(logits: Tensor, targets: Any, reduction: str = "mean") -> Tens
 def _kernels(op: str, *tensors: Tensor) -> Kernels:
     """The kernels of the device the tensors share. Raises TypeError when one is not of a float dtype."""
     for t in tensors:
-        if t.dtype.kind != "f":
+        if not is_float(t.dtype):
             raise TypeError(f"{op}: expected a float tensor, got dtype {t.dtype}")
     return backend_of(*(t.data for t in tensors)).kernels
 

@@ -57,11 +57,12 @@ class AdamW:
         self.exp_avg: Array = first.backend.xp.zeros(n, dtype=first.dtype)
         self.exp_avg_sq: Array = first.backend.xp.zeros(n, dtype=first.dtype)
 
-    def step(self, over: Over = _at_once) -> None:
+    def step(self, over: Over = _at_once, scale: Array | None = None) -> None:
         """Update the parameters from their gradients; one without a gradient stays as it is.
 
         `over(update, n)` calls update(slice) until range(n) is covered; `Workers.over` does it side by side.
-        The result is the same to the bit, since no element depends on another.
+        The result is the same to the bit, since no element depends on another. `scale`, an array of one number on the
+        parameters' device, multiplies the gradients; where it is negative nothing is updated.
         """
         self.steps += 1
         start = 0
@@ -71,13 +72,13 @@ class AdamW:
             if grad is None:
                 continue
             arrays = (data, grad, self.exp_avg[state].reshape(data.shape), self.exp_avg_sq[state].reshape(data.shape))
-            update = functools.partial(self._update, arrays, self.weight_decay if decay else 0.0)
+            update = functools.partial(self._update, arrays, self.weight_decay if decay else 0.0, scale)
             if data.ndim == 1:
                 over(update, data.size)
             else:
                 update(slice(None))
 
-    def _update(self, arrays: tuple[Array, ...], weight_decay: float, at: slice) -> None:
+    def _update(self, arrays: tuple[Array, ...], weight_decay: float, scale: Array | None, at: slice) -> None:
         parameter, grad, exp_avg, exp_avg_sq = (a[at] if a.ndim else a for a in arrays)
         self.parameters[0].backend.kernels.adamw(
             parameter,
@@ -89,6 +90,7 @@ class AdamW:
             betas=self.betas,
             eps=self.eps,
             weight_decay=weight_decay,
+            scale=scale,
         )
 
     def zero_grad(self) -> None:
@@ -130,6 +132,52 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> float:
         for g in gradients:
             g *= max_norm / norm
     return norm
+
+
+class Update:
+    """Clip the gradient to a norm and let AdamW step: update.step(loss). From the first loss or norm on that is no finite
+    number, nothing is changed any more.
+
+    How it went is asked for afterwards, of one step or of several: on a GPU no step has to wait for the one before.
+    """
+
+    def __init__(self, optimizer: AdamW, max_norm: float = math.inf) -> None:
+        """max_norm: see `clip_grad_norm`."""
+        self._optimizer, self._max_norm = optimizer, max_norm
+        self._seen: list[Any] = []  # since `results`: (loss, norm), or an array of the two on the device
+        self._scale: Array | None = None
+        parameters = optimizer.parameters
+        if isinstance(parameters, Parameters) and parameters[0].backend.name != "cpu":
+            self._scale = parameters[0].backend.xp.ones((), dtype=parameters[0].dtype)
+
+    def step(self, loss: Any, over: Over = _at_once) -> None:
+        """After a backward pass. loss: a number, or an array of no dimensions; `over` as in `AdamW.step`."""
+        optimizer, parameters = self._optimizer, self._optimizer.parameters
+        if self._scale is not None and isinstance(parameters, Parameters):
+            parameters.check()
+            loss = parameters[0].backend.asarray(loss, dtype=parameters.grad.dtype)
+            self._seen.append(parameters[0].backend.kernels.clip(parameters.grad, loss, self._max_norm, self._scale))
+            optimizer.step(over, self._scale)
+        elif all(_finite(*seen) for seen in self._seen[-1:]):
+            self._seen.append((float(loss), clip_grad_norm(parameters, self._max_norm)))
+            if _finite(*self._seen[-1]):
+                optimizer.step(over)
+
+    def results(self) -> list[tuple[float, float]]:
+        """(loss, the gradient's norm before clipping) of each step since this was last asked, up to the first that is not
+        finite, where the weights were left alone."""
+        seen, self._seen = self._seen, []
+        if self._scale is None or not seen:
+            return seen
+        backend = self._optimizer.parameters[0].backend
+        rows = [(loss, norm) for loss, norm in to_numpy(backend.xp.stack(seen)).tolist()]
+        taken = next((i for i, row in enumerate(rows) if not _finite(*row)), len(rows))
+        self._optimizer.steps -= len(rows) - taken
+        return rows[: taken + 1]
+
+
+def _finite(loss: float, norm: float) -> bool:
+    return math.isfinite(loss) and math.isfinite(norm)
 
 
 def _pieces(parameters: list[Tensor]) -> list[tuple[Array, Array | None, bool]]:

@@ -28,6 +28,7 @@ from threadpoolctl import ThreadpoolController
 from npgpt.backend import Stream
 from npgpt.gpt import GPT
 from npgpt.kernels.cpu import BLOCK
+from npgpt.kernels.reference import Array
 from npgpt.watch import NonFiniteError, detect_anomaly
 
 Item = TypeVar("Item")
@@ -171,22 +172,24 @@ class Helpers(Protocol):
 class ParallelStep:
     """Forward and backward of a batch over workers: loss = step(x, y, seed, number)."""
 
-    def __init__(self, model: GPT, workers: Workers, micro_batch: int | None = None) -> None:
-        """micro_batch: sequences in a micro-batch; None chooses by the number of tokens (on a GPU: all)."""
+    def __init__(self, model: GPT, workers: Workers, micro_batch: int | None = None, dtype: Any = None) -> None:
+        """micro_batch: sequences in a micro-batch; None chooses by the number of tokens (on a GPU: all). dtype: of the
+        activations, see GPT; with workers beside this thread they are as the weights."""
         keep_freed_memory()
-        self.model, self.workers, self.micro_batch = model, workers, micro_batch
+        self.model, self.workers, self.micro_batch, self.dtype = model, workers, micro_batch, dtype
         self._helpers: Helpers | None = None
         # The first worker uses the model itself; the others, where they are threads, models that look at the same weights.
         self._models = [model]
 
-    def __call__(self, x: np.ndarray, y: np.ndarray, seed: int, number: int) -> float:
+    def __call__(self, x: Array, y: Array, seed: int, number: int) -> Any:
         """The batch's mean loss; its gradient is then in the model's parameters. Dropout in micro-batch i is a
-        function of (seed, number, i)."""
+        function of (seed, number, i). On a GPU the loss is an array of no dimensions: float(loss) waits until it is
+        computed."""
         pieces = list(enumerate(self._pieces(x)))
         shares = [pieces[worker :: self.workers.threads] for worker in range(min(self.workers.threads, len(pieces)))]
 
         def work(worker: int) -> float:
-            return forward_backward_of(self._models[worker], x, y, shares[worker], seed, number)
+            return forward_backward_of(self._models[worker], x, y, shares[worker], seed, number, self.dtype)
 
         losses = self._with_helpers(x, y, shares, seed, number) if self._helpers and len(shares) > 1 else None
         if losses is None:
@@ -257,7 +260,7 @@ class ParallelStep:
         try:
             with detect_anomaly():
                 for i, piece in enumerate(self._pieces(x)):
-                    _forward_backward(self.model, x, y, piece, seed, number, i)
+                    _forward_backward(self.model, x, y, piece, seed, number, i, self.dtype)
         except NonFiniteError as error:
             leaf = names.get(id(error.leaf))
             return f"{error}" + (f", at or just after {leaf}" if leaf else "")
@@ -274,21 +277,21 @@ class ParallelStep:
         return micro_batches(rows, tokens, self.micro_batch if on_cpu else self.micro_batch or rows)
 
 
-def forward_backward_of(model: GPT, x: np.ndarray, y: np.ndarray, share: Share, seed: int, number: int) -> float:
+def forward_backward_of(model: GPT, x: Array, y: Array, share: Share, seed: int, number: int, dtype: Any = None) -> Any:
     """Put the gradient of some micro-batches of step `number` into the model; returns their share of the loss."""
     model.zero_grad()
-    return sum(_forward_backward(model, x, y, piece, seed, number, i) for i, piece in share)
+    return sum(_forward_backward(model, x, y, piece, seed, number, i, dtype) for i, piece in share)
 
 
-def _forward_backward(model: GPT, x: np.ndarray, y: np.ndarray, piece: slice, seed: int, number: int, i: int) -> float:
+def _forward_backward(model: GPT, x: Array, y: Array, piece: slice, seed: int, number: int, i: int, dtype: Any) -> Any:
     """Add the gradient of micro-batch i, weighted by its share of the batch; returns its share of the loss."""
     rng = model.backend.generator(seed, Stream.DROPOUT, number, i)
     with np.errstate(over="ignore", invalid="ignore"):  # a loss that is no number says it itself
-        _, loss = model(x[piece], y[piece], rng)
+        _, loss = model(x[piece], y[piece], rng, dtype=dtype)
         assert loss is not None  # there are targets
         share = (piece.stop - piece.start) / len(x)
         loss.backward(model.backend.xp.asarray(share, dtype=loss.dtype))
-    return share * loss.item()
+    return share * (loss.item() if model.backend.name == "cpu" else loss.data)
 
 
 def micro_batches(rows: int, tokens_in_row: int, size: int | None = None) -> list[slice]:

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from npgpt.backend import Backend, backend_of, to_numpy
+from npgpt.backend import Backend, backend_of, is_float, to_numpy
 from npgpt.kernels.reference import Array
 
 Scalar = int | float
@@ -150,7 +150,7 @@ class Tensor:
                 data = data.astype(np.float32)
         elif isinstance(data, np.generic):
             data = np.asarray(data)
-        if requires_grad and data.dtype.kind != "f":
+        if requires_grad and not is_float(data.dtype):
             raise TypeError(f"only a float tensor can require a gradient, got dtype {data.dtype}")
         self.data: Array = data
         self.grad: Array | None = None
@@ -344,6 +344,15 @@ class Tensor:
         return total / (self.size // max(total.size, 1))
 
     # ---------------------------------------------------------------- shape
+
+    def astype(self, dtype: Any) -> Tensor:
+        """The values rounded to another float dtype; the gradient comes back in this one."""
+        if self.dtype == dtype:
+            return self
+        if not is_float(np.dtype(dtype)):
+            raise TypeError(f"astype: expected a float dtype, got {np.dtype(dtype)}")
+        before = self.dtype
+        return record(self.data.astype(dtype), (self,), lambda dy: (dy.astype(before),))
 
     def reshape(self, *shape: Any) -> Tensor:
         before = self.shape

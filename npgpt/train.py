@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from npgpt import checkpoint
-from npgpt.backend import allow_tf32
+from npgpt.backend import bfloat16, to_numpy, use_tf32
 from npgpt.checkpoint import Checkpoint
 from npgpt.config import GenerateConfig, GPTConfig, RequestError, TrainConfig
 from npgpt.data import Dataset
@@ -40,13 +40,14 @@ from npgpt.files import copy_whole, lock, remove_leftovers, whole_file
 from npgpt.generate import generate_text
 from npgpt.gpt import GPT
 from npgpt.kernels.cpu import QUERY_BLOCK
-from npgpt.optim import AdamW, clip_grad_norm, learning_rate
+from npgpt.optim import AdamW, Update, learning_rate
 from npgpt.parallel import ParallelStep, Workers, machine, micro_batches, physical_memory
 from npgpt.processes import Processes
 from npgpt.tokenizer import CharTokenizer
 
 STEPS_BEFORE_PROCESSES = 10  # by then it is known how long a step takes
 SECONDS_FOR_PROCESSES = 10.0  # to come, for starting them to pay
+STEPS_IN_A_ROW = 10  # at most, on a GPU, before the losses are asked for
 LONGEST_HISTORY = 10_000  # evaluations a checkpoint remembers; the log has all of them
 
 
@@ -130,17 +131,28 @@ class Trainer:
                 raise RequestError(
                     f"the dataset's {name} is {getattr(dataset, name)}, the run's is {expected}; they must agree"
                 )
+        if int(dataset.ids.max(initial=0)) >= model.config.vocab_size:
+            raise RequestError(
+                f"the dataset's ids go up to {dataset.ids.max()}, the model knows 0..{model.config.vocab_size - 1}; "
+                "encode the text with the model's own tokenizer"
+            )
         self.progress = Progress()
         self._started = time.perf_counter()
         self._own = False  # whether the files at `out` are of this run
-        device = model.backend.name
-        self._workers = Workers(config.threads if device == "cpu" else 1)
-        if device == "cuda" and config.tf32:
-            allow_tf32()
-            device = "cuda, TF32"
+        device, self._on_cpu, dtype = model.backend.name, model.backend.name == "cpu", None
+        self._workers = Workers(config.threads if self._on_cpu else 1)
+        if config.bf16:
+            if self._on_cpu:
+                raise RequestError("bf16 needs a GPU, and this run is on the CPU; leave it out")
+            device, dtype = f"{device}, bfloat16", bfloat16()
+        if not self._on_cpu:
+            use_tf32(model.backend, config.tf32)
+            device += ", TF32" if config.tf32 else ""
+            dataset.move_to(model.backend)
         self.machine = machine(device, self._workers.threads)
-        self._forward_backward = ParallelStep(model, self._workers, config.micro_batch)
+        self._forward_backward = ParallelStep(model, self._workers, config.micro_batch, dtype)
         self.optimizer = AdamW(model.parameters(), config.lr, (config.beta1, config.beta2), weight_decay=config.weight_decay)
+        self._update = Update(self.optimizer, config.grad_clip or math.inf)
 
     def resume(self, last: Checkpoint, elsewhere: bool = False) -> list[str]:
         """Continue where `last` (loaded with its optimiser) stopped. Returns what is different about the machine, and
@@ -154,8 +166,9 @@ class Trainer:
         if last.optimizer_state is None or last.train_config is None:
             raise RequestError("this checkpoint holds no training state to resume from; start a new run")
         differing = _differences(last.config, self.model.config)
-        free = ("steps", "eval_interval", "patience", "log_interval", "sample_tokens", "threads", "processes", "device", "tf32")
-        differing += _differences(last.train_config, self.config, ignore=free)
+        of_the_run = ("steps", "eval_interval", "patience", "log_interval", "sample_tokens")
+        of_the_machine = ("threads", "processes", "device", "tf32", "bf16")
+        differing += _differences(last.train_config, self.config, ignore=of_the_run + of_the_machine)
         if last.tokenizer != self.tokenizer or last.fingerprint != self.fingerprint:
             where = f" ({last.source}, as it was then)" if last.source else ""
             differing.insert(0, f"the text is not the one it was trained on{where}")
@@ -209,7 +222,7 @@ class Trainer:
 
     def _crash(self) -> str:
         """Find out why the next step's loss or gradient is not finite, and write what is needed to repeat it."""
-        x, y = self.dataset.get_batch("train", self.progress.step)
+        x, y = (to_numpy(ids) for ids in self.dataset.get_batch("train", self.progress.step))
         reason = self._forward_backward.diagnose(x, y, self.config.seed, self.progress.step)
         if self.out:
             try:
@@ -224,14 +237,16 @@ class Trainer:
         seconds: list[float] = []
         while p.step < config.steps:
             self._use_processes(seconds)
-            step = self._step()
-            if len(seconds) <= STEPS_BEFORE_PROCESSES:
-                seconds.append(step.seconds)
-            if not (math.isfinite(step.loss) and math.isfinite(step.grad_norm)):
-                return Outcome.DIVERGED  # the weights were left alone
-            if p.step % config.log_interval == 0:
-                self._log("step", dataclasses.asdict(step))
-            yield step
+            to_evaluation = config.eval_interval - p.step % config.eval_interval
+            n = 1 if self._on_cpu else min(STEPS_IN_A_ROW, to_evaluation, config.steps - p.step)
+            for step in self._take(n):
+                if len(seconds) <= STEPS_BEFORE_PROCESSES:
+                    seconds.append(step.seconds)
+                if not (math.isfinite(step.loss) and math.isfinite(step.grad_norm)):
+                    return Outcome.DIVERGED  # the weights were left alone
+                if step.step % config.log_interval == 0:
+                    self._log("step", dataclasses.asdict(step))
+                yield step
             stop = stop_requested()
             if p.step % config.eval_interval == 0 or p.step == config.steps:
                 evaluation = self._evaluate()
@@ -260,28 +275,36 @@ class Trainer:
             except OSError as error:
                 warnings.warn(f"no worker processes ({error}); going on with threads", RuntimeWarning, stacklevel=2)
 
-    def _step(self) -> Step:
-        """One step: batch, forward, backward, clip, update. A loss or gradient that is not finite updates nothing."""
+    def _take(self, n: int) -> list[Step]:
+        """The next n steps: batch, forward, backward, clip, update. They end with the first whose loss or gradient is not
+        finite, which has updated nothing."""
         started = time.perf_counter()
         p, config = self.progress, self.config
         assert config.min_lr is not None  # filled in by TrainConfig
-        x, y = self.dataset.get_batch("train", p.step)
-        loss = self._forward_backward(x, y, config.seed, p.step)
-        grad_norm = clip_grad_norm(self.model.parameters(), config.grad_clip or math.inf)
-        self.optimizer.lr = learning_rate(
-            p.step,
-            steps=config.steps,
-            lr=config.lr,
-            min_lr=config.min_lr,
-            warmup_steps=config.warmup_steps,
-            schedule=config.schedule,
-        )
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            self.optimizer.step(self._workers.over)
-            p.step += 1
-            p.loss_sum += loss
-            p.loss_count += 1
-        return Step(p.step, loss, grad_norm, self.optimizer.lr, x.size, time.perf_counter() - started)
+        rates = []
+        for number in range(p.step, p.step + n):
+            x, y = self.dataset.get_batch("train", number)
+            loss = self._forward_backward(x, y, config.seed, number)
+            self.optimizer.lr = learning_rate(
+                number,
+                steps=config.steps,
+                lr=config.lr,
+                min_lr=config.min_lr,
+                warmup_steps=config.warmup_steps,
+                schedule=config.schedule,
+            )
+            rates.append(self.optimizer.lr)
+            self._update.step(loss, self._workers.over)
+        results = self._update.results()
+        seconds = (time.perf_counter() - started) / n
+        steps = []
+        for (loss, grad_norm), lr in zip(results, rates, strict=False):
+            if math.isfinite(loss) and math.isfinite(grad_norm):
+                p.step += 1
+                p.loss_sum += loss
+                p.loss_count += 1
+            steps.append(Step(p.step, loss, grad_norm, lr, x.size, seconds))
+        return steps
 
     def _evaluate(self) -> Evaluation | None:
         """Exact validation loss, a checkpoint, a sample; None, and nothing written, when the weights or the loss

@@ -7,6 +7,7 @@
 #include <ucontext.h>
 
 #include <cmath>
+#include <cstring>
 #include <functional>
 #include <vector>
 
@@ -17,6 +18,18 @@ using std::tanh;
 
 #define __device__
 #define __global__
+
+static unsigned __float_as_uint(float value) {
+    unsigned bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+static float __uint_as_float(unsigned bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
 
 struct Index {
     unsigned x, y, z;

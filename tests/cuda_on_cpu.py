@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -11,7 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
+from npgpt.backend import bfloat16
 from npgpt.kernels import cuda
+from npgpt.kernels.products import Operand
+
+DTYPES = {"float32": np.dtype(np.float32), "float64": np.dtype(np.float64)}
+if importlib.util.find_spec("ml_dtypes"):
+    DTYPES["bfloat16"] = bfloat16()
 
 COMPILER = shutil.which("g++")
 MISSING = None if COMPILER and sys.platform == "linux" else "g++ on Linux is needed to run the kernels on a CPU"
@@ -58,7 +65,8 @@ def launch(name, dtype, grid, threads, arguments):
     assert len(parameters) == len(arguments), f"{name} takes {parameters}"
     assert 1 <= grid[0] < 2**31
     assert 1 <= grid[1] < 65_536
-    types = {"T": np.dtype(dtype), "A": np.dtype(dtype), "long long": np.dtype(np.int64), "unsigned short": np.dtype(np.uint16)}
+    in_python = {"T": DTYPES[dtype], "A": cuda.ELEMENTS[dtype][2]}
+    types = in_python | {"long long": np.dtype(np.int64), "unsigned short": np.dtype(np.uint16)}
     values = []
     for parameter, argument in zip(parameters, arguments, strict=True):
         kind = parameter.replace("const ", "").strip().rsplit(" ", 1)[0]
@@ -73,3 +81,28 @@ def launch(name, dtype, grid, threads, arguments):
             assert kind in ("long long", "unsigned long long")
             values.append(ctypes.c_longlong(argument))
     getattr(library(dtype), f"run_{name}")(*grid, threads, *values)
+
+
+class Gemm:
+    """As `products.Gemm`: reads and writes memory by the numbers it is given alone, column after column."""
+
+    tf32 = False
+
+    def __call__(self, a: Operand, b: Operand, out: Operand, sizes, count):
+        m, n, k = sizes
+        assert out.array.flags.c_contiguous
+        assert not out.transposed
+        left, right, result = (
+            self._matrices(operand, *shape, count) for operand, shape in ((a, (m, k)), (b, (k, n)), (out, (m, n)))
+        )
+        wide = cuda.ELEMENTS[a.array.dtype.name][2]
+        result[...] = (left.astype(wide) @ right.astype(wide)).astype(result.dtype)
+
+    def _matrices(self, operand, rows, columns, count):
+        stored = (columns, rows) if operand.transposed else (rows, columns)
+        assert stored[0] <= operand.leading, "columns overlap"
+        size = operand.array.itemsize
+        found = np.lib.stride_tricks.as_strided(
+            operand.array, (count, *stored), (operand.stride * size, size, operand.leading * size)
+        )
+        return found.swapaxes(1, 2) if operand.transposed else found

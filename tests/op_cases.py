@@ -120,6 +120,11 @@ CASES: dict[str, Case] = {
     "sum of axes, kept": Case(lambda a: a.sum(axis=(0, -1), keepdims=True) * a, lambda d: [(d.b, *d.lead, d.a)]),
     "mean": Case(lambda a: a.mean() * a, lambda d: [(d.b, d.a)]),
     "mean of an axis": Case(lambda a: a.mean(axis=-1, keepdims=True) * a, _same),
+    "astype": Case(
+        lambda a: (a.astype(np.float64 if a.dtype == np.float32 else np.longdouble) * 2).astype(a.dtype),
+        _same,
+        lambda torch: lambda a: a * 2,
+    ),
     "reshape": Case(lambda a: a.reshape(-1), _same, views=True),
     "transpose": Case(
         lambda a: a.transpose(1, 0, -1), lambda d: [(d.a, d.b, d.c)], lambda torch: lambda a: a.permute(1, 0, 2), views=True
@@ -176,6 +181,12 @@ CASES: dict[str, Case] = {
         lambda x: ops.dropout(x, 0.4, draws()),
         _same,
         lambda torch: lambda x: x * torch.from_numpy(kept(tuple(x.shape), 0.4)).to(x.dtype),
+    ),
+    "residual": Case(lambda x, branch: ops.residual(x, branch), lambda d: _same(d) * 2),
+    "residual with dropout": Case(
+        lambda x, branch: ops.residual(x, branch, 0.4, draws()),
+        lambda d: _same(d) * 2,
+        lambda torch: lambda x, branch: x + branch * torch.from_numpy(kept(tuple(branch.shape), 0.4)).to(branch.dtype),
     ),
     "dropout of everything": Case(lambda x: ops.dropout(x, 1.0, draws()) + x, _same, lambda torch: lambda x: 0 * x + x),
     "embedding": Case(

@@ -41,7 +41,7 @@ def dtype(request):
 @pytest.fixture
 def fast(monkeypatch):
     monkeypatch.setattr(cuda, "THREADS", 64)  # two warps: enough to tell rows apart
-    return CudaKernels(np, cuda_on_cpu.launch)
+    return CudaKernels(np, cuda_on_cpu.launch, cuda_on_cpu.Gemm())
 
 
 def same(fast, name, inputs, dtype, *rest, key=None, size=1.0):
@@ -271,7 +271,7 @@ def test_every_kernel_compiles(architecture, dtype):
 
 # ---------------------------------------------------------------- on a GPU
 
-NUMPY_S_OWN = {"array operand", "array matmul"}  # NumPy's arrays and its generators are the CPU's
+NUMPY_S_OWN = {"array operand", "array matmul", "astype"}  # NumPy's arrays, generators and long doubles are the CPU's
 DRAWN = {name for name in CASES if "dropout" in name}
 
 
@@ -296,7 +296,7 @@ def test_every_operation_on_a_gpu(name, dims, dtype):
 @pytest.mark.gpu
 def test_kernels_on_a_gpu_are_those_run_on_the_cpu(dtype):
     """Dropout included, whose masks are the same numbers."""
-    gpu, cpu = select("cuda"), CudaKernels(np, cuda_on_cpu.launch)
+    gpu, cpu = select("cuda"), CudaKernels(np, cuda_on_cpu.launch, cuda_on_cpu.Gemm())
     x, q = normal(dtype, 33, 65), [normal(dtype, 2, 3, 70, 8) for _ in range(3)]
     for name, inputs, rest in [
         ("dropout", [x], [0.3]),

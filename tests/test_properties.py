@@ -193,7 +193,7 @@ def test_every_operation_has_a_row():
     used |= {name for case in CASES.values() for name in _names(case.fn.__code__)}
     assert {n for n in public if not n.startswith("_")} <= used
 
-    methods = {"exp", "log", "sqrt", "tanh", "sum", "mean", "reshape", "transpose", "swapaxes", "T"}
+    methods = {"exp", "log", "sqrt", "tanh", "sum", "mean", "astype", "reshape", "transpose", "swapaxes", "T"}
     facts = {
         "shape",
         "ndim",

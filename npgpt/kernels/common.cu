@@ -1,7 +1,23 @@
 // What all kernels share: the types, sums over a warp, random numbers. Read first; the other files follow it in one module.
 //
-// A module is compiled for one element type: T is what arrays hold, A what sums are computed in. Scalars come as
-// long long and double. A row of a matrix is the work of one warp (32 threads), unless a kernel says otherwise.
+// A module is compiled for one element type: T is what activations and their gradients are held in, A what is computed in,
+// and what parameters, their gradients and losses are held in. Scalars come as long long and double. A row of a matrix is
+// the work of one warp (32 threads), unless a kernel says otherwise.
+
+// The upper half of a float: its range, with 8 bits of precision. Converting rounds to the nearest, of two to the even one.
+struct bfloat16 {
+    unsigned short bits;
+
+    bfloat16() = default;
+
+    __device__ bfloat16(float value) {
+        unsigned all = __float_as_uint(value);
+        bool nan = (all & 0x7fffffffu) > 0x7f800000u;  // rounding up could make it an infinity
+        bits = (unsigned short)(nan ? all >> 16 | 0x40u : (all + 0x7fffu + (all >> 16 & 1u)) >> 16);
+    }
+
+    __device__ operator float() const { return __uint_as_float((unsigned)bits << 16); }
+};
 
 typedef SCALAR T;
 typedef ACCUMULATOR A;

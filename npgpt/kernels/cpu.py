@@ -239,15 +239,15 @@ class CpuKernels(Kernels):
         betas: tuple[float, float],
         eps: float,
         weight_decay: float,
+        scale: Array | None = None,
     ) -> None:
         """The reference's operations in its order, a block at a time."""
-        if not all(a.flags.c_contiguous for a in (parameter, gradient, exp_avg, exp_avg_sq)):
-            super().adamw(
-                parameter, gradient, exp_avg, exp_avg_sq, step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay
-            )
+        arrays = (parameter, gradient, exp_avg, exp_avg_sq)
+        if scale is not None or not all(a.flags.c_contiguous for a in arrays):
+            super().adamw(*arrays, step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, scale=scale)
             return
         beta1, beta2 = betas
-        p, g, m, v = (a.reshape(-1) for a in (parameter, gradient, exp_avg, exp_avg_sq))
+        p, g, m, v = (a.reshape(-1) for a in arrays)
         scratch, update = np.empty(min(BLOCK, p.size), dtype=p.dtype), np.empty(min(BLOCK, p.size), dtype=p.dtype)
         for s in _blocks(p.size, 1):
             ps, gs, ms, vs = p[s], g[s], m[s], v[s]

@@ -1,8 +1,11 @@
 """The operations on an NVIDIA GPU that pay for a kernel of their own: what is launched, with which arrays.
 
 The kernels are in the `.cu` files beside this one, a family a file; what they compute is defined by reference.py. Here
-is how their arguments come about: layout, dtype, sizes, room for results. What has no kernel, and dtypes other than
-float32 and float64, go to the reference, which runs on CuPy's arrays.
+is how their arguments come about: layout, dtype, sizes, room for results. What has no kernel, and dtypes that are not in
+ELEMENTS, go to the reference, which runs on CuPy's arrays.
+
+Activations may be bfloat16. Parameters, their gradients, losses and whatever is summed up are then float32: a weight is
+rounded where it meets an activation.
 
 `launch` starts a kernel. It is a parameter, so that the same arguments can meet the same sources compiled for a CPU.
 """
@@ -16,12 +19,19 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from npgpt.kernels.products import Gemm, product
 from npgpt.kernels.reference import Array, Kernels, Saved
 
 FILES = ("common.cu", "norm.cu", "elementwise.cu", "softmax.cu", "embedding.cu")
-ELEMENTS = {"float32": ("float", "float"), "float64": ("double", "double")}  # T and A of common.cu
+# T of common.cu, the name of A in C++, and A.
+ELEMENTS: dict[str, tuple[str, str, np.dtype]] = {
+    "float32": ("float", "float", np.dtype(np.float32)),
+    "float64": ("double", "double", np.dtype(np.float64)),
+    "bfloat16": ("bfloat16", "float", np.dtype(np.float32)),
+}
 THREADS = 256  # of a block
 MOST_BLOCKS = 4096  # of an elementwise kernel, whose threads go on to further elements
+MOST_BLOCKS_OF_A_SUM = 256  # whose warps leave a sum each
 CHUNK = 64  # rows added up by a thread, one after the other
 MOST_CHUNKS = 65_535  # the largest second dimension of a grid
 MOST_PARTIAL = 1 << 24  # elements of an embedding's partial sums
@@ -34,7 +44,7 @@ def source() -> str:
 
 def compiler_options(dtype: str) -> tuple[str, ...]:
     """What the compiler is told so that arrays hold `dtype`."""
-    element, accumulator = ELEMENTS[dtype]
+    element, accumulator, _ = ELEMENTS[dtype]
     return ("-std=c++14", f"-DSCALAR={element}", f"-DACCUMULATOR={accumulator}")
 
 
@@ -82,9 +92,46 @@ class Own(tuple[Any, ...]):
 class CudaKernels(Kernels):
     """The reference kernels with faster versions for CuPy's arrays."""
 
-    def __init__(self, xp: Any, launch: Launch) -> None:
+    def __init__(self, xp: Any, launch: Launch, gemm: Gemm) -> None:
         super().__init__(xp)
-        self._launch = launch
+        self._launch, self.gemm = launch, gemm
+
+    def _product(self, a: Array, b: Array, dtype: Any = None) -> Array:
+        return product(self.xp, self.gemm, a, b, dtype)
+
+    # ---------------------------------------------------------------- linear
+
+    def linear_forward(self, x: Array, weight: Array, bias: Array | None) -> tuple[Array, Saved]:
+        if not (_activation(x) and _parameters_of(x, weight, bias)):
+            return super().linear_forward(x, weight, bias)
+        rows, rounded = x.reshape(prod(x.shape[:-1]), x.shape[-1]), weight.astype(x.dtype, copy=False)
+        y = self._product(rows, rounded)
+        if bias is not None and y.size:
+            self._launch(
+                "add_bias", y.dtype.name, _elementwise(y.size), THREADS, (y, self.xp.ascontiguousarray(bias), *y.shape)
+            )
+        return y.reshape(*x.shape[:-1], weight.shape[-1]), Own((rows, rounded, x.shape))
+
+    def linear_backward(
+        self, dy: Array, saved: Saved, needs: tuple[bool, bool, bool] = (True, True, True)
+    ) -> tuple[Array | None, Array | None, Array | None]:
+        if not isinstance(saved, Own):
+            return super().linear_backward(dy, saved, needs)
+        rows, weight, x_shape = saved
+        dy = dy.reshape(len(rows), weight.shape[-1])
+        dx = self._product(dy, weight.T).reshape(x_shape) if needs[0] else None
+        dweight = self._product(rows.T, dy, _parameter_dtype(rows)) if needs[1] else None
+        return dx, dweight, self._column_sums(dy) if needs[2] else None
+
+    def _column_sums(self, x: Array) -> Array:
+        """x (n, c) -> (c,), as parameters are."""
+        x, (n, c) = self.xp.ascontiguousarray(x), x.shape
+        if not x.size:
+            return self.xp.zeros(c, dtype=_parameter_dtype(x))
+        chunk, chunks = _chunks(n)
+        partial = self.xp.empty((chunks, c), dtype=_parameter_dtype(x))
+        self._launch("column_sums", x.dtype.name, (-(-c // THREADS), chunks), THREADS, (x, partial, n, c, chunk))
+        return self._sum_of_rows(partial)
 
     # ---------------------------------------------------------------- dropout
 
@@ -96,7 +143,7 @@ class CudaKernels(Kernels):
         return draws, round(p * 65536)
 
     def dropout_forward(self, x: Array, p: float, rng: Any) -> tuple[Array, Saved]:
-        if not _supported(x):
+        if not _activation(x):
             return super().dropout_forward(x, p, rng)
         drawn = Own(_drawn(p, rng))
         return self._dropout(x, drawn), drawn
@@ -104,58 +151,61 @@ class CudaKernels(Kernels):
     def dropout_backward(self, dy: Array, saved: Saved) -> Array:
         return self._dropout(dy, saved) if isinstance(saved, Own) else super().dropout_backward(dy, saved)
 
-    def _dropout(self, x: Array, drawn: tuple[Any, ...]) -> Array:
+    def residual_forward(self, x: Array, branch: Array, p: float, rng: Any) -> tuple[Array, Saved]:
+        if not _activation(x, branch):
+            return super().residual_forward(x, branch, p, rng)
+        drawn = Own(_drawn(p, rng))
+        return self._dropout(branch, drawn, onto=x), drawn
+
+    def _dropout(self, x: Array, drawn: tuple[Any, ...], onto: Array | None = None) -> Array:
         y = self.xp.empty(x.shape, dtype=x.dtype)
-        x = self.xp.ascontiguousarray(x)
+        x, onto = self.xp.ascontiguousarray(x), None if onto is None else self.xp.ascontiguousarray(onto)
         n, c = _rows_and_columns(y.shape)
         if x.size:
-            self._launch("dropout", x.dtype.name, _elementwise(n * -(-c // 8)), THREADS, (x, y, n, c, *drawn))
+            self._launch("dropout", x.dtype.name, _elementwise(n * -(-c // 8)), THREADS, (x, onto, y, n, c, *drawn))
         return y
 
     # ---------------------------------------------------------------- causal attention
     #
-    # The products are the library's, which wants contiguous operands: of two equal products it is given the one whose
-    # transposed operand is small, (head_dim, T) and not (T, T).
+    # The heads are taken out of the projection's output once, side by side as the products want them.
 
     def causal_attention_forward(
         self, q: Array, k: Array, v: Array, dropout: float = 0.0, rng: Any = None
     ) -> tuple[Array, Saved]:
-        if not (_supported(q, k, v) and q.size):
+        if not (_activation(q, k, v) and q.size):
             return super().causal_attention_forward(q, k, v, dropout, rng)
-        xp = self.xp
-        p = xp.ascontiguousarray(q) @ xp.ascontiguousarray(k.swapaxes(-1, -2))  # scores, then probabilities in their place
+        q, k, v = (self.xp.ascontiguousarray(x) for x in (q, k, v))
+        p = self._product(q, k.swapaxes(-1, -2))  # scores, then probabilities in their place
         kept, drawn = None, (0, 0, 0, 1.0)
         if dropout > 0 and rng is not None:
-            kept = xp.empty_like(p)
+            kept = self.xp.empty_like(p)
             drawn = _drawn(dropout, rng)
         sizes = _attention_sizes(q, k)
         scale = 1 / sqrt(q.shape[-1])
         self._launch("causal_softmax_forward", p.dtype.name, _rows(sizes[0]), THREADS, (p, p, kept, *sizes, scale, *drawn))
         kept = p if kept is None else kept
-        return kept @ xp.ascontiguousarray(v), Own((q, k, v, p, kept, scale, drawn))
+        return self._product(kept, v), Own((q, k, v, p, kept, scale, drawn))
 
     def causal_attention_backward(self, dy: Array, saved: Saved) -> tuple[Array, Array, Array]:
         if not isinstance(saved, Own):
             return super().causal_attention_backward(dy, saved)
         q, k, v, p, kept, scale, drawn = saved
-        xp = self.xp
-        transposed = xp.ascontiguousarray
-        dv = (transposed(dy.swapaxes(-1, -2)) @ kept).swapaxes(-1, -2)
-        ds = xp.ascontiguousarray(dy) @ transposed(v.swapaxes(-1, -2))
+        dy = self.xp.ascontiguousarray(dy)
+        dv = self._product(kept.swapaxes(-1, -2), dy)
+        ds = self._product(dy, v.swapaxes(-1, -2))
         sizes = _attention_sizes(q, k)
         self._launch("causal_softmax_backward", ds.dtype.name, _rows(sizes[0]), THREADS, (ds, p, ds, *sizes, scale, *drawn))
-        dk = (transposed(q.swapaxes(-1, -2)) @ ds).swapaxes(-1, -2)
-        return ds @ xp.ascontiguousarray(k), dk, dv
+        return self._product(ds, k), self._product(ds.swapaxes(-1, -2), q), dv
 
     # ---------------------------------------------------------------- layer norm
 
     def layer_norm_forward(self, x: Array, weight: Array, bias: Array | None, eps: float = 1e-5) -> tuple[Array, Saved]:
-        if not (_supported(x, weight, weight if bias is None else bias) and x.size):
+        if not (_activation(x) and _parameters_of(x, weight, bias) and x.size):
             return super().layer_norm_forward(x, weight, bias, eps)
         x, weight = self.xp.ascontiguousarray(x), self.xp.ascontiguousarray(weight)
         bias = None if bias is None else self.xp.ascontiguousarray(bias)
         n, c = _rows_and_columns(x.shape)
-        y, mean, rstd = self.xp.empty_like(x), *(self.xp.empty(n, dtype=x.dtype) for _ in range(2))
+        y, mean, rstd = self.xp.empty_like(x), *(self.xp.empty(n, dtype=weight.dtype) for _ in range(2))
         self._launch("layer_norm_forward", x.dtype.name, _rows(n), THREADS, (x, weight, bias, y, mean, rstd, n, c, float(eps)))
         return y, Own((x, weight, mean, rstd))
 
@@ -167,9 +217,8 @@ class CudaKernels(Kernels):
         n, c = _rows_and_columns(x.shape)
         dx = self.xp.empty_like(x)
         self._launch("layer_norm_backward", dtype, _rows(n), THREADS, (dy, x, weight, mean, rstd, dx, n, c))
-        chunk = max(CHUNK, -(-n // MOST_CHUNKS))
-        chunks = -(-n // chunk)
-        partial = self.xp.empty((2, chunks, c), dtype=x.dtype)
+        chunk, chunks = _chunks(n)
+        partial = self.xp.empty((2, chunks, c), dtype=weight.dtype)
         arguments = (dy, x, mean, rstd, partial[0], partial[1], n, c, chunk)
         self._launch("layer_norm_backward_weight", dtype, (-(-c // THREADS), chunks), THREADS, arguments)
         return dx, self._sum_of_rows(partial[0]), self._sum_of_rows(partial[1])
@@ -182,7 +231,7 @@ class CudaKernels(Kernels):
     # ---------------------------------------------------------------- GELU
 
     def gelu_forward(self, x: Array) -> tuple[Array, Saved]:
-        if not (_supported(x) and x.size):
+        if not (_activation(x) and x.size):
             return super().gelu_forward(x)
         y = self.xp.empty(x.shape, dtype=x.dtype)
         x = self.xp.ascontiguousarray(x)
@@ -204,10 +253,10 @@ class CudaKernels(Kernels):
         """Tables added up by chunks of rows, then these: no atomic additions, so the same sum every time."""
         (v, c), ids = saved
         n = ids.size
-        if not (_supported(dy) and n and c):
+        if not (_activation(dy) and n and c):
             return super().embedding_backward(dy, saved)
         chunk = max(CHUNK, -(-n * v * c // MOST_PARTIAL), -(-n // MOST_CHUNKS))
-        partial = self.xp.empty((-(-n // chunk), v, c), dtype=dy.dtype)
+        partial = self.xp.empty((-(-n // chunk), v, c), dtype=_parameter_dtype(dy))
         dy, ids = self.xp.ascontiguousarray(dy), self.xp.ascontiguousarray(ids, dtype=np.int64)
         grid = (-(-c // THREADS), len(partial))
         self._launch("embedding_backward", dy.dtype.name, grid, THREADS, (dy, ids, partial, n, c, v, chunk))
@@ -216,10 +265,10 @@ class CudaKernels(Kernels):
     # ---------------------------------------------------------------- cross-entropy
 
     def cross_entropy_forward(self, logits: Array, targets: Array) -> tuple[Array, Saved]:
-        if not (_supported(logits) and logits.size):
+        if not (_activation(logits) and logits.size):
             return super().cross_entropy_forward(logits, targets)
         xp = self.xp
-        losses, largest, log_total = (xp.empty(targets.shape, dtype=logits.dtype) for _ in range(3))
+        losses, largest, log_total = (xp.empty(targets.shape, dtype=_parameter_dtype(logits)) for _ in range(3))
         logits, targets = xp.ascontiguousarray(logits), xp.ascontiguousarray(targets, dtype=np.int64)
         n, v = _rows_and_columns(logits.shape)
         arguments = (logits, targets, losses, largest, log_total, n, v)
@@ -236,7 +285,19 @@ class CudaKernels(Kernels):
         self._launch("cross_entropy_backward", logits.dtype.name, _rows(n), THREADS, arguments)
         return dlogits
 
-    # ---------------------------------------------------------------- AdamW
+    # ---------------------------------------------------------------- clipping, AdamW
+    #
+    # Whether a step may change the weights is decided here and not by the processor, which would have to wait for the loss.
+
+    def clip(self, gradient: Array, loss: Array, max_norm: float, scale: Array) -> Array:
+        if not (_parameters(gradient, loss, scale) and gradient.size and gradient.flags.c_contiguous):
+            return super().clip(gradient, loss, max_norm, scale)
+        dtype, blocks = gradient.dtype, min(MOST_BLOCKS_OF_A_SUM, -(-gradient.size // THREADS))
+        partial, seen = self.xp.empty(blocks * (THREADS // 32), dtype=dtype), self.xp.empty(2, dtype=dtype)
+        self._launch("sum_of_squares", dtype.name, (blocks, 1), THREADS, (gradient, partial, gradient.size))
+        arguments = (partial, partial.size, loss, float(max_norm), scale, seen)
+        self._launch("clip", dtype.name, (1, 1), 32, arguments)
+        return seen
 
     def adamw(
         self,
@@ -250,10 +311,11 @@ class CudaKernels(Kernels):
         betas: tuple[float, float],
         eps: float,
         weight_decay: float,
+        scale: Array | None = None,
     ) -> None:
         arrays = (parameter, gradient, exp_avg, exp_avg_sq)
-        if not (_supported(*arrays) and parameter.size and all(a.flags.c_contiguous for a in arrays)):
-            super().adamw(*arrays, step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        if not (_parameters(*arrays) and parameter.size and all(a.flags.c_contiguous for a in arrays)):
+            super().adamw(*arrays, step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, scale=scale)
             return
         beta1, beta2 = betas
         numbers = (lr, beta1, beta2, 1 - beta1**step, 1 - beta2**step, eps, weight_decay)
@@ -262,12 +324,33 @@ class CudaKernels(Kernels):
             parameter.dtype.name,
             _elementwise(parameter.size),
             THREADS,
-            (*arrays, parameter.size, *map(float, numbers)),
+            (*arrays, scale, parameter.size, *map(float, numbers)),
         )
 
 
-def _supported(*arrays: Array) -> bool:
+def _activation(*arrays: Array) -> bool:
+    """Whether there are kernels for arrays of this one dtype."""
     return all(a.dtype.name in ELEMENTS and a.dtype == arrays[0].dtype for a in arrays)
+
+
+def _parameters(*arrays: Array) -> bool:
+    """Whether there are kernels for parameters of this one dtype."""
+    return _activation(*arrays) and arrays[0].dtype == _parameter_dtype(arrays[0])
+
+
+def _parameters_of(x: Array, *parameters: Array | None) -> bool:
+    """Whether these have the dtype that parameters have beside activations like x."""
+    return all(p is None or p.dtype == _parameter_dtype(x) for p in parameters)
+
+
+def _parameter_dtype(x: Array) -> np.dtype:
+    return ELEMENTS[x.dtype.name][2]
+
+
+def _chunks(n: int) -> tuple[int, int]:
+    """(rows in a chunk, number of chunks) for sums over n rows."""
+    chunk = max(CHUNK, -(-n // MOST_CHUNKS))
+    return chunk, -(-n // chunk)
 
 
 def _rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:

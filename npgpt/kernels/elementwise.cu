@@ -1,7 +1,12 @@
-// Element by element: GELU, dropout, AdamW. The formulas are those of reference.py.
+// Element by element: biases, GELU, dropout, clipping, AdamW. The formulas are those of reference.py.
 
 const double GELU_SCALE = 0.7978845608028654;  // sqrt(2 / pi)
 const double GELU_CUBIC = 0.044715;
+
+// y (n, c) += bias, in place.
+extern "C" __global__ void add_bias(T* y, const A* bias, long long n, long long c) {
+    for (long long i = thread_number(); i < n * c; i += thread_count()) y[i] = (T)((A)y[i] + bias[i % c]);
+}
 
 extern "C" __global__ void gelu_forward(const T* x, T* y, long long n) {
     for (long long i = thread_number(); i < n; i += thread_count()) {
@@ -20,10 +25,10 @@ extern "C" __global__ void gelu_backward(const T* dy, const T* x, T* dx, long lo
     }
 }
 
-// y = x * scale where the draw reaches the threshold, else 0; x and y are (n, c). The way back is the same with dy: the mask
-// is never stored. A thread takes a group of a row.
+// y = x * scale where the draw reaches the threshold, else 0; added to `onto`, unless that is null. All are (n, c). The way
+// back is the same with dy: the mask is never stored. A thread takes a group of a row.
 extern "C" __global__ void dropout(
-    const T* x, T* y, long long n, long long c, unsigned long long key, long long use, long long threshold, double scale) {
+    const T* x, const T* onto, T* y, long long n, long long c, unsigned long long key, long long use, long long threshold, double scale) {
     long long groups = (c + GROUP - 1) / GROUP;
     for (long long i = thread_number(); i < n * groups; i += thread_count()) {
         long long row = i / groups, first = i % groups * GROUP;
@@ -32,7 +37,8 @@ extern "C" __global__ void dropout(
         for (int j = 0; j < GROUP; j++) {
             if (first + j >= c) break;
             long long at = row * c + first + j;
-            y[at] = draws[j] >= threshold ? (T)((A)x[at] * (A)scale) : (T)0;
+            A kept = draws[j] >= threshold ? (A)x[at] * (A)scale : (A)0;
+            y[at] = (T)(onto ? (A)onto[at] + kept : kept);
         }
     }
 }
@@ -49,17 +55,40 @@ extern "C" __global__ void draw(unsigned short* y, long long n, long long c, uns
     }
 }
 
-// correction1 and correction2 are 1 - beta^step.
+// Every warp writes the sum of the squares it has met to its place in partial.
+extern "C" __global__ void sum_of_squares(const A* x, A* partial, long long n) {
+    A sum = 0;
+    for (long long i = thread_number(); i < n; i += thread_count()) sum += x[i] * x[i];
+    sum = warp_sum(sum);
+    if (lane() == 0) partial[row_of_warp()] = sum;
+}
+
+// One warp. From those sums the gradient's norm, and what AdamW is to multiply the gradient by so that it is at most max_norm;
+// where the loss or the norm is no finite number, or once was, that is -1: nothing is to be updated any more. seen becomes
+// (loss, norm).
+extern "C" __global__ void clip(const A* partial, long long n, const A* loss, double max_norm, A* scale, A* seen) {
+    A sum = 0;
+    for (long long i = lane(); i < n; i += WARP) sum += partial[i];
+    A norm = sqrt(warp_sum(sum));
+    if (lane()) return;
+    bool finite = norm - norm == 0 && *loss - *loss == 0;
+    *scale = *scale < 0 || !finite ? (A)-1 : norm > (A)max_norm ? (A)max_norm / norm : (A)1;
+    seen[0] = *loss;
+    seen[1] = norm;
+}
+
+// correction1 and correction2 are 1 - beta^step; scale, unless null, is what the gradient is multiplied by, or negative.
 extern "C" __global__ void adamw(
-    T* parameter, const T* gradient, T* exp_avg, T* exp_avg_sq, long long n, double lr, double beta1, double beta2,
-    double correction1, double correction2, double eps, double weight_decay) {
+    A* parameter, const A* gradient, A* exp_avg, A* exp_avg_sq, const A* scale, long long n, double lr, double beta1,
+    double beta2, double correction1, double correction2, double eps, double weight_decay) {
+    if (scale && *scale < 0) return;
     for (long long i = thread_number(); i < n; i += thread_count()) {
-        A g = (A)gradient[i];
-        A m = (A)beta1 * (A)exp_avg[i] + (A)(1 - beta1) * g;
-        A v = (A)beta2 * (A)exp_avg_sq[i] + (A)(1 - beta2) * g * g;
-        exp_avg[i] = (T)m;
-        exp_avg_sq[i] = (T)v;
+        A g = scale ? gradient[i] * *scale : gradient[i];
+        A m = (A)beta1 * exp_avg[i] + (A)(1 - beta1) * g;
+        A v = (A)beta2 * exp_avg_sq[i] + (A)(1 - beta2) * g * g;
+        exp_avg[i] = m;
+        exp_avg_sq[i] = v;
         A denominator = sqrt(v / (A)correction2) + (A)eps;
-        parameter[i] = (T)((A)parameter[i] * (A)(1 - lr * weight_decay) - (A)(lr / correction1) * m / denominator);
+        parameter[i] = parameter[i] * (A)(1 - lr * weight_decay) - (A)(lr / correction1) * m / denominator;
     }
 }

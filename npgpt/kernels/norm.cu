@@ -1,7 +1,7 @@
 // Layer norm. The formulas are those of layer_norm in reference.py; x, mean and rstd are kept instead of xhat.
 
 extern "C" __global__ void layer_norm_forward(
-    const T* x, const T* weight, const T* bias, T* y, A* mean, A* rstd, long long n, long long c, double eps) {
+    const T* x, const A* weight, const A* bias, T* y, A* mean, A* rstd, long long n, long long c, double eps) {
     long long row = row_of_warp();
     if (row >= n) return;
     x += row * c;
@@ -12,8 +12,8 @@ extern "C" __global__ void layer_norm_forward(
     for (long long i = lane(); i < c; i += WARP) squares += ((A)x[i] - m) * ((A)x[i] - m);
     A r = 1 / sqrt(warp_sum(squares) / (A)c + (A)eps);
     for (long long i = lane(); i < c; i += WARP) {
-        A value = ((A)x[i] - m) * r * (A)weight[i];
-        y[i] = (T)(bias ? value + (A)bias[i] : value);
+        A value = ((A)x[i] - m) * r * weight[i];
+        y[i] = (T)(bias ? value + bias[i] : value);
     }
     if (lane() == 0) {
         mean[row] = m;
@@ -22,7 +22,7 @@ extern "C" __global__ void layer_norm_forward(
 }
 
 extern "C" __global__ void layer_norm_backward(
-    const T* dy, const T* x, const T* weight, const A* mean, const A* rstd, T* dx, long long n, long long c) {
+    const T* dy, const T* x, const A* weight, const A* mean, const A* rstd, T* dx, long long n, long long c) {
     long long row = row_of_warp();
     if (row >= n) return;
     dy += row * c;
@@ -30,14 +30,14 @@ extern "C" __global__ void layer_norm_backward(
     dx += row * c;
     A m = mean[row], r = rstd[row], sum_g = 0, sum_g_xhat = 0;
     for (long long i = lane(); i < c; i += WARP) {
-        A g = (A)dy[i] * (A)weight[i];
+        A g = (A)dy[i] * weight[i];
         sum_g += g;
         sum_g_xhat += g * ((A)x[i] - m) * r;
     }
     A mean_g = warp_sum(sum_g) / (A)c, mean_g_xhat = warp_sum(sum_g_xhat) / (A)c;
     for (long long i = lane(); i < c; i += WARP) {
         A xhat = ((A)x[i] - m) * r;
-        dx[i] = (T)(r * ((A)dy[i] * (A)weight[i] - mean_g - xhat * mean_g_xhat));
+        dx[i] = (T)(r * ((A)dy[i] * weight[i] - mean_g - xhat * mean_g_xhat));
     }
 }
 
@@ -58,11 +58,21 @@ extern "C" __global__ void layer_norm_backward_weight(
     partial_bias[blockIdx.y * c + column] = dbias;
 }
 
+// Sums over chunks of the rows of x (n, c): partial is (chunks, c), a thread a column, blockIdx.y the chunk.
+extern "C" __global__ void column_sums(const T* x, A* partial, long long n, long long c, long long chunk) {
+    long long column = thread_number();
+    if (column >= c) return;
+    long long first = blockIdx.y * chunk, last = first + chunk < n ? first + chunk : n;
+    A sum = 0;
+    for (long long row = first; row < last; row++) sum += (A)x[row * c + column];
+    partial[blockIdx.y * c + column] = sum;
+}
+
 // y[i] = the sum over the rows of x (n, c), from the first to the last; a thread a column.
-extern "C" __global__ void sum_of_rows(const A* x, T* y, long long n, long long c) {
+extern "C" __global__ void sum_of_rows(const A* x, A* y, long long n, long long c) {
     for (long long column = thread_number(); column < c; column += thread_count()) {
         A sum = 0;
         for (long long row = 0; row < n; row++) sum += x[row * c + column];
-        y[column] = (T)sum;
+        y[column] = sum;
     }
 }

@@ -128,6 +128,18 @@ class Kernels:
         scaled_mask = saved
         return dy * scaled_mask
 
+    # The end of every branch of a transformer: its result, thinned out, is added to the stream, x + dropout(branch).
+
+    def residual_forward(self, x: Array, branch: Array, p: float, rng: Any) -> tuple[Array, Saved]:
+        """x and branch of one shape -> y."""
+        y, saved = self.dropout_forward(branch, p, rng)
+        y += x
+        return y, saved
+
+    def residual_backward(self, dy: Array, saved: Saved) -> tuple[Array, Array]:
+        """-> dx, dbranch."""
+        return dy, self.dropout_backward(dy, saved)
+
     # ---------------------------------------------------------------- causal attention
     #
     # "Attention Is All You Need" (Vaswani et al., 2017), section 3.2.1, with the mask of a decoder:
@@ -276,6 +288,21 @@ class Kernels:
         dlogits -= onehot * dy[..., None]
         return dlogits
 
+    # ---------------------------------------------------------------- clipping by the norm
+    #
+    # "On the difficulty of training recurrent neural networks" (Pascanu et al., 2013). What the gradient is to be multiplied
+    # by is left in an array, so that on a GPU a step need not wait for a number to come back.
+
+    def clip(self, gradient: Array, loss: Array, max_norm: float, scale: Array) -> Array:
+        """gradient (n,), loss () -> the loss and the gradient's norm, (2,). Leaves in `scale` () what makes the norm at most
+        max_norm; or -1, for good, from the first loss or norm on that is no finite number."""
+        xp = self.xp
+        with np.errstate(over="ignore", invalid="ignore"):
+            norm = xp.sqrt((gradient * gradient).sum())
+        finite = xp.isfinite(norm) & xp.isfinite(loss)
+        scale[...] = xp.where(finite & (scale >= 0), xp.where(norm > max_norm, max_norm / norm, 1), -1)
+        return xp.stack([loss, norm])
+
     # ---------------------------------------------------------------- AdamW
     #
     # "Decoupled Weight Decay Regularization" (Loshchilov, Hutter, 2019), algorithm 2: running means
@@ -294,8 +321,14 @@ class Kernels:
         betas: tuple[float, float],
         eps: float,
         weight_decay: float,
+        scale: Array | None = None,
     ) -> None:
-        """Update `parameter`, `exp_avg` and `exp_avg_sq` in place; `step` counts from 1."""
+        """Update `parameter`, `exp_avg` and `exp_avg_sq` in place; `step` counts from 1. The gradient is multiplied by
+        `scale` first; where that is negative nothing is updated."""
+        if scale is not None:
+            if scale < 0:
+                return
+            gradient = gradient * scale
         beta1, beta2 = betas
         exp_avg *= beta1
         exp_avg += (1 - beta1) * gradient

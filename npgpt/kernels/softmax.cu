@@ -66,7 +66,7 @@ extern "C" __global__ void causal_softmax_backward(
 // losses[row] = log(sum(exp(logits[row]))) - logits[row, target]; logits (n, v). The way back needs the two parts of that
 // logarithm, the largest logit and log(sum(exp(logits - largest))).
 extern "C" __global__ void cross_entropy_forward(
-    const T* logits, const long long* targets, T* losses, A* largest, A* log_total, long long n, long long v) {
+    const T* logits, const long long* targets, A* losses, A* largest, A* log_total, long long n, long long v) {
     long long row = row_of_warp();
     if (row >= n) return;
     logits += row * v;
@@ -78,13 +78,13 @@ extern "C" __global__ void cross_entropy_forward(
     if (lane() == 0) {
         largest[row] = top;
         log_total[row] = total;
-        losses[row] = (T)(total - ((A)logits[targets[row]] - top));
+        losses[row] = total - ((A)logits[targets[row]] - top);
     }
 }
 
 // dlogits = dy (p - onehot(target)).
 extern "C" __global__ void cross_entropy_backward(
-    const T* dy, const T* logits, const long long* targets, const A* largest, const A* log_total, T* dlogits, long long n,
+    const A* dy, const T* logits, const long long* targets, const A* largest, const A* log_total, T* dlogits, long long n,
     long long v) {
     long long row = row_of_warp();
     if (row >= n) return;
@@ -92,6 +92,6 @@ extern "C" __global__ void cross_entropy_backward(
     dlogits += row * v;
     for (long long i = lane(); i < v; i += WARP) {
         A p = exp((A)logits[i] - largest[row] - log_total[row]);
-        dlogits[i] = (T)((A)dy[row] * (p - (i == targets[row] ? (A)1 : (A)0)));
+        dlogits[i] = (T)(dy[row] * (p - (i == targets[row] ? (A)1 : (A)0)));
     }
 }
