@@ -13,14 +13,30 @@ import pytest
 from op_cases import CASES, Dims, inputs_of
 from test_kernels import close, normal
 
-from npgpt import GPT, AdamW, Dataset, GPTConfig, Tensor, backend, generate, load, ops, save
+from npgpt import (
+    GPT,
+    AdamW,
+    CharTokenizer,
+    Dataset,
+    GPTConfig,
+    RequestError,
+    Tensor,
+    TrainConfig,
+    backend,
+    generate,
+    load,
+    ops,
+    save,
+)
 from npgpt.backend import CPU, Backend, Stream, _why_no_cuda, select
 from npgpt.gradcheck import check_tensors
 from npgpt.kernels import cuda
 from npgpt.kernels.cuda import CudaKernels, Key
+from npgpt.kernels.products import product
 from npgpt.kernels.reference import Kernels
 from npgpt.optim import clip_grad_norm
 from npgpt.parallel import ParallelStep, Workers
+from npgpt.train import Evaluation, Outcome, Step, Trainer
 
 on_cpu = pytest.mark.skipif(cuda_on_cpu.MISSING is not None, reason=cuda_on_cpu.MISSING or "")
 
@@ -135,6 +151,134 @@ def test_cross_entropy(fast, dtype, shape, size):
 
 
 @on_cpu
+@pytest.mark.parametrize("shape", [(5, 3), (2, 3, 8), (40,), (33, 65)])
+@pytest.mark.parametrize("p", [0.25, 1.0])
+def test_residual(fast, dtype, shape, p):
+    same(fast, "residual", (normal(dtype, *shape), normal(dtype, *shape, seed=4)), dtype, p, key=7)
+
+
+@on_cpu
+@pytest.mark.parametrize("shape", [(5, 3), (2, 3, 8), (8,), (140, 65)])
+def test_linear(fast, dtype, shape):
+    weight, bias = normal(dtype, shape[-1], 7), normal(dtype, 7)
+    same(fast, "linear", (normal(dtype, *shape), weight, bias), dtype, size=20)
+    same(fast, "linear", (normal(dtype, *shape)[::-1], normal(dtype, 7, shape[-1]).T, None), dtype, size=20)
+    y, saved = fast.linear_forward(normal(dtype, *shape), weight, bias)
+    assert [d is None for d in fast.linear_backward(y, saved, (False, True, False))] == [True, False, True]
+
+
+# ---------------------------------------------------------------- bfloat16
+
+EPS = 2**-8  # of bfloat16
+
+
+@pytest.fixture
+def bf16():
+    pytest.importorskip("ml_dtypes")
+    return backend.bfloat16()
+
+
+@on_cpu
+def test_rounding_to_bfloat16(fast, bf16):
+    """To the nearest, of two to the even one; infinities and NaN stay what they are."""
+    bits = np.random.default_rng(0).integers(0, 2**32, 100_000, dtype=np.uint32)
+    bits[:6] = 0x3F808000, 0x3F818000, 0x7F7FFFFF, 0x7F800000, 0x7F800001, 0xFFFFFFFF  # ties, the largest, inf, NaN, NaN
+    bits = np.concatenate([bits, np.array([0, 1, 0x80000000, 0x8001, 0x7FFF, 0x8000], dtype=np.uint32)])  # denormal numbers
+    numbers = bits.view(np.float32)
+    found = np.zeros((1, len(numbers)), dtype=bf16)
+    fast._launch("add_bias", "bfloat16", (3, 1), 64, (found, numbers, *found.shape))
+    with np.errstate(over="ignore", invalid="ignore"):
+        expected = (numbers + np.float32(0)).astype(bf16)
+    np.testing.assert_array_equal(np.isnan(found[0].astype(np.float32)), np.isnan(numbers))
+    there = ~np.isnan(numbers)
+    np.testing.assert_array_equal(found[0, there].view(np.uint16), expected[there].view(np.uint16))
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    ("name", "shapes", "parameters", "rest"),
+    [
+        ("linear", [(6, 5, 8)], [(8, 7), (7,)], []),
+        ("linear", [(140, 65)], [(65, 7), None], []),
+        ("causal_attention", [(2, 3, 33, 8)] * 3, [], []),
+        ("causal_attention", [(2, 3, 4, 8), (2, 3, 9, 8), (2, 3, 9, 8)], [], [0.3]),
+        ("layer_norm", [(9, 40)], [(40,), (40,)], []),
+        ("layer_norm", [(2, 70, 33)], [(33,), None], []),
+        ("gelu", [(3, 50)], [], []),
+        ("dropout", [(33, 65)], [], [0.25]),
+        ("residual", [(33, 65)] * 2, [], [0.25]),
+        ("cross_entropy", [(4, 10, 65)], [], []),
+    ],
+)
+def test_kernels_in_bfloat16(fast, bf16, name, shapes, parameters, rest):
+    """What the reference computes in float32 from the same numbers, rounded; parameters and losses stay float32."""
+    inputs = [normal(np.float32, *shape, seed=i).astype(bf16) for i, shape in enumerate(shapes)]
+    inputs += [None if shape is None else normal(np.float32, *shape, seed=9) for shape in parameters]
+    if name == "cross_entropy":
+        inputs.append(np.arange(40).reshape(4, 10))
+    before = [None if a is None else a.copy() for a in inputs]
+    results = []
+    for kernels in (SameDraws(fast), fast):
+        given = [a.astype(np.float32) if kernels is not fast and a is not None and a.dtype == bf16 else a for a in inputs]
+        y, saved = getattr(kernels, f"{name}_forward")(*given, *rest, *([Key(5)] if rest else []))
+        assert kernels is not fast or isinstance(saved, cuda.Own), "not the kernel"
+        dy = np.random.default_rng(1).standard_normal(y.shape).astype(bf16).astype(y.dtype)
+        gradients = getattr(kernels, f"{name}_backward")(dy, saved)
+        results.append([y, *(gradients if isinstance(gradients, tuple) else (gradients,))])
+    wide = {"cross_entropy": [0]}.get(name, [i for i in range(len(results[0])) if i > len(shapes)])
+    for i, (expected, found) in enumerate(zip(*results, strict=True)):
+        if expected is None:
+            assert found is None or name == "layer_norm"  # the bias's, which ops leaves out
+            continue
+        assert found.dtype == (np.float32 if i in wide else bf16)
+        assert found.shape == expected.shape
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(found.astype(np.float32) / scale, expected / scale, rtol=0, atol=4 * EPS)
+    for array, untouched in zip(inputs, before, strict=True):
+        np.testing.assert_array_equal(array, untouched)
+
+
+# ---------------------------------------------------------------- products
+
+
+def test_products_of_views(dtype):
+    """Operands as they lie: transposed, cut out, one matrix for all; and copies where BLAS has no word for it."""
+    rng = np.random.default_rng(0)
+    room = rng.standard_normal((4, 5, 6, 7, 2)).astype(dtype)
+    whole = room[..., 0].copy()
+    views = {
+        "plain": whole,
+        "transposed": np.ascontiguousarray(whole.swapaxes(2, 3)).swapaxes(2, 3),
+        "cut": rng.standard_normal((4, 5, 9, 11)).astype(dtype)[:, :, 1:7, 2:9],
+        "heads": rng.standard_normal((4, 6, 5, 7)).astype(dtype).transpose(0, 2, 1, 3),
+        "heads of one": rng.standard_normal((1, 6, 5, 7)).astype(dtype).transpose(0, 2, 1, 3),
+        "backwards": whole[:, :, ::-1],
+        "every second": room[..., 1],
+        "one for all": np.broadcast_to(whole[:1, :1], whole.shape),
+        "one number": np.broadcast_to(whole[:1, :1, :1, :1], whole.shape),
+        "a row": whole[:, :, :1],
+        "a column": whole[:, :, :, :1],
+        "no batch": whole[0, 0],
+        "no rows": whole[:, :, :0],
+        "no sum": whole[..., :0],
+    }
+    copied = {"heads", "backwards", "every second", "one number"}
+    for name, a in views.items():
+        b = np.asarray(rng.standard_normal((*a.shape[:-2], a.shape[-1], 3)), dtype=dtype)
+        for left, right in ((a, b), (b.swapaxes(-1, -2), a.swapaxes(-1, -2))):
+            given = []
+
+            def gemm(first, second, out, sizes, count, given=given):
+                given.extend([first.array, second.array])
+                cuda_on_cpu.Gemm()(first, second, out, sizes, count)
+
+            found = product(np, gemm, left, right)
+            close(found, left @ right, dtype, 10)
+            if given:
+                assert any(np.shares_memory(x, a) for x in given) == (name not in copied), name
+
+
+@on_cpu
 def test_adamw(fast, dtype):
     rng = np.random.default_rng(0)
     start = [rng.standard_normal(1000).astype(dtype) for _ in range(2)] + [rng.random(1000).astype(dtype) for _ in range(2)]
@@ -179,6 +323,33 @@ def test_nothing_to_do_is_no_launch(fast, dtype):
     same(fast, "causal_attention", [normal(dtype, 1, 1, n, 4) for n in (0, 3, 3)], dtype)
 
 
+@on_cpu
+def test_clipping_and_stepping(fast, dtype):
+    """The same as the reference: what is multiplied by, what is seen, that a step that is not finite is the last."""
+    rng = np.random.default_rng(0)
+    results = []
+    for kernels in (Kernels(np), fast):
+        rng = np.random.default_rng(0)
+        p, m, v = (rng.random(3000).astype(dtype) for _ in range(3))
+        scale, found = np.ones((), dtype), []
+        for step, (size, loss) in enumerate([(1e-3, 2.0), (1.0, 1.0), (1.0, np.nan), (1e-3, 1.0), (np.inf, 1.0)], 1):
+            g = (size * rng.standard_normal(3000)).astype(dtype)
+            found += [kernels.clip(g, np.array(loss, dtype), 1.0, scale), scale.copy()]
+            settings = {"step": step, "lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+            kernels.adamw(p, g, m, v, **settings, scale=scale)
+            found += [p.copy(), m.copy(), v.copy()]
+        results.append(found)
+    for expected, found in zip(*results, strict=True):
+        finite = np.isfinite(expected)
+        np.testing.assert_array_equal(finite, np.isfinite(found))
+        close(np.where(finite, found, 0), np.where(finite, expected, 0), dtype)
+    scales = [float(scale) for scale in results[1][1::5]]
+    assert scales[0] == 1
+    assert 0 < scales[1] < 0.1
+    assert scales[2:] == [-1, -1, -1]
+    np.testing.assert_array_equal(results[1][7], results[1][-3])  # the weights after step 2 are the last
+
+
 # ---------------------------------------------------------------- whole models
 
 
@@ -205,15 +376,15 @@ def test_the_gradients_of_a_model(device):
     assert len(list(check_tensors(loss, dict(model.named_parameters()), rtol=1e-7, max_elements=1))) == len(model.parameters())
 
 
-def losses_of_training(device, dropout, steps=20):
+def losses_of_training(device, dropout, steps=20, dtype=None):
     model = GPT(GPTConfig(13, block_size=40, n_layer=2, n_head=2, n_embd=24, dropout=dropout), seed=1, backend=device)
     optimizer = AdamW(model.parameters(), lr=3e-3)
     dataset = Dataset(np.arange(5000) ** 2 // 7 % 13, 40, 4)
     losses = []
     with Workers(1) as workers:
-        step = ParallelStep(model, workers)
+        step = ParallelStep(model, workers, dtype=dtype)
         for number in range(steps):
-            losses.append(step(*dataset.get_batch("train", number), seed=1, number=number))
+            losses.append(float(step(*dataset.get_batch("train", number), seed=1, number=number)))
             clip_grad_norm(model.parameters(), 1.0)
             optimizer.step()
     return losses
@@ -233,6 +404,75 @@ def test_training_with_dropout_repeats_itself(device):
     assert first[-1] < first[0] - 0.1
 
 
+def test_training_in_bfloat16(device, bf16, monkeypatch):
+    """Close to float32, and learning as it does; the weights and their gradients are float32."""
+    found, wide = (losses_of_training(device, 0.2, steps=40, dtype=dtype) for dtype in (bf16, None))
+    np.testing.assert_allclose(found, wide, rtol=5 * EPS)
+    assert found != wide
+    assert found[-1] < found[0] - 0.2
+    model = GPT(GPTConfig(13, block_size=8, n_layer=1, n_head=2, n_embd=8, tie_weights=True), backend=device)
+    logits, loss = model(device.asarray(np.arange(8)[None]), device.asarray(np.arange(8)[None]), dtype=bf16)
+    loss.backward()
+    assert (logits.dtype, loss.dtype) == (bf16, np.float32)
+    assert {p.grad.dtype for p in model.parameters()} == {np.dtype(np.float32)}
+    assert all(device.xp.abs(p.grad).max() > 0 for p in model.parameters())
+
+
+def run_of_trainer(device, tmp_path, steps=25, **settings):
+    model = GPT(GPTConfig(7, block_size=16, n_layer=1, n_head=2, n_embd=16, dropout=0.0), seed=1, backend=device)
+    tokenizer = CharTokenizer("abcdefg")
+    dataset = Dataset(np.arange(3000) ** 2 // 7 % 7, 16, 4, seed=3)
+    config = TrainConfig(
+        steps=steps, batch_size=4, seed=3, eval_interval=12, lr=3e-3, warmup_steps=2, sample_tokens=3, threads=1, **settings
+    )
+    return Trainer(model, tokenizer, dataset, config, tmp_path / f"{device.name}.npz")
+
+
+def test_a_run(device, tmp_path, monkeypatch):
+    """Steps whose losses are asked for after several: the same records and weights as the CPU's."""
+    run = run_of_trainer(device, tmp_path)
+    found = list(run.run())
+    monkeypatch.setitem(backend._backends, np.ndarray, CPU)
+    other = run_of_trainer(CPU, tmp_path)
+    expected = list(other.run())
+    assert [type(e) for e in found] == [type(e) for e in expected]
+    for a, b in zip(found, expected, strict=True):
+        if isinstance(a, Step):
+            assert (a.step, a.tokens, a.lr) == (b.step, b.tokens, b.lr)
+            np.testing.assert_allclose([a.loss, a.grad_norm], [b.loss, b.grad_norm], rtol=1e-3)
+        elif isinstance(a, Evaluation):
+            np.testing.assert_allclose(a.val_loss, b.val_loss, rtol=1e-3)
+    assert run.optimizer.steps == run.progress.step == 25
+    assert run.dataset.get_batch("train")[0].dtype == np.int64
+
+
+def test_a_run_that_diverges(device, tmp_path, monkeypatch):
+    """In the middle of steps nobody waits for: the weights are left as they were before the first that is not finite."""
+    run = run_of_trainer(device, tmp_path)
+    batch, before = run.dataset.get_batch, {}
+
+    def get_batch(split, k):
+        if k == 15 and not before:
+            before["weights"] = backend.to_numpy(run.model.flat.data).copy()
+            run.model.wpe.weight.data[3, 2] = np.nan
+        return batch(split, k)
+
+    monkeypatch.setattr(run.dataset, "get_batch", get_batch)
+    end = list(run.run())[-1]
+    assert (end.step, end.outcome) == (15, Outcome.DIVERGED)
+    assert "wpe.weight" in end.reason
+    assert run.optimizer.steps == 15
+    after = backend.to_numpy(run.model.flat.data)
+    assert np.isnan(after).sum() == 1
+    at = ~np.isnan(after)
+    np.testing.assert_array_equal(after[at], before["weights"][at])
+
+
+def test_bfloat16_is_for_gpus(tmp_path):
+    with pytest.raises(RequestError, match="bf16 needs a GPU"):
+        run_of_trainer(CPU, tmp_path, bf16=True)
+
+
 # ---------------------------------------------------------------- compiled for GPUs that are not here
 
 
@@ -247,6 +487,7 @@ def nvrtc():
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("dtype", cuda.ELEMENTS)
 def test_every_kernel_compiles(architecture, dtype):
     library = nvrtc()
     if library is None:
@@ -254,7 +495,7 @@ def test_every_kernel_compiles(architecture, dtype):
     program = ctypes.c_void_p()
     source = cuda.source().encode()
     assert library.nvrtcCreateProgram(ctypes.byref(program), source, b"kernels.cu", 0, None, None) == 0
-    options = [option.encode() for option in (*cuda.compiler_options(dtype.name), f"--gpu-architecture={architecture}")]
+    options = [option.encode() for option in (*cuda.compiler_options(dtype), f"--gpu-architecture={architecture}")]
     status = library.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
     size = ctypes.c_size_t()
     library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
