@@ -21,7 +21,9 @@ ROOT = Path(__file__).parent.parent
 TESTS = ["test_gradients.py", "test_kernels.py", "test_tensor.py", "test_properties.py", "test_model.py"]
 REFERENCE, CPU, TENSOR, OPS = "kernels/reference.py", "kernels/cpu.py", "tensor.py", "ops.py"
 NORM, ELEMENTWISE, SOFTMAX = "kernels/norm.cu", "kernels/elementwise.cu", "kernels/softmax.cu"
-EMBEDDING, COMMON = "kernels/embedding.cu", "kernels/common.cu"
+EMBEDDING, COMMON, CUDA, PRODUCTS = "kernels/embedding.cu", "kernels/common.cu", "kernels/cuda.py", "kernels/products.py"
+
+OF_A_GPU = {NORM, ELEMENTWISE, SOFTMAX, EMBEDDING, COMMON, CUDA, PRODUCTS}  # test_cuda.py looks at them
 
 # (name, file, what is there, once, and what takes its place).
 BUGS = [
@@ -122,12 +124,12 @@ BUGS = [
     ("cuda: layer norm's variance term without xhat", NORM, "- xhat * mean_g_xhat", "- mean_g_xhat"),
     ("cuda: layer norm's dweight without rstd", NORM, "mean[row]) * rstd[row]", "mean[row])"),
     ("cuda: layer norm's last row of a chunk", NORM, "row < last; row++) {\n        A d", "row < last - 1; row++) {\n        A d"),
-    ("cuda: layer norm's bias for all", NORM, "bias ? value + (A)bias[i] : value", "value"),
+    ("cuda: layer norm's bias for all", NORM, "bias ? value + bias[i] : value", "value"),
     ("cuda: partial sums without the last", NORM, "row < n; row++) sum", "row < n - 1; row++) sum"),
     ("cuda: gelu's cubic term without its 3", ELEMENTWISE, "1 + 3 * (A)GELU_CUBIC", "1 + (A)GELU_CUBIC"),
     ("cuda: gelu's second term forgotten", ELEMENTWISE, " + (A)0.5 * v * (1 - t * t) * du_dx", ""),
-    ("cuda: dropout's threshold off by many", ELEMENTWISE, "draws[j] >= threshold ? (T)((A)x", "draws[j] >= threshold / 2 ? (T)((A)x"),
-    ("cuda: dropout without scale", ELEMENTWISE, "(T)((A)x[at] * (A)scale)", "x[at]"),
+    ("cuda: dropout's threshold off by many", ELEMENTWISE, "draws[j] >= threshold ? (A)x", "draws[j] >= threshold / 2 ? (A)x"),
+    ("cuda: dropout without scale", ELEMENTWISE, "(A)x[at] * (A)scale", "(A)x[at]"),
     ("cuda: AdamW without a correction", ELEMENTWISE, "sqrt(v / (A)correction2)", "sqrt(v)"),
     ("cuda: AdamW's decay through the rate", ELEMENTWISE, "(1 - lr * weight_decay)", "(1 - weight_decay)"),
     ("cuda: softmax sees one token of the future", SOFTMAX, "row % n_query + 1;\n    scores", "row % n_query + 2;\n    scores"),
@@ -137,9 +139,31 @@ BUGS = [
     ("cuda: attention's dropout without scale on the way back", SOFTMAX, "(A)dkept[i] * (A)kept_scale", "(A)dkept[i]"),
     ("cuda: other draws on the way back", SOFTMAX, "dscores += row * n_key;\n    A sum = 0;", "dscores += row * n_key;\n    use++;\n    A sum = 0;"),
     ("cuda: cross-entropy's target forgotten", SOFTMAX, "(p - (i == targets[row] ? (A)1 : (A)0))", "p"),
-    ("cuda: cross-entropy's gradient of the loss forgotten", SOFTMAX, "(T)((A)dy[row] * (p", "(T)((p"),
+    ("cuda: cross-entropy's gradient of the loss forgotten", SOFTMAX, "(T)(dy[row] * (p", "(T)((p"),
     ("cuda: embedding without its last row", EMBEDDING, "row < last; row++", "row < last - 1; row++"),
     ("cuda: embedding's table not cleared", EMBEDDING, "table[id * c] = 0", "table[id * c] += 0"),
+    ("cuda: the residual sum forgotten", ELEMENTWISE, "onto ? (A)onto[at] + kept : kept", "kept"),
+    ("cuda: a bias for the wrong column", ELEMENTWISE, "bias[i % c]", "bias[i / n]"),
+    ("cuda: a bias's gradient without a row", NORM, "row < last; row++) sum", "row < last - 1; row++) sum"),
+    ("cuda: a norm of the first sums", ELEMENTWISE, "i = lane(); i < n; i += WARP) sum += partial", "i = lane(); i < WARP; i += WARP) sum += partial"),
+    ("cuda: clipping to twice the norm", ELEMENTWISE, "(A)max_norm / norm", "2 * (A)max_norm / norm"),
+    ("cuda: going on after a step that is not finite", ELEMENTWISE, "*scale < 0 || !finite", "!finite"),
+    ("cuda: a loss that is not finite unseen", ELEMENTWISE, "norm - norm == 0 && *loss - *loss == 0", "norm - norm == 0"),
+    ("cuda: AdamW's scale forgotten", ELEMENTWISE, "scale ? gradient[i] * *scale : gradient[i]", "gradient[i]"),
+    ("cuda: AdamW steps after the end", ELEMENTWISE, "if (scale && *scale < 0) return;", ""),
+    ("bfloat16: cut off, not rounded", COMMON, "(all + 0x7fffu + (all >> 16 & 1u)) >> 16", "all >> 16"),
+    ("bfloat16: ties away from zero", COMMON, "0x7fffu + (all >> 16 & 1u)", "0x8000u"),
+    ("bfloat16: NaN becomes an infinity", COMMON, "nan ? all >> 16 | 0x40u :", "false ? 0 :"),
+    ("product: rows too close", PRODUCTS, "Operand(x, False, by_row if rows > 1 else columns, stride)", "Operand(x, False, columns, stride)"),
+    ("product: a transposed operand read as it lies", PRODUCTS, "Operand(x, True,", "Operand(x, False,"),
+    ("product: the first matrix for all", PRODUCTS, "return axes[-1][1]", "return 0"),
+    ("product: two strides taken for one", PRODUCTS, "if outer != n * inner:", "if False:"),
+    ("cuda linear: dweight in the dtype of the activations", CUDA, "self._product(rows.T, dy, _parameter_dtype(rows))", "self._product(rows.T, dy)"),
+    ("cuda linear: dx by the weight, not its transpose", CUDA, "self._product(dy, weight.T)", "self._product(dy, weight.reshape(weight.shape[::-1]))"),
+    ("cuda attention: dk and dv mixed up", CUDA, "self._product(ds.swapaxes(-1, -2), q), dv", "dv, self._product(ds.swapaxes(-1, -2), q)"),
+    ("residual: the gradient does not reach the stream", REFERENCE, "return dy, self.dropout_backward(dy, saved)", "return 0 * dy, self.dropout_backward(dy, saved)"),
+    ("residual: the branch's gradient not thinned out", REFERENCE, "return dy, self.dropout_backward(dy, saved)", "return dy, dy"),
+    ("astype: the gradient stays in the other dtype", TENSOR, "lambda dy: (dy.astype(before),)", "lambda dy: (0 * dy.astype(before),)"),
     ("cuda: one random number for two elements", COMMON, "16 * (i % 2)", "0"),
     ("cuda: a round less", COMMON, "round < 10", "round < 9"),
     ("cuda: warps share a row", COMMON, "+ threadIdx.x / WARP; }", "; }"),
@@ -165,7 +189,7 @@ def caught(bug):
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         plant(bug, folder)
-        tests = [f"tests/{file}" for file in (["test_cuda.py"] if bug[1].endswith(".cu") else TESTS)]
+        tests = [f"tests/{file}" for file in (["test_cuda.py"] if bug[1] in OF_A_GPU else TESTS)]
         pytest = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--timeout", "300"]
         result = subprocess.run(
             [*pytest, *tests],

@@ -535,15 +535,22 @@ def test_every_operation_on_a_gpu(name, dims, dtype):
 
 @on_cpu
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", cuda.ELEMENTS)
 def test_kernels_on_a_gpu_are_those_run_on_the_cpu(dtype):
     """Dropout included, whose masks are the same numbers."""
     gpu, cpu = select("cuda"), CudaKernels(np, cuda_on_cpu.launch, cuda_on_cpu.Gemm())
-    x, q = normal(dtype, 33, 65), [normal(dtype, 2, 3, 70, 8) for _ in range(3)]
+    element, parameter = (backend.bfloat16() if dtype == "bfloat16" else np.dtype(dtype)), cuda.ELEMENTS[dtype][2]
+    x, q = normal(np.float64, 33, 65).astype(element), [normal(np.float64, 2, 3, 70, 8).astype(element) for _ in range(3)]
+    weight, bias = normal(parameter, 65, 24), normal(parameter, 24)
     for name, inputs, rest in [
+        ("linear", [x, weight, bias], []),
         ("dropout", [x], [0.3]),
+        ("residual", [x, x + x], [0.3]),
+        ("causal_attention", q, []),
         ("causal_attention", q, [0.3]),
         ("gelu", [x], []),
-        ("layer_norm", [x, x[0], x[1]], []),
+        ("layer_norm", [x, normal(parameter, 65), normal(parameter, 65, seed=1)], []),
+        ("cross_entropy", [x, np.arange(33) * 2], []),
     ]:
         results = []
         for kernels, xp in ((cpu, np), (gpu.kernels, gpu.xp)):
@@ -552,7 +559,33 @@ def test_kernels_on_a_gpu_are_those_run_on_the_cpu(dtype):
             gradients = getattr(kernels, f"{name}_backward")(y, saved)
             results.append([backend.to_numpy(a) for a in (y, *(gradients if isinstance(gradients, tuple) else [gradients]))])
         for expected, found in zip(*results, strict=True):
-            close(found, expected, dtype, 10)
+            assert found.dtype == expected.dtype
+            tolerance = 8 * EPS if dtype == "bfloat16" else 500 * np.finfo(dtype).eps
+            expected, found = expected.astype(np.float64), found.astype(np.float64)
+            np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * max(1, np.abs(expected).max()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", cuda.ELEMENTS)
+def test_products_on_a_gpu(dtype):
+    gpu = select("cuda")
+    element, parameter = (backend.bfloat16() if dtype == "bfloat16" else np.dtype(dtype)), cuda.ELEMENTS[dtype][2]
+    a, b = (normal(np.float64, 2, 3, n, 24).astype(element) for n in (16, 40))
+    a_there, b_there = gpu.xp.asarray(a), gpu.xp.asarray(b)
+    exact = a.astype(np.float64) @ b.astype(np.float64).swapaxes(-1, -2)
+    tolerance = {"float32": 1e-6, "float64": 1e-14, "bfloat16": 1e-6}[dtype]
+    for left, right, expected in [
+        (a_there, b_there.swapaxes(-1, -2), exact),
+        (b_there, a_there.swapaxes(-1, -2), exact.swapaxes(-1, -2)),
+        (a_there[1, 2], b_there[1, 2].T, exact[1, 2]),
+    ]:
+        found = product(gpu.xp, gpu.kernels.gemm, left, right, parameter)
+        np.testing.assert_allclose(backend.to_numpy(found), expected, rtol=0, atol=10 * tolerance)
+    if dtype == "float32":
+        backend.use_tf32(gpu, True)
+        rounded = backend.to_numpy(product(gpu.xp, gpu.kernels.gemm, a_there, b_there.swapaxes(-1, -2)))
+        backend.use_tf32(gpu, False)
+        assert 1e-6 < np.abs(rounded - exact).max() < 1e-1
 
 
 @pytest.mark.gpu

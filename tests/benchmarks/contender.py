@@ -6,7 +6,7 @@ of each step, and the process's peak memory.
 
     python contender.py npgpt seed
     python contender.py "torch eager float32" seed
-    python contender.py "npgpt TF32 cuda" "char, batch 64"
+    python contender.py "npgpt bfloat16 cuda" "char, batch 64"
     python contender.py gemm seed                   the step's matrix products alone, same shapes and threads
 """
 
@@ -22,28 +22,26 @@ from workloads import ON_A_GPU, WORKLOADS
 
 def npgpt_step(workload, mode):
     import npgpt
-    from npgpt.backend import allow_tf32, select
+    from npgpt.backend import bfloat16, select, use_tf32
+    from npgpt.optim import Update
     from npgpt.parallel import ParallelStep, Workers
     from npgpt.processes import Processes
 
     backend = select("cuda" if "cuda" in mode else "cpu")
-    if "TF32" in mode:
-        allow_tf32()
+    use_tf32(backend, "TF32" in mode)
     settings = {k: v for k, v in vars(workload).items() if k != "batch_size"}
     model = npgpt.GPT(npgpt.GPTConfig(**settings), seed=0, backend=backend)
     optimizer = npgpt.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99))
     workers = Workers(None if backend.name == "cpu" else 1).__enter__()
-    forward_backward = ParallelStep(model, workers)
+    update = Update(optimizer, 1.0)
+    forward_backward = ParallelStep(model, workers, dtype=bfloat16() if "bfloat16" in mode else None)
     if workers.threads > 1:  # as training does when it takes longer than some seconds
         forward_backward.use(Processes)
     number = iter(range(1 << 62))
 
     def step(x, y):
-        loss = forward_backward(x, y, seed=0, number=next(number))
-        npgpt.clip_grad_norm(model.parameters(), 1.0)
-        optimizer.step(workers.over)
-        if backend.name == "cuda":
-            backend.xp.cuda.Device().synchronize()
+        update.step(forward_backward(x, y, seed=0, number=next(number)), workers.over)
+        ((loss, _),) = update.results()  # waits for the step, as PyTorch's loss.item() does; training asks less often
         return loss
 
     return step
