@@ -45,14 +45,6 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def physical_memory() -> int | None:
-    """Bytes of memory this machine has; None where the system does not tell."""
-    names = ("SC_PHYS_PAGES", "SC_PAGE_SIZE")
-    if not hasattr(os, "sysconf") or not set(names) <= os.sysconf_names.keys():
-        return None
-    return os.sysconf(names[0]) * os.sysconf(names[1])
-
-
 @functools.cache
 def _blas() -> ThreadpoolController:
     return ThreadpoolController()

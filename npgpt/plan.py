@@ -19,8 +19,9 @@ from npgpt.backend import Backend
 from npgpt.config import PRESETS, GPTConfig, RequestError, TrainConfig
 from npgpt.data import Dataset
 from npgpt.gpt import GPT
+from npgpt.memory import check_memory, estimate_memory
 from npgpt.tokenizer import CharTokenizer
-from npgpt.train import SECONDS_FOR_PROCESSES, End, Evaluation, Outcome, Step, Trainer, check_memory, estimate_memory
+from npgpt.train import SECONDS_FOR_PROCESSES, End, Evaluation, Outcome, Step, Trainer
 
 EVALUATIONS = 8  # fewer where they would take more than FOR_EVALUATIONS even so
 FOR_EVALUATIONS = 0.08  # of the time, at most

@@ -35,6 +35,7 @@ ORDER = [
     "checkpoint.py",
     "parallel.py",
     "processes.py",
+    "memory.py",
     "evaluate.py",
     "likeness.py",
     "decode.py",

@@ -11,8 +11,9 @@ import pytest
 import npgpt
 from npgpt import GPT, AdamW, Dataset, GPTConfig, RequestError, TrainConfig, Trainer, evaluate, ops
 from npgpt.evaluate import Loss, compare
+from npgpt.memory import estimate_memory
 from npgpt.processes import Processes
-from npgpt.train import Evaluation, Outcome, Progress, Step, advice, estimate_memory, last_path, log_path
+from npgpt.train import Evaluation, Outcome, Progress, Step, advice, last_path, log_path
 
 GOLDEN_CONFIG = GPTConfig(63, block_size=32, n_layer=2, n_head=2, n_embd=32, dropout=0.1)
 # Losses of the first ten steps with seed 1337, in float32. Rounding differs between processors and BLAS

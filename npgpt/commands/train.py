@@ -22,6 +22,7 @@ from npgpt.config import PRESETS, GPTConfig, RequestError, TrainConfig, add_flag
 from npgpt.data import Dataset, read_ids
 from npgpt.files import lock
 from npgpt.gpt import GPT
+from npgpt.memory import check_memory, memory_advice
 from npgpt.parallel import available_cores, describe_blas
 from npgpt.plan import plan
 from npgpt.terminal import command_parser, duration, failed, progress_bar, say
@@ -32,13 +33,11 @@ from npgpt.train import (
     Outcome,
     Step,
     Trainer,
-    check_memory,
     crash_path,
     files_of,
     last_path,
     lock_path,
     log_path,
-    memory_advice,
 )
 
 
