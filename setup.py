@@ -24,8 +24,8 @@ setup(
     package_data={"npgpt": ["py.typed", "kernels/*.cu"]},
     install_requires=["numpy>=2.0", "threadpoolctl>=3", "tqdm>=4.60"],
     extras_require={
-        "cuda12": ["cupy-cuda12x[ctk]>=14", "ml_dtypes>=0.5"],
-        "cuda13": ["cupy-cuda13x[ctk]>=14", "ml_dtypes>=0.5"],
+        "cuda12": ["cupy-cuda12x[ctk]>=14", "ml_dtypes>=0.5", "numpy>=2.1.2"],
+        "cuda13": ["cupy-cuda13x[ctk]>=14", "ml_dtypes>=0.5", "numpy>=2.1.2"],
         "nvrtc": [f"nvidia-cuda-nvrtc>=13; {WITH_NVRTC}"],
         "plot": ["matplotlib>=3.7"],
         "test": TEST,

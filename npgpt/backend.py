@@ -11,6 +11,8 @@ import ctypes
 import enum
 import importlib.util
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,8 @@ from npgpt.kernels.cpu import CpuKernels
 from npgpt.kernels.cuda import CudaKernels, CudaLaunch, Key
 from npgpt.kernels.products import CublasGemm
 from npgpt.kernels.reference import Array, Kernels
+
+OLDEST_NUMPY_WITH_BFLOAT16 = "2.1.2"  # with an older one CuPy 14 leaves it out
 
 
 class DeviceError(RuntimeError):
@@ -119,11 +123,14 @@ def select(name: str = "auto") -> Backend:
 
 
 def bfloat16() -> np.dtype:
-    """The dtype: a float's range with 8 bits of precision. Raises DeviceError when the package that has it is missing."""
+    """The dtype: a float's range with 8 bits of precision. Raises DeviceError when the package that has it is missing, or
+    NumPy is too old for CuPy to know it."""
     try:
         import ml_dtypes
     except ImportError:
         raise DeviceError(f"bfloat16 needs ml_dtypes; install it with: {sys.executable} -m pip install ml_dtypes") from None
+    if np.lib.NumpyVersion(np.__version__) < OLDEST_NUMPY_WITH_BFLOAT16:
+        raise DeviceError(f"bfloat16 needs NumPy {OLDEST_NUMPY_WITH_BFLOAT16} or newer, this is {np.__version__}")
     return np.dtype(ml_dtypes.bfloat16)
 
 
@@ -132,10 +139,18 @@ def is_float(dtype: np.dtype) -> bool:
     return dtype.kind == "f" or dtype.name == "bfloat16"  # which NumPy does not know
 
 
-def use_tf32(backend: Backend, yes: bool) -> None:
-    """Whether matrix products on a GPU round float32 operands to TF32."""
-    if isinstance(backend.kernels, CudaKernels):
-        backend.kernels.gemm.tf32 = yes
+@contextmanager
+def tf32(backend: Backend, yes: bool = True) -> Iterator[None]:
+    """Within it, if `yes`, the products of linear layers and attention on a GPU round float32 operands to TF32."""
+    gemm = backend.kernels.gemm if isinstance(backend.kernels, CudaKernels) else None
+    if gemm is None or gemm.tf32 == yes:
+        yield
+        return
+    gemm.tf32 = yes
+    try:
+        yield
+    finally:
+        gemm.tf32 = not yes
 
 
 def to_numpy(array: Array) -> np.ndarray:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from npgpt.backend import Backend, Stream, backend_of, generator
+from npgpt.backend import CPU, Backend, Stream, backend_of, generator
 from npgpt.config import RequestError
 from npgpt.kernels.reference import Array
 from npgpt.tokenizer import CharTokenizer
@@ -130,11 +130,7 @@ class Dataset:
                 f"needs {block_size + 1}; use a longer text or a smaller block_size"
             )
         self._drawn = dict.fromkeys(SPLITS, 0)
-        self._ids: dict[str, Array] = {"train": self.train, "val": self.val}  # that batches are gathered from
-
-    def move_to(self, backend: Backend) -> None:
-        """Hold the ids on a device too, where from now on batches are gathered, and stay."""
-        self._ids = {name: backend.asarray(self.ids_of(name)) for name in SPLITS}
+        self._on_device: dict[tuple[str, str], Array] = {}  # the ids of a split, by the names of it and of the device
 
     def ids_of(self, name: str) -> np.ndarray:
         """The ids of "train" or "val"."""
@@ -142,11 +138,12 @@ class Dataset:
             raise ValueError(f"split must be 'train' or 'val', got {name!r}")
         return self.train if name == "train" else self.val
 
-    def get_batch(self, split: str, k: int | None = None) -> tuple[Array, Array]:
+    def get_batch(self, split: str, k: int | None = None, backend: Backend = CPU) -> tuple[Array, Array]:
         """x and y, integers of shape (batch_size, block_size): x is tokens t .. t + block_size - 1 at a random
         t for each row, y the tokens one further.
 
-        k: the number of the batch. None: the next one of this split, counting from 0.
+        k: the number of the batch. None: the next one of this split, counting from 0. backend: where the batch is wanted;
+        the ids are then kept there too, and it is gathered there.
         """
         ids = self.ids_of(split)
         if len(ids) < self.block_size + 1:
@@ -158,7 +155,10 @@ class Dataset:
             self._drawn[split] += 1
         rng = generator(self.seed, Stream.BATCH, SPLITS.index(split), k)
         starts = rng.integers(0, len(ids) - self.block_size, size=self.batch_size)
-        return windows_at(self._ids[split], starts, self.block_size)
+        there = (split, backend.name)
+        if there not in self._on_device:
+            self._on_device[there] = backend.asarray(ids)
+        return windows_at(self._on_device[there], starts, self.block_size)
 
     def fingerprint(self) -> str:
         """See the function of this name."""

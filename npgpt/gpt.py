@@ -137,11 +137,13 @@ class GPT(Module):
         `rng` is the generator dropout draws from, `model.backend.generator(...)`; without one there is no
         dropout. With a `cache` the ids are those that follow the ones it has seen. With `last`, logits (B, 1, V) and
         the loss are of the last position alone, and targets are (B, 1). `dtype` is that of everything between the
-        embeddings and the loss: None, as the weights; on a GPU also bfloat16. Raises ValueError when ids has another
-        shape or goes beyond block_size.
+        embeddings and the loss: None, as the weights; on a GPU, and without a cache, also bfloat16. Raises ValueError when
+        ids has another shape or goes beyond block_size.
         """
         ids = ids.data if isinstance(ids, Tensor) else ids if hasattr(ids, "ndim") else np.asarray(ids)
         seen = cache.length if cache else 0
+        if cache and dtype is not None:
+            raise ValueError("a cache keeps keys and values in the weights' dtype; leave out `cache` or `dtype`")
         if ids.ndim != 2 or not 1 <= ids.shape[1] <= self.config.block_size - seen:
             room = f"{self.config.block_size} - {seen} in the cache" if seen else str(self.config.block_size)
             raise ValueError(f"expected ids of shape (B, T) with 1 <= T <= block_size {room}, got {ids.shape}")

@@ -135,14 +135,16 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> float:
 
 
 class Update:
-    """Clip the gradient to a norm and let AdamW step: update.step(loss). From the first loss or norm on that is no finite
-    number, nothing is changed any more.
+    """Clip the gradient to a norm and let AdamW step: update.step(loss). After a loss or norm that is no finite number
+    nothing is changed any more, until `results` is asked for.
 
     How it went is asked for afterwards, of one step or of several: on a GPU no step has to wait for the one before.
     """
 
     def __init__(self, optimizer: AdamW, max_norm: float = math.inf) -> None:
         """max_norm: see `clip_grad_norm`."""
+        if not max_norm > 0:
+            raise ValueError(f"Update needs max_norm > 0, got {max_norm}")
         self._optimizer, self._max_norm = optimizer, max_norm
         self._seen: list[Any] = []  # since `results`: (loss, norm), or an array of the two on the device
         self._scale: Array | None = None
@@ -172,7 +174,9 @@ class Update:
         backend = self._optimizer.parameters[0].backend
         rows = [(loss, norm) for loss, norm in to_numpy(backend.xp.stack(seen)).tolist()]
         taken = next((i for i, row in enumerate(rows) if not _finite(*row)), len(rows))
-        self._optimizer.steps -= len(rows) - taken
+        if taken < len(rows):
+            self._optimizer.steps -= len(rows) - taken
+            self._scale[...] = 1
         return rows[: taken + 1]
 
 

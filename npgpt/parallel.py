@@ -25,7 +25,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from npgpt.backend import Stream
+from npgpt.backend import Stream, tf32
 from npgpt.gpt import GPT
 from npgpt.kernels.cpu import BLOCK
 from npgpt.kernels.reference import Array
@@ -174,11 +174,13 @@ class Helpers(Protocol):
 class ParallelStep:
     """Forward and backward of a batch over workers: loss = step(x, y, seed, number)."""
 
-    def __init__(self, model: GPT, workers: Workers, micro_batch: int | None = None, dtype: Any = None) -> None:
-        """micro_batch: sequences in a micro-batch; None chooses by the number of tokens (on a GPU: all). dtype: of the
-        activations, see GPT; with workers beside this thread they are as the weights."""
+    def __init__(
+        self, model: GPT, workers: Workers, micro_batch: int | None = None, dtype: Any = None, use_tf32: bool = False
+    ) -> None:
+        """micro_batch: sequences in a micro-batch; None chooses by the number of tokens (on a GPU: all). On a GPU also
+        dtype: of the activations, see GPT; and use_tf32: whether products of float32 are rounded to TF32."""
         keep_freed_memory()
-        self.model, self.workers, self.micro_batch, self.dtype = model, workers, micro_batch, dtype
+        self.model, self.workers, self.micro_batch, self.dtype, self._use_tf32 = model, workers, micro_batch, dtype, use_tf32
         self._helpers: Helpers | None = None
         # The first worker uses the model itself; the others, where they are threads, models that look at the same weights.
         self._models = [model]
@@ -191,7 +193,8 @@ class ParallelStep:
         shares = [pieces[worker :: self.workers.threads] for worker in range(min(self.workers.threads, len(pieces)))]
 
         def work(worker: int) -> float:
-            return forward_backward_of(self._models[worker], x, y, shares[worker], seed, number, self.dtype)
+            with tf32(self.model.backend, self._use_tf32):
+                return forward_backward_of(self._models[worker], x, y, shares[worker], seed, number, self.dtype)
 
         losses = self._with_helpers(x, y, shares, seed, number) if self._helpers and len(shares) > 1 else None
         if losses is None:
@@ -260,7 +263,7 @@ class ParallelStep:
                 return f"the weight {names[id(p)]} is not finite"
         self.model.zero_grad()
         try:
-            with detect_anomaly():
+            with detect_anomaly(), tf32(self.model.backend, self._use_tf32):
                 for i, piece in enumerate(self._pieces(x)):
                     _forward_backward(self.model, x, y, piece, seed, number, i, self.dtype)
         except NonFiniteError as error:

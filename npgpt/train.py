@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from npgpt import checkpoint
-from npgpt.backend import bfloat16, to_numpy, use_tf32
+from npgpt.backend import bfloat16
 from npgpt.checkpoint import Checkpoint
 from npgpt.config import GenerateConfig, GPTConfig, RequestError, TrainConfig
 from npgpt.data import Dataset
@@ -46,7 +46,9 @@ from npgpt.tokenizer import CharTokenizer
 
 STEPS_BEFORE_PROCESSES = 10  # by then it is known how long a step takes
 SECONDS_FOR_PROCESSES = 10.0  # to come, for starting them to pay
-STEPS_IN_A_ROW = 10  # at most, on a GPU, before the losses are asked for
+# On a GPU the losses of several steps are asked for at once: of at most so many steps, as take about so many seconds; the
+# first steps of a run, in which kernels are compiled, one by one.
+STEPS_IN_A_ROW, SECONDS_IN_A_ROW, FIRST_STEPS = 10, 0.25, 4
 LONGEST_HISTORY = 10_000  # evaluations a checkpoint remembers; the log has all of them
 
 
@@ -138,18 +140,15 @@ class Trainer:
         self.progress = Progress()
         self._started = time.perf_counter()
         self._own = False  # whether the files at `out` are of this run
-        device, self._on_cpu, dtype = model.backend.name, model.backend.name == "cpu", None
+        device, self._on_cpu = model.backend.name, model.backend.name == "cpu"
         self._workers = Workers(config.threads if self._on_cpu else 1)
-        if config.bf16:
-            if self._on_cpu:
-                raise RequestError("bf16 needs a GPU, and this run is on the CPU; leave it out")
-            device, dtype = f"{device}, bfloat16", bfloat16()
-        if not self._on_cpu:
-            use_tf32(model.backend, config.tf32)
-            device += ", TF32" if config.tf32 else ""
-            dataset.move_to(model.backend)
+        for name, wanted in (("bf16", config.bf16), ("tf32", config.tf32)):
+            if wanted and self._on_cpu:
+                raise RequestError(f"{name} is for a GPU, and this run is on the CPU: --no-{name}")
+            device += f", {name}" if wanted else ""
+        dtype = bfloat16() if config.bf16 else None
         self.machine = machine(device, self._workers.threads)
-        self._forward_backward = ParallelStep(model, self._workers, config.micro_batch, dtype)
+        self._forward_backward = ParallelStep(model, self._workers, config.micro_batch, dtype, config.tf32)
         self.optimizer = AdamW(model.parameters(), config.lr, (config.beta1, config.beta2), weight_decay=config.weight_decay)
         self._update = Update(self.optimizer, config.grad_clip or math.inf)
 
@@ -188,8 +187,8 @@ class Trainer:
         ]
 
     def run(self, stop_requested: Callable[[], bool] = lambda: False) -> Iterator[Step | Evaluation | End]:
-        """Train to the end. `stop_requested` is asked after every step; when it says yes, the state is saved
-        and the run ends. Raises OSError when a file cannot be written."""
+        """Train to the end. `stop_requested` is asked after every step (on a GPU, after those of a quarter of a second);
+        when it says yes, the state is saved and the run ends. Raises OSError when a file cannot be written."""
         self._started = time.perf_counter()
         with lock(lock_path(self.out), str(self.out)) if self.out else contextlib.nullcontext():
             yield from self._run(stop_requested)
@@ -221,7 +220,7 @@ class Trainer:
 
     def _crash(self) -> str:
         """Find out why the next step's loss or gradient is not finite, and write what is needed to repeat it."""
-        x, y = (to_numpy(ids) for ids in self.dataset.get_batch("train", self.progress.step))
+        x, y = self.dataset.get_batch("train", self.progress.step)
         reason = self._forward_backward.diagnose(x, y, self.config.seed, self.progress.step)
         if self.out:
             try:
@@ -236,9 +235,7 @@ class Trainer:
         seconds: list[float] = []
         while p.step < config.steps:
             self._use_processes(seconds)
-            to_evaluation = config.eval_interval - p.step % config.eval_interval
-            n = 1 if self._on_cpu else min(STEPS_IN_A_ROW, to_evaluation, config.steps - p.step)
-            for step in self._take(n):
+            for step in self._take(self._steps_in_a_row(seconds)):
                 if len(seconds) <= STEPS_BEFORE_PROCESSES:
                     seconds.append(step.seconds)
                 if not (math.isfinite(step.loss) and math.isfinite(step.grad_norm)):
@@ -260,6 +257,14 @@ class Trainer:
                 return Outcome.INTERRUPTED
         return Outcome.FINISHED
 
+    def _steps_in_a_row(self, seconds: list[float]) -> int:
+        """How many steps to take before their losses are asked for; `seconds` are those of steps so far."""
+        if self._on_cpu or len(seconds) < FIRST_STEPS:
+            return 1
+        p, config = self.progress, self.config
+        to_evaluation = min(config.eval_interval - p.step % config.eval_interval, config.steps - p.step)
+        return max(1, min(STEPS_IN_A_ROW, to_evaluation, int(SECONDS_IN_A_ROW / max(seconds[-1], 1e-9))))
+
     def _use_processes(self, seconds: list[float]) -> None:
         """Change to worker processes where that was asked for, or will pay; `seconds` are those of the steps so far."""
         asked = self.config.processes
@@ -280,29 +285,32 @@ class Trainer:
         started = time.perf_counter()
         p, config = self.progress, self.config
         assert config.min_lr is not None  # filled in by TrainConfig
-        rates = []
-        for number in range(p.step, p.step + n):
-            x, y = self.dataset.get_batch("train", number)
-            loss = self._forward_backward(x, y, config.seed, number)
-            self.optimizer.lr = learning_rate(
-                number,
-                steps=config.steps,
-                lr=config.lr,
-                min_lr=config.min_lr,
-                warmup_steps=config.warmup_steps,
-                schedule=config.schedule,
-            )
-            rates.append(self.optimizer.lr)
-            self._update.step(loss, self._workers.over)
-        results = self._update.results()
-        seconds = (time.perf_counter() - started) / n
-        steps = []
-        for (loss, grad_norm), lr in zip(results, rates, strict=False):
-            if math.isfinite(loss) and math.isfinite(grad_norm):
-                p.step += 1
-                p.loss_sum += loss
-                p.loss_count += 1
-            steps.append(Step(p.step, loss, grad_norm, lr, x.size, seconds))
+        rates: list[float] = []
+        steps: list[Step] = []
+        try:
+            for number in range(p.step, p.step + n):
+                x, y = self.dataset.get_batch("train", number, self.model.backend)
+                loss = self._forward_backward(x, y, config.seed, number)
+                self.optimizer.lr = learning_rate(
+                    number,
+                    steps=config.steps,
+                    lr=config.lr,
+                    min_lr=config.min_lr,
+                    warmup_steps=config.warmup_steps,
+                    schedule=config.schedule,
+                )
+                rates.append(self.optimizer.lr)
+                self._update.step(loss, self._workers.over)
+        finally:  # whatever happened, those that were taken count
+            results = self._update.results()
+            seconds = (time.perf_counter() - started) / n
+            tokens = config.batch_size * self.model.config.block_size
+            for (loss, grad_norm), lr in zip(results, rates, strict=False):
+                if math.isfinite(loss) and math.isfinite(grad_norm):
+                    p.step += 1
+                    p.loss_sum += loss
+                    p.loss_count += 1
+                steps.append(Step(p.step, loss, grad_norm, lr, tokens, seconds))
         return steps
 
     def _evaluate(self) -> Evaluation | None:

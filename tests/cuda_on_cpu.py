@@ -1,8 +1,8 @@
 """The CUDA kernels compiled for a CPU, and launched with NumPy's arrays: what can be known of them without a GPU."""
 
+import contextlib
 import ctypes
 import functools
-import importlib.util
 import re
 import shutil
 import subprocess
@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from npgpt.backend import bfloat16
+from npgpt.backend import DeviceError, bfloat16
 from npgpt.kernels import cuda
 from npgpt.kernels.products import Operand
 
 DTYPES = {"float32": np.dtype(np.float32), "float64": np.dtype(np.float64)}
-if importlib.util.find_spec("ml_dtypes"):
+with contextlib.suppress(DeviceError):
     DTYPES["bfloat16"] = bfloat16()
 
 COMPILER = shutil.which("g++")

@@ -143,7 +143,7 @@ BUGS = [
     ("cuda: embedding without its last row", EMBEDDING, "row < last; row++", "row < last - 1; row++"),
     ("cuda: embedding's table not cleared", EMBEDDING, "table[id * c] = 0", "table[id * c] += 0"),
     ("cuda: the residual sum forgotten", ELEMENTWISE, "onto ? (A)onto[at] + kept : kept", "kept"),
-    ("cuda: a bias for the wrong column", ELEMENTWISE, "bias[i % c]", "bias[i / n]"),
+    ("cuda: a bias for the wrong column", ELEMENTWISE, "+ bias[column]", "+ bias[0]"),
     ("cuda: a bias's gradient without a row", NORM, "row < last; row++) sum", "row < last - 1; row++) sum"),
     ("cuda: a norm of the first sums", ELEMENTWISE, "i = lane(); i < n; i += WARP) sum += partial", "i = lane(); i < WARP; i += WARP) sum += partial"),
     ("cuda: clipping to twice the norm", ELEMENTWISE, "(A)max_norm / norm", "2 * (A)max_norm / norm"),

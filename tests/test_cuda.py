@@ -27,8 +27,10 @@ from npgpt import (
     load,
     ops,
     save,
+    train,
 )
 from npgpt.backend import CPU, Backend, Stream, _why_no_cuda, select
+from npgpt.gpt import KVCache
 from npgpt.gradcheck import check_tensors
 from npgpt.kernels import cuda
 from npgpt.kernels.cuda import CudaKernels, Key
@@ -174,8 +176,10 @@ EPS = 2**-8  # of bfloat16
 
 @pytest.fixture
 def bf16():
-    pytest.importorskip("ml_dtypes")
-    return backend.bfloat16()
+    try:
+        return backend.bfloat16()
+    except backend.DeviceError as error:
+        pytest.skip(str(error))
 
 
 @on_cpu
@@ -186,7 +190,7 @@ def test_rounding_to_bfloat16(fast, bf16):
     bits = np.concatenate([bits, np.array([0, 1, 0x80000000, 0x8001, 0x7FFF, 0x8000], dtype=np.uint32)])  # denormal numbers
     numbers = bits.view(np.float32)
     found = np.zeros((1, len(numbers)), dtype=bf16)
-    fast._launch("add_bias", "bfloat16", (3, 1), 64, (found, numbers, *found.shape))
+    fast._launch("add_bias", "bfloat16", (-(-len(numbers) // 64), 1), 64, (found, numbers, *found.shape))
     with np.errstate(over="ignore", invalid="ignore"):
         expected = (numbers + np.float32(0)).astype(bf16)
     np.testing.assert_array_equal(np.isnan(found[0].astype(np.float32)), np.isnan(numbers))
@@ -355,7 +359,8 @@ def test_clipping_and_stepping(fast, dtype):
 
 @pytest.fixture(params=[pytest.param("run on the CPU", marks=on_cpu), pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request, fast, monkeypatch):
-    """The backend "cuda": on the CPU with NumPy's arrays, and the real one."""
+    """The backend "cuda": on the CPU with NumPy's arrays, and the real one. However slow, steps go in rows."""
+    monkeypatch.setattr(train, "SECONDS_IN_A_ROW", 1e9)
     if request.param == "cuda":
         return select("cuda")
     pretended = Backend("cuda", np, fast)
@@ -425,7 +430,7 @@ def run_of_trainer(device, tmp_path, steps=25, **settings):
     config = TrainConfig(
         steps=steps, batch_size=4, seed=3, eval_interval=12, lr=3e-3, warmup_steps=2, sample_tokens=3, threads=1, **settings
     )
-    return Trainer(model, tokenizer, dataset, config, tmp_path / f"{device.name}.npz")
+    return Trainer(model, tokenizer, dataset, config, tmp_path and tmp_path / f"{device.name}.npz")
 
 
 def test_a_run(device, tmp_path, monkeypatch):
@@ -443,7 +448,9 @@ def test_a_run(device, tmp_path, monkeypatch):
         elif isinstance(a, Evaluation):
             np.testing.assert_allclose(a.val_loss, b.val_loss, rtol=1e-3)
     assert run.optimizer.steps == run.progress.step == 25
-    assert run.dataset.get_batch("train")[0].dtype == np.int64
+    x, _ = run.dataset.get_batch("train", 3, device)
+    assert isinstance(x, device.xp.ndarray)
+    np.testing.assert_array_equal(backend.to_numpy(x), other.dataset.get_batch("train", 3)[0])
 
 
 def test_a_run_that_diverges(device, tmp_path, monkeypatch):
@@ -451,11 +458,11 @@ def test_a_run_that_diverges(device, tmp_path, monkeypatch):
     run = run_of_trainer(device, tmp_path)
     batch, before = run.dataset.get_batch, {}
 
-    def get_batch(split, k):
+    def get_batch(split, k, where=CPU):
         if k == 15 and not before:
             before["weights"] = backend.to_numpy(run.model.flat.data).copy()
             run.model.wpe.weight.data[3, 2] = np.nan
-        return batch(split, k)
+        return batch(split, k, where)
 
     monkeypatch.setattr(run.dataset, "get_batch", get_batch)
     end = list(run.run())[-1]
@@ -468,9 +475,79 @@ def test_a_run_that_diverges(device, tmp_path, monkeypatch):
     np.testing.assert_array_equal(after[at], before["weights"][at])
 
 
-def test_bfloat16_is_for_gpus(tmp_path):
-    with pytest.raises(RequestError, match="bf16 needs a GPU"):
-        run_of_trainer(CPU, tmp_path, bf16=True)
+def test_a_run_goes_on_after_an_exception_and_after_diverging(device, monkeypatch):
+    """What was taken counts, and nothing is taken twice."""
+    straight = run_of_trainer(device, None)
+    list(straight.run())
+    expected = backend.to_numpy(straight.model.flat.data)
+    run = run_of_trainer(device, None)
+    batch, fail = run.dataset.get_batch, [9]
+
+    def get_batch(split, k, where=CPU):
+        if k in fail:
+            fail.remove(k)
+            raise KeyboardInterrupt
+        return batch(split, k, where)
+
+    monkeypatch.setattr(run.dataset, "get_batch", get_batch)
+    with pytest.raises(KeyboardInterrupt):
+        list(run.run())
+    assert run.optimizer.steps == run.progress.step == 9
+    list(run.run())
+    assert run.optimizer.steps == 25
+    np.testing.assert_array_equal(backend.to_numpy(run.model.flat.data), expected)
+
+    run = run_of_trainer(device, None)
+    good, spoil = run._forward_backward, [14]
+
+    def forward_backward(x, y, seed, number):
+        loss = good(x, y, seed, number)
+        if number in spoil:
+            spoil.remove(number)
+            run.model.flat.grad[5] = np.inf
+        return loss
+
+    for name in ("close", "diagnose"):
+        monkeypatch.setattr(forward_backward, name, getattr(good, name), raising=False)
+    run._forward_backward = forward_backward
+    end = list(run.run())[-1]
+    assert (end.outcome, end.step, run.optimizer.steps) == (Outcome.DIVERGED, 14, 14)
+    assert list(run.run())[-1].outcome is Outcome.FINISHED
+    np.testing.assert_array_equal(backend.to_numpy(run.model.flat.data), expected)
+
+
+@pytest.mark.parametrize("flag", ["bf16", "tf32"])
+def test_fewer_bits_are_for_gpus(flag):
+    with pytest.raises(RequestError, match=f"{flag} is for a GPU, and this run is on the CPU: --no-{flag}"):
+        run_of_trainer(CPU, None, **{flag: True})
+
+
+def test_bfloat16_needs_what_cupy_needs(monkeypatch):
+    monkeypatch.setattr(np, "__version__", "2.1.0")
+    monkeypatch.setitem(sys.modules, "ml_dtypes", sys.modules.get("ml_dtypes") or SimpleNamespace())
+    with pytest.raises(backend.DeviceError, match=r"needs NumPy 2\.1\.2 or newer, this is 2\.1\.0"):
+        backend.bfloat16()
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    with pytest.raises(backend.DeviceError, match="-m pip install ml_dtypes"):
+        backend.bfloat16()
+
+
+def test_tf32_is_on_for_a_time(fast):
+    pretended = Backend("cuda", np, fast)
+    seen = []
+    for yes in (True, False):
+        with backend.tf32(pretended, yes), backend.tf32(pretended, True):
+            seen.append(fast.gemm.tf32)
+        seen.append(fast.gemm.tf32)
+    assert seen == [True, False, True, False]
+    with backend.tf32(CPU):
+        pass
+
+
+def test_no_cache_in_another_dtype():
+    model = GPT(GPTConfig(7, block_size=8, n_layer=1, n_head=2, n_embd=8))
+    with pytest.raises(ValueError, match="leave out `cache` or `dtype`"):
+        model(np.zeros((1, 2), np.int64), cache=KVCache(model), dtype=np.float64)
 
 
 # ---------------------------------------------------------------- compiled for GPUs that are not here
@@ -582,9 +659,8 @@ def test_products_on_a_gpu(dtype):
         found = product(gpu.xp, gpu.kernels.gemm, left, right, parameter)
         np.testing.assert_allclose(backend.to_numpy(found), expected, rtol=0, atol=10 * tolerance)
     if dtype == "float32":
-        backend.use_tf32(gpu, True)
-        rounded = backend.to_numpy(product(gpu.xp, gpu.kernels.gemm, a_there, b_there.swapaxes(-1, -2)))
-        backend.use_tf32(gpu, False)
+        with backend.tf32(gpu):
+            rounded = backend.to_numpy(product(gpu.xp, gpu.kernels.gemm, a_there, b_there.swapaxes(-1, -2)))
         assert 1e-6 < np.abs(rounded - exact).max() < 1e-1
 
 

@@ -102,6 +102,8 @@ def replay(args: argparse.Namespace) -> int:
         step = ParallelStep(crash.model, workers, config.micro_batch)
         loss = step(*crash.batch, config.seed, crash.step)
         found = step.diagnose(*crash.batch, config.seed, crash.step)
+    if config.bf16 or config.tf32:
+        print("the run computed with fewer bits, on a GPU; this is the step in float32")
     print(f"step {crash.step + 1}, loss {loss}: {found}")
     if found != crash.crash:
         print(f"the run itself had found: {crash.crash}")

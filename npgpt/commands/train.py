@@ -132,9 +132,7 @@ def train(args: argparse.Namespace) -> int:
                 different = trainer.resume(last, elsewhere=resumed_from.resolve() != last_path(out).resolve())
             _banner(trainer, args.text)
             if different:
-                say(
-                    f"warning: {'; '.join(different)}: the numbers will differ in their last digits from an uninterrupted run's"
-                )
+                say(f"warning: {'; '.join(different)}: the numbers will not be quite those of an uninterrupted run")
             end = _show_run(trainer, stop_requested)
     except MemoryError:
         return failed("train", f"out of memory: {memory_advice(config, train_config)}")

@@ -107,9 +107,8 @@ class CudaKernels(Kernels):
         rows, rounded = x.reshape(prod(x.shape[:-1]), x.shape[-1]), weight.astype(x.dtype, copy=False)
         y = self._product(rows, rounded)
         if bias is not None and y.size:
-            self._launch(
-                "add_bias", y.dtype.name, _elementwise(y.size), THREADS, (y, self.xp.ascontiguousarray(bias), *y.shape)
-            )
+            grid = -(-y.shape[1] // THREADS), min(MOST_BLOCKS, y.shape[0])
+            self._launch("add_bias", y.dtype.name, grid, THREADS, (y, self.xp.ascontiguousarray(bias), *y.shape))
         return y.reshape(*x.shape[:-1], weight.shape[-1]), Own((rows, rounded, x.shape))
 
     def linear_backward(

@@ -3,9 +3,11 @@
 const double GELU_SCALE = 0.7978845608028654;  // sqrt(2 / pi)
 const double GELU_CUBIC = 0.044715;
 
-// y (n, c) += bias, in place.
+// y (n, c) += bias, in place; a thread a column, blockIdx.y the first of its rows.
 extern "C" __global__ void add_bias(T* y, const A* bias, long long n, long long c) {
-    for (long long i = thread_number(); i < n * c; i += thread_count()) y[i] = (T)((A)y[i] + bias[i % c]);
+    long long column = thread_number();
+    if (column >= c) return;
+    for (long long row = blockIdx.y; row < n; row += gridDim.y) y[row * c + column] = (T)((A)y[row * c + column] + bias[column]);
 }
 
 extern "C" __global__ void gelu_forward(const T* x, T* y, long long n) {

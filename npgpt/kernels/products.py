@@ -20,7 +20,7 @@ from npgpt.kernels.reference import Array
 
 class Operand(NamedTuple):
     """Matrices in memory, as BLAS sees them: column after column, `leading` elements from one to the next, `stride` from one
-    matrix to the next. `transposed`: as it lies there it is the transpose of what is meant."""
+    matrix to the next. The operand of the product is that, or, if `transposed`, the transpose of that."""
 
     array: Array
     transposed: bool
@@ -40,52 +40,40 @@ class CublasGemm:
     TF32's 10 bits of mantissa."""
 
     def __init__(self, cupy: Any) -> None:
-        self._cupy = cupy
         self.tf32 = False
-        self._one_and_zero = {name: (np.ones(1, name), np.zeros(1, name)) for name in ("float32", "float64")}
+        cublas, runtime = cupy.cuda.cublas, cupy.cuda.runtime
+        self._gemm, self._handle = cublas.gemmStridedBatchedEx, cupy.cuda.device.get_cublas_handle
+        self._algorithm, self._tf32 = cublas.CUBLAS_GEMM_DEFAULT, cublas.CUBLAS_COMPUTE_32F_FAST_TF32
+        self._kinds = {"float32": runtime.CUDA_R_32F, "float64": runtime.CUDA_R_64F, "bfloat16": runtime.CUDA_R_16BF}
+        self._computing = dict.fromkeys(self._kinds, cublas.CUBLAS_COMPUTE_32F) | {"float64": cublas.CUBLAS_COMPUTE_64F}
+        # Numbers are read from the host's memory, in the type that is computed in.
+        self._numbers = {name: np.array([0, 1], "float64" if name == "float64" else "float32") for name in self._kinds}
+        self._zero_and_one = {name: (n.ctypes.data, n.ctypes.data + n.itemsize) for name, n in self._numbers.items()}
 
     def __call__(self, a: Operand, b: Operand, out: Operand, sizes: tuple[int, int, int], count: int) -> None:
-        cublas, runtime = self._cupy.cuda.cublas, self._cupy.cuda.runtime
-        kinds = {"float32": runtime.CUDA_R_32F, "float64": runtime.CUDA_R_64F, "bfloat16": runtime.CUDA_R_16BF}
         name = a.array.dtype.name
-        if name == "float64":
-            compute = cublas.CUBLAS_COMPUTE_64F
-        elif name == "float32" and self.tf32:
-            compute = cublas.CUBLAS_COMPUTE_32F_FAST_TF32
-        else:
-            compute = cublas.CUBLAS_COMPUTE_32F
-        one, zero = self._one_and_zero["float64" if name == "float64" else "float32"]
+        zero, one = self._zero_and_one[name]
+        computing = self._tf32 if self.tf32 and name == "float32" else self._computing[name]
+        first, second, result = self._place(a), self._place(b), self._place(out)
+        transposed = int(a.transposed), int(b.transposed)
+        self._gemm(self._handle(), *transposed, *sizes, one, *first, *second, zero, *result, count, computing, self._algorithm)
 
-        def place(operand: Operand) -> tuple[int, int, int, int]:
-            return operand.array.data.ptr, kinds[operand.array.dtype.name], operand.leading, operand.stride
-
-        cublas.gemmStridedBatchedEx(
-            self._cupy.cuda.device.get_cublas_handle(),
-            int(a.transposed),
-            int(b.transposed),
-            *sizes,
-            one.ctypes.data,
-            *place(a),
-            *place(b),
-            zero.ctypes.data,
-            *place(out),
-            count,
-            compute,
-            cublas.CUBLAS_GEMM_DEFAULT,
-        )
+    def _place(self, operand: Operand) -> tuple[int, int, int, int]:
+        return operand.array.data.ptr, self._kinds[operand.array.dtype.name], operand.leading, operand.stride
 
 
 def product(xp: Any, gemm: Gemm, a: Array, b: Array, dtype: Any = None) -> Array:
-    """a (..., n, k) @ b (..., k, m), of one dtype and equal leading axes -> (..., n, m) of `dtype`, by default theirs."""
-    *lead, n, k = a.shape
-    m = b.shape[-1]
-    out = xp.empty((*lead, n, m), dtype=dtype or a.dtype)
-    if out.size == 0 or k == 0:
+    """a (..., rows, inner) @ b (..., inner, columns), of one dtype and equal leading axes -> (..., rows, columns) of `dtype`,
+    by default theirs."""
+    *lead, rows, inner = a.shape
+    columns = b.shape[-1]
+    out = xp.empty((*lead, rows, columns), dtype=dtype or a.dtype)
+    if out.size == 0 or inner == 0:
         out[...] = 0
         return out
     # Row by row, what BLAS reads column by column is the transpose; and (a @ b)^T is b^T @ a^T.
     first, second = _operand(xp, b), _operand(xp, a)
-    gemm(first, second, Operand(out, False, m, n * m), (m, n, k), prod(lead))
+    gemm(first, second, Operand(out, False, columns, rows * columns), (columns, rows, inner), prod(lead))
     return out
 
 

@@ -22,19 +22,19 @@ from workloads import ON_A_GPU, WORKLOADS
 
 def npgpt_step(workload, mode):
     import npgpt
-    from npgpt.backend import bfloat16, select, use_tf32
+    from npgpt.backend import bfloat16, select
     from npgpt.optim import Update
     from npgpt.parallel import ParallelStep, Workers
     from npgpt.processes import Processes
 
     backend = select("cuda" if "cuda" in mode else "cpu")
-    use_tf32(backend, "TF32" in mode)
     settings = {k: v for k, v in vars(workload).items() if k != "batch_size"}
     model = npgpt.GPT(npgpt.GPTConfig(**settings), seed=0, backend=backend)
     optimizer = npgpt.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99))
     workers = Workers(None if backend.name == "cpu" else 1).__enter__()
     update = Update(optimizer, 1.0)
-    forward_backward = ParallelStep(model, workers, dtype=bfloat16() if "bfloat16" in mode else None)
+    dtype = bfloat16() if "bfloat16" in mode else None
+    forward_backward = ParallelStep(model, workers, dtype=dtype, use_tf32="TF32" in mode)
     if workers.threads > 1:  # as training does when it takes longer than some seconds
         forward_backward.use(Processes)
     number = iter(range(1 << 62))
