@@ -13,7 +13,7 @@ rounded where it meets an activation.
 from __future__ import annotations
 
 import functools
-from math import prod, sqrt
+from math import isqrt, prod, sqrt
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,7 +32,7 @@ ELEMENTS: dict[str, tuple[str, str, np.dtype]] = {
 THREADS = 256  # of a block
 MOST_BLOCKS = 4096  # of an elementwise kernel, whose threads go on to further elements
 MOST_BLOCKS_OF_A_SUM = 256  # whose warps leave a sum each
-CHUNK = 64  # rows added up by a thread, one after the other
+CHUNK = 64  # rows added up by a thread, one after the other, at least
 MOST_CHUNKS = 65_535  # the largest second dimension of a grid
 MOST_PARTIAL = 1 << 24  # elements of an embedding's partial sums
 
@@ -217,10 +217,11 @@ class CudaKernels(Kernels):
         dx = self.xp.empty_like(x)
         self._launch("layer_norm_backward", dtype, _rows(n), THREADS, (dy, x, weight, mean, rstd, dx, n, c))
         chunk, chunks = _chunks(n)
-        partial = self.xp.empty((2, chunks, c), dtype=weight.dtype)
-        arguments = (dy, x, mean, rstd, partial[0], partial[1], n, c, chunk)
+        partial = self.xp.empty((chunks, 2, c), dtype=weight.dtype)
+        arguments = (dy, x, mean, rstd, partial, n, c, chunk)
         self._launch("layer_norm_backward_weight", dtype, (-(-c // THREADS), chunks), THREADS, arguments)
-        return dx, self._sum_of_rows(partial[0]), self._sum_of_rows(partial[1])
+        dweight, dbias = self._sum_of_rows(partial)
+        return dx, dweight, dbias
 
     def _sum_of_rows(self, x: Array) -> Array:
         y = self.xp.empty(x.shape[1:], dtype=x.dtype)
@@ -347,8 +348,8 @@ def _parameter_dtype(x: Array) -> np.dtype:
 
 
 def _chunks(n: int) -> tuple[int, int]:
-    """(rows in a chunk, number of chunks) for sums over n rows."""
-    chunk = max(CHUNK, -(-n // MOST_CHUNKS))
+    """(rows in a chunk, number of chunks) for sums over n rows: about as many of the one as of the other."""
+    chunk = max(CHUNK, isqrt(n), -(-n // MOST_CHUNKS))
     return chunk, -(-n // chunk)
 
 

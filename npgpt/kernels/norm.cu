@@ -41,10 +41,9 @@ extern "C" __global__ void layer_norm_backward(
     }
 }
 
-// A thread adds up one column over a chunk of rows: partial_weight and partial_bias are (chunks, c), blockIdx.y the chunk.
+// A thread adds up one column over a chunk of rows: partial is (chunks, 2, c), weights before biases, blockIdx.y the chunk.
 extern "C" __global__ void layer_norm_backward_weight(
-    const T* dy, const T* x, const A* mean, const A* rstd, A* partial_weight, A* partial_bias, long long n, long long c,
-    long long chunk) {
+    const T* dy, const T* x, const A* mean, const A* rstd, A* partial, long long n, long long c, long long chunk) {
     long long column = thread_number();
     if (column >= c) return;
     long long first = blockIdx.y * chunk, last = first + chunk < n ? first + chunk : n;
@@ -54,8 +53,8 @@ extern "C" __global__ void layer_norm_backward_weight(
         dweight += d * ((A)x[row * c + column] - mean[row]) * rstd[row];
         dbias += d;
     }
-    partial_weight[blockIdx.y * c + column] = dweight;
-    partial_bias[blockIdx.y * c + column] = dbias;
+    partial[2 * blockIdx.y * c + column] = dweight;
+    partial[(2 * blockIdx.y + 1) * c + column] = dbias;
 }
 
 // Sums over chunks of the rows of x (n, c): partial is (chunks, c), a thread a column, blockIdx.y the chunk.
