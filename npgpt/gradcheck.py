@@ -245,8 +245,10 @@ def _derivative(tensor: Tensor, probe: Any, output: Callable[[], np.ndarray]) ->
     """The derivative of the weighted `output` along a unit vector (an index) or a direction (an array), and a
     bound on its error. Large steps are the most precise, small ones the least likely to run into a kink, so
     the step is reduced only while the extrapolation does not settle."""
-    base = tensor.data
+    there, base = tensor.data, to_numpy(tensor.data)
     size = abs(base.flat[probe]) if isinstance(probe, int) else np.abs(base).max(initial=0.0)
+
+    backend = tensor.backend
 
     def at(offset: float) -> np.ndarray:
         moved = base.copy()
@@ -254,11 +256,11 @@ def _derivative(tensor: Tensor, probe: Any, output: Callable[[], np.ndarray]) ->
             moved.flat[probe] += offset
         else:
             moved += offset * probe
-        tensor.data = moved
+        tensor.data = backend.asarray(moved)
         try:
             return output()
         finally:
-            tensor.data = base
+            tensor.data = there
 
     return _best_extrapolation(at, max(1.0, float(size)))
 

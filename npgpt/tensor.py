@@ -362,7 +362,7 @@ class Tensor:
         """Axes in a new order, as `numpy.transpose`: all of them, or none for the reverse order."""
         y = self.data.transpose(*axes)
         order = axes[0] if len(axes) == 1 and not isinstance(axes[0], int) else axes
-        back = np.argsort([axis % self.ndim for axis in order]) if order else None
+        back = tuple(np.argsort([axis % self.ndim for axis in order]).tolist()) if order else None
         return record(y, (self,), lambda dy: (dy.transpose(back),))
 
     def swapaxes(self, axis1: int, axis2: int) -> Tensor:
@@ -374,7 +374,7 @@ class Tensor:
 
     def __getitem__(self, index: Any) -> Tensor:
         """NumPy's indexing, with slices, integers and arrays; an element picked twice collects both gradients."""
-        index = _raw_index(index)
+        index = _raw_index(index, self.backend)
         xp, shape, dtype = self.backend.xp, self.shape, self.dtype
 
         def backward(dy: Array) -> tuple[Array | Part]:
@@ -507,10 +507,12 @@ def _binary(data: Array, a: Tensor, b: Tensor | None, da: Callable[[Array], Arra
     return record(data, (a, b), lambda dy: (da(dy), db(dy)))
 
 
-def _raw_index(index: Any) -> Any:
+def _raw_index(index: Any, backend: Backend) -> Any:
+    """An index of arrays of the device, and of numbers and slices."""
     if isinstance(index, tuple):
-        return tuple(i.data if isinstance(i, Tensor) else i for i in index)
-    return index.data if isinstance(index, Tensor) else index
+        return tuple(_raw_index(i, backend) for i in index)
+    index = index.data if isinstance(index, Tensor) else index
+    return backend.asarray(index) if isinstance(index, np.ndarray | list) and backend.xp is not np else index
 
 
 def _is_basic(index: Any) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import cuda_on_cpu
+import device_array
 import numpy as np
 import pytest
 from op_cases import CASES, Dims, inputs_of
@@ -23,6 +24,7 @@ from npgpt import (
     Tensor,
     TrainConfig,
     backend,
+    evaluate,
     generate,
     load,
     ops,
@@ -36,7 +38,7 @@ from npgpt.kernels import cuda
 from npgpt.kernels.cuda import CudaKernels, Key
 from npgpt.kernels.products import product
 from npgpt.kernels.reference import Kernels
-from npgpt.optim import clip_grad_norm
+from npgpt.optim import Update, clip_grad_norm
 from npgpt.parallel import ParallelStep, Workers
 from npgpt.train import Evaluation, Outcome, Step, Trainer
 
@@ -359,20 +361,27 @@ def test_clipping_and_stepping(fast, dtype):
 
 @pytest.fixture(params=[pytest.param("run on the CPU", marks=on_cpu), pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request, fast, monkeypatch):
-    """The backend "cuda": on the CPU with NumPy's arrays, and the real one. However slow, steps go in rows."""
+    """The backend "cuda": computed on the CPU, with arrays that are not NumPy's, and the real one. However slow, steps go in
+    rows."""
     monkeypatch.setattr(train, "SECONDS_IN_A_ROW", 1e9)
     if request.param == "cuda":
         return select("cuda")
-    pretended = Backend("cuda", np, fast)
-    monkeypatch.setitem(backend._backends, np.ndarray, pretended)
+    return pretended_device(monkeypatch)
+
+
+def pretended_device(monkeypatch):
+    xp = device_array.Module()
+    kernels = CudaKernels(xp, device_array.launch_on(cuda_on_cpu.launch), device_array.gemm_on(cuda_on_cpu.Gemm()))
+    pretended = Backend("cuda", xp, kernels)
+    monkeypatch.setitem(backend._backends, device_array.ndarray, pretended)
     return pretended
 
 
 def test_the_gradients_of_a_model(device):
-    model = GPT(GPTConfig(7, block_size=9, n_layer=2, n_head=2, n_embd=8, dropout=0.2), dtype=np.float64, backend=device)
+    model = GPT(GPTConfig(7, block_size=5, n_layer=1, n_head=2, n_embd=8, dropout=0.2), dtype=np.float64, backend=device)
     rng = np.random.default_rng(0)
     model.flat.data += device.asarray(0.3 * rng.standard_normal(model.num_parameters()))
-    x, y = rng.integers(0, 7, (2, 2, 9))
+    x, y = rng.integers(0, 7, (2, 2, 5))
 
     def loss():
         logits, _ = model(x, rng=device.generator(0, Stream.DROPOUT))
@@ -397,7 +406,6 @@ def losses_of_training(device, dropout, steps=20, dtype=None):
 
 def test_training_is_the_same_as_on_the_cpu(device, monkeypatch):
     found = losses_of_training(device, 0.0)
-    monkeypatch.setitem(backend._backends, np.ndarray, CPU)
     np.testing.assert_allclose(found, losses_of_training(CPU, 0.0), rtol=1e-4)
     assert found[-1] < found[0] - 0.1
 
@@ -411,7 +419,7 @@ def test_training_with_dropout_repeats_itself(device):
 
 def test_training_in_bfloat16(device, bf16, monkeypatch):
     """Close to float32, and learning as it does; the weights and their gradients are float32."""
-    found, wide = (losses_of_training(device, 0.2, steps=40, dtype=dtype) for dtype in (bf16, None))
+    found, wide = (losses_of_training(device, 0.2, steps=25, dtype=dtype) for dtype in (bf16, None))
     np.testing.assert_allclose(found, wide, rtol=5 * EPS)
     assert found != wide
     assert found[-1] < found[0] - 0.2
@@ -437,7 +445,6 @@ def test_a_run(device, tmp_path, monkeypatch):
     """Steps whose losses are asked for after several: the same records and weights as the CPU's."""
     run = run_of_trainer(device, tmp_path)
     found = list(run.run())
-    monkeypatch.setitem(backend._backends, np.ndarray, CPU)
     other = run_of_trainer(CPU, tmp_path)
     expected = list(other.run())
     assert [type(e) for e in found] == [type(e) for e in expected]
@@ -593,19 +600,19 @@ NUMPY_S_OWN = {"array operand", "array matmul", "astype"}  # NumPy's arrays, gen
 DRAWN = {name for name in CASES if "dropout" in name}
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("dims", [Dims(), Dims(lead=(), a=7, b=2, c=1, past=0), Dims(lead=(33,), a=65, b=40, c=8)])
 @pytest.mark.parametrize("name", sorted(set(CASES) - NUMPY_S_OWN - DRAWN))
-def test_every_operation_on_a_gpu(name, dims, dtype):
+def test_every_operation_on_a_device(device, name, dims, dtype):
     """The same results and gradients as the CPU's."""
-    case, gpu = CASES[name], select("cuda")
+    case = CASES[name]
     arrays = [a.astype(dtype) for a in inputs_of(case, dims, np.random.default_rng(7))]
     results = []
-    for device in (CPU, gpu):
-        inputs = [Tensor(device.asarray(a), requires_grad=True) for a in arrays]
+    for where in (CPU, device):
+        inputs = [Tensor(where.asarray(a), requires_grad=True) for a in arrays]
         y = case.fn(*inputs)
-        y.backward(device.asarray(np.random.default_rng(1).standard_normal(y.shape), dtype=dtype))
-        results.append([y.numpy(), *(device.xp.asnumpy(x.grad) if device is gpu else x.grad for x in inputs)])
+        y.backward(where.asarray(np.random.default_rng(1).standard_normal(y.shape), dtype=dtype))
+        assert isinstance(y.data, where.xp.ndarray)
+        results.append([y.numpy(), *(backend.to_numpy(x.grad) for x in inputs)])
     for expected, found in zip(*results, strict=True):
         close(found, expected, dtype, 10)
 
@@ -664,15 +671,37 @@ def test_products_on_a_gpu(dtype):
         assert 1e-6 < np.abs(rounded - exact).max() < 1e-1
 
 
-@pytest.mark.gpu
-def test_a_checkpoint_moves_between_devices(tmp_path, tokenizer):
-    gpu = select("cuda")
-    model = GPT(GPTConfig(tokenizer.vocab_size, block_size=16, n_layer=1, n_head=2, n_embd=16), backend=gpu)
+def test_a_checkpoint_moves_between_devices(device, tmp_path, tokenizer):
+    model = GPT(GPTConfig(tokenizer.vocab_size, block_size=16, n_layer=1, n_head=2, n_embd=16), backend=device)
     save(tmp_path / "model.npz", model, tokenizer)
     on_cpu = load(tmp_path / "model.npz").model
     ids = np.arange(12)[None]
     np.testing.assert_allclose(on_cpu(ids)[0].numpy(), model(ids)[0].numpy(), rtol=0, atol=1e-5)
     assert generate(model, [1, 2], 30, temperature=0) == generate(on_cpu, [1, 2], 30, temperature=0)
+    there = load(tmp_path / "model.npz", backend=device).model
+    np.testing.assert_array_equal(model(ids)[0].numpy(), there(ids)[0].numpy())
+    text = np.arange(300) % tokenizer.vocab_size
+    np.testing.assert_allclose(evaluate(there, text).loss, evaluate(on_cpu, text).loss, rtol=1e-5)
+    with pytest.raises(TypeError, match="one device"):
+        Tensor(device.asarray([1.0, 2.0])) + np.ones(2, np.float32)
+
+
+@on_cpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.2, "tie_weights": True}, {"bias": False, "activation": "relu"}])
+def test_a_step_waits_for_nothing(fast, bf16, monkeypatch, dtype, options):
+    """On its way nothing goes to the host; then, once, the losses."""
+    device = pretended_device(monkeypatch)
+    model = GPT(GPTConfig(7, block_size=16, n_layer=2, n_head=2, n_embd=16, **options), seed=1, backend=device)
+    update, dataset = Update(AdamW(model.parameters()), 1.0), Dataset(np.arange(3000) % 7, 16, 4)
+    with Workers(1) as workers:
+        step = ParallelStep(model, workers, dtype=bf16 if dtype == "bfloat16" else None)
+        device_array.waits.clear()
+        for number in range(3):
+            update.step(step(*dataset.get_batch("train", number, device), seed=1, number=number))
+        assert device_array.waits == []
+        assert len(update.results()) == 3
+        assert device_array.waits == ["get"]
 
 
 # ---------------------------------------------------------------- without one
