@@ -11,6 +11,7 @@ import ctypes
 import enum
 import importlib.util
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -117,6 +118,8 @@ def select(name: str = "auto") -> Backend:
             except ImportError as error:  # another CUDA's, or half of it
                 missing = f"CuPy is installed and cannot be imported: {error}"
         if name == "auto":
+            if missing.startswith("CuPy"):
+                warnings.warn(f"there is a GPU, and it is left alone: {missing}", RuntimeWarning, stacklevel=2)
             return CPU
         raise DeviceError(f"device 'cuda' cannot be used: {missing}")
     raise ValueError(f"device must be 'auto', 'cpu' or 'cuda', got {name!r}")

@@ -142,8 +142,12 @@ class GPT(Module):
         """
         ids = ids.data if isinstance(ids, Tensor) else ids if hasattr(ids, "ndim") else np.asarray(ids)
         seen = cache.length if cache else 0
-        if cache and dtype is not None:
-            raise ValueError("a cache keeps keys and values in the weights' dtype; leave out `cache` or `dtype`")
+        own = self.wte.weight.dtype
+        if dtype is not None and np.dtype(dtype) != own:
+            if cache:
+                raise ValueError("a cache keeps keys and values in the weights' dtype; leave out `cache` or `dtype`")
+            if np.dtype(dtype).name != "bfloat16" or self.backend.name == "cpu":
+                raise ValueError(f"dtype must be None, {own.name}, or on a GPU bfloat16, got {np.dtype(dtype).name}")
         if ids.ndim != 2 or not 1 <= ids.shape[1] <= self.config.block_size - seen:
             room = f"{self.config.block_size} - {seen} in the cache" if seen else str(self.config.block_size)
             raise ValueError(f"expected ids of shape (B, T) with 1 <= T <= block_size {room}, got {ids.shape}")

@@ -125,6 +125,10 @@ class Trainer:
         """source: the name of the text, for the checkpoint."""
         self.model, self.tokenizer, self.dataset, self.config = model, tokenizer, dataset, config
         self.out, self.source = None if out is None else Path(out), source
+        if self.out and self.out.suffix != ".npz":
+            raise RequestError(f"out must end in .npz, got {self.out}")
+        if config.device not in ("auto", model.backend.name):
+            raise RequestError(f"the run is to be on {config.device!r}, and the model is on {model.backend.name!r}")
         self.fingerprint = dataset.fingerprint()
         for name in ("batch_size", "seed", "block_size"):
             expected = model.config.block_size if name == "block_size" else getattr(config, name)
@@ -139,12 +143,16 @@ class Trainer:
             )
         self.progress = Progress()
         self._started = time.perf_counter()
-        self._own = False  # whether the files at `out` are of this run
+        self._begun = False  # whether the files at `out` are of this run
+        self._saved: int | None = None  # the step of the state there, when it is of this run
+        self._evaluation_due = False
         device, self._on_cpu = model.backend.name, model.backend.name == "cpu"
         self._workers = Workers(config.threads if self._on_cpu else 1)
         for name, wanted in (("bf16", config.bf16), ("tf32", config.tf32)):
             if wanted and self._on_cpu:
-                raise RequestError(f"{name} is for a GPU, and this run is on the CPU: --no-{name}")
+                raise RequestError(
+                    f"{name} is for a GPU, and this run is on the CPU: --no-{name}, or --device cuda to see what is missing"
+                )
             device += f", {name}" if wanted else ""
         dtype = bfloat16() if config.bf16 else None
         self.machine = machine(device, self._workers.threads)
@@ -162,7 +170,10 @@ class Trainer:
         number of steps.
         """
         if last.optimizer_state is None or last.train_config is None:
-            raise RequestError("this checkpoint holds no training state to resume from; start a new run")
+            raise RequestError(
+                "this checkpoint holds no training state to resume from: that is in a run's NAME.last.npz, and is read by "
+                "load(path, with_optimizer=True)"
+            )
         differing = _differences(last.config, self.model.config)
         of_the_run = ("steps", "eval_interval", "patience", "log_interval", "sample_tokens")
         of_the_machine = ("threads", "processes", "device", "tf32", "bf16")
@@ -180,15 +191,17 @@ class Trainer:
         except (TypeError, ValueError) as error:
             raise RequestError(f"cannot resume: the checkpoint's training state is damaged ({error})") from None
         self.model.load_state_dict(last.model.state_dict())
-        self.progress, self._own = progress, not elsewhere
+        self.progress, self._evaluation_due = progress, False
+        self._begun, self._saved = not elsewhere, None if elsewhere else progress.step
         before = last.machine or self.machine
         return [
             f"{key} was {before.get(key)} and is now {value}" for key, value in self.machine.items() if before.get(key) != value
         ]
 
     def run(self, stop_requested: Callable[[], bool] = lambda: False) -> Iterator[Step | Evaluation | End]:
-        """Train to the end. `stop_requested` is asked after every step (on a GPU, after those of a quarter of a second);
-        when it says yes, the state is saved and the run ends. Raises OSError when a file cannot be written."""
+        """Train to the end; called again, after somebody has left in between, go on. `stop_requested` is asked after every
+        step (on a GPU, after those of a quarter of a second); when it says yes, the state is saved and the run ends. Raises
+        OSError when a file cannot be written."""
         self._started = time.perf_counter()
         with lock(lock_path(self.out), str(self.out)) if self.out else contextlib.nullcontext():
             yield from self._run(stop_requested)
@@ -198,18 +211,22 @@ class Trainer:
         if self.out:
             for path in files_of(self.out):
                 remove_leftovers(path)
-            if not self._own or not last_path(self.out).exists():
+            state = last_path(self.out)
+            state_step = checkpoint.step_of(state) if self._begun and state.exists() else None
+            if self._begun and state_step is not None and state_step != self._saved:
+                raise RequestError(f"another run has gone on from {state} meanwhile; start again with --resume")
+            if not self._begun or (state_step is None and self._saved is not None):
                 for path in files_of(self.out):
                     if path.exists():
                         path.replace(path.with_name(path.name.replace(self.out.stem, f"{self.out.stem}.previous", 1)))
                 p.best_loss, p.best_step, p.stale_evaluations = None, 0, 0
-            elif checkpoint.step_of(last_path(self.out)) != p.step:
-                raise RequestError(f"another run has gone on from {last_path(self.out)} meanwhile; start again with --resume")
-            elif not self.out.exists():  # somebody has taken it away: the next evaluation gives the best there is
+            elif (
+                self._saved is not None and not self.out.exists()
+            ):  # somebody has taken it away: the next evaluation gives the best there is
                 p.best_loss, p.best_step, p.stale_evaluations = None, 0, 0
-            elif p.step == p.best_step:  # it may have been killed between the two files of a save
+            elif self._saved == p.step == p.best_step:  # it may have been killed between the two files of a save
                 self._save(best=True)
-            self._own = True
+            self._begun = True
         self._log("start" if p.step == 0 else "resume", {"step": p.step, "config": dataclasses.asdict(config)})
         with self._workers, contextlib.closing(self._forward_backward):
             outcome = yield from self._steps(stop_requested)
@@ -233,21 +250,23 @@ class Trainer:
         """Steps and evaluations until something ends them; returns what."""
         p, config = self.progress, self.config
         seconds: list[float] = []
-        while p.step < config.steps:
-            self._use_processes(seconds)
-            for step in self._take(self._steps_in_a_row(seconds)):
-                if len(seconds) <= STEPS_BEFORE_PROCESSES:
-                    seconds.append(step.seconds)
-                if not (math.isfinite(step.loss) and math.isfinite(step.grad_norm)):
-                    return Outcome.DIVERGED  # the weights were left alone
-                if step.step % config.log_interval == 0:
-                    self._log("step", dataclasses.asdict(step))
-                yield step
+        while p.step < config.steps or self._evaluation_due:
+            if not self._evaluation_due:  # else somebody has left in between
+                self._use_processes(seconds)
+                for step in self._take(self._steps_in_a_row(seconds)):
+                    if len(seconds) <= STEPS_BEFORE_PROCESSES:
+                        seconds.append(step.seconds)
+                    if not (math.isfinite(step.loss) and math.isfinite(step.grad_norm)):
+                        return Outcome.DIVERGED  # the weights were left alone
+                    if step.step % config.log_interval == 0:
+                        self._log("step", dataclasses.asdict(step))
+                    yield step
             stop = stop_requested()
-            if p.step % config.eval_interval == 0 or p.step == config.steps:
+            if self._evaluation_due:
                 evaluation = self._evaluate()
                 if evaluation is None:
                     return Outcome.DIVERGED
+                self._evaluation_due = False
                 yield evaluation
                 if config.patience and p.stale_evaluations >= config.patience and p.step < config.steps:
                     return Outcome.EARLY_STOP
@@ -308,6 +327,7 @@ class Trainer:
             for (loss, grad_norm), lr in zip(results, rates, strict=False):
                 if math.isfinite(loss) and math.isfinite(grad_norm):
                     p.step += 1
+                    self._evaluation_due = p.step % config.eval_interval == 0 or p.step == config.steps
                     p.loss_sum += loss
                     p.loss_count += 1
                 steps.append(Step(p.step, loss, grad_norm, lr, tokens, seconds))
@@ -351,6 +371,7 @@ class Trainer:
         """Write the resumable state and, when these are the best weights so far, the run's checkpoint."""
         if self.out:
             self._write(last_path(self.out))
+            self._saved = self.progress.step
             # Interrupted before the first evaluation, a run still leaves a model.
             if best or not self.out.exists():
                 copy_whole(last_path(self.out), self.out)
@@ -447,6 +468,8 @@ def advice(progress: Progress, config: TrainConfig, model: GPTConfig, outcome: O
     if len(rows) < 2:
         return "One evaluation is too little to judge by: train longer (--steps) or evaluate more often (--eval-interval)."
     first_train, last_train = rows[0][1], rows[-1][1]
+    if last_train > math.log(model.vocab_size) + 0.1:
+        return f"The training loss, {last_train:.2f}, is worse than guessing ({math.log(model.vocab_size):.2f}): {lower}."
     if last_train > first_train + 0.1:
         return f"The training loss rose from {first_train:.2f} to {last_train:.2f}: it diverged; {lower}."
     # Judge by the loss that matters: held-out where there is one.

@@ -529,6 +529,14 @@ def test_fewer_bits_are_for_gpus(flag):
         run_of_trainer(CPU, None, **{flag: True})
 
 
+def test_a_gpu_left_alone_is_said(monkeypatch):
+    monkeypatch.setattr(backend, "_why_no_cuda", lambda: "CuPy is not installed; install it with: pip")
+    with pytest.warns(RuntimeWarning, match="there is a GPU, and it is left alone: CuPy is not installed"):
+        assert select("auto") is CPU
+    monkeypatch.setattr(backend, "_why_no_cuda", lambda: "there is no NVIDIA driver")
+    assert select("auto") is CPU
+
+
 def test_bfloat16_needs_what_cupy_needs(monkeypatch):
     monkeypatch.setattr(np, "__version__", "2.1.0")
     monkeypatch.setitem(sys.modules, "ml_dtypes", sys.modules.get("ml_dtypes") or SimpleNamespace())
@@ -551,8 +559,12 @@ def test_tf32_is_on_for_a_time(fast):
         pass
 
 
-def test_no_cache_in_another_dtype():
+def test_dtypes_of_activations():
     model = GPT(GPTConfig(7, block_size=8, n_layer=1, n_head=2, n_embd=8))
+    ids = np.zeros((1, 2), np.int64)
+    assert model(ids, dtype="float32")[0].dtype == np.float32
+    with pytest.raises(ValueError, match="dtype must be None, float32, or on a GPU bfloat16, got int8"):
+        model(ids, dtype=np.int8)
     with pytest.raises(ValueError, match="leave out `cache` or `dtype`"):
         model(np.zeros((1, 2), np.int64), cache=KVCache(model), dtype=np.float64)
 

@@ -11,7 +11,7 @@ import reliability
 import npgpt
 from npgpt import RequestError
 from npgpt.cli import main
-from npgpt.train import last_path, log_path
+from npgpt.train import last_path, log_path, read_log
 
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 
@@ -128,6 +128,28 @@ def test_a_run_that_went_on_meanwhile_is_not_undone(tmp_path):
     with pytest.raises(RequestError, match="another run has gone on"):
         next(third.run())
     assert npgpt.load(last_path(out)).step == 20
+
+
+@pytest.mark.parametrize("leave_at", [3, 10, 12])
+def test_a_run_that_is_left_goes_on(tmp_path, leave_at):
+    """Before anything is saved, at a step that is to be evaluated, and after it: the same files as of a run left alone."""
+    straight, out, before = tmp_path / "straight" / "model.npz", tmp_path / "model.npz", tmp_path / "model.previous.npz"
+    straight.parent.mkdir()
+    list(reliability.trainer(straight, eval_interval=5).run())
+    list(reliability.trainer(out, steps=2).run())
+    first_log = log_path(out).read_bytes()
+    run = reliability.trainer(out, eval_interval=5)
+    for event in run.run():
+        if isinstance(event, npgpt.train.Step) and event.step == leave_at:
+            break
+    list(run.run())
+    assert out.read_bytes() == straight.read_bytes()
+    assert last_path(out).read_bytes() == last_path(straight).read_bytes()
+    assert npgpt.load(before).step == 2
+    assert log_path(before).read_bytes() == first_log
+    evaluations = [[e["step"] for e in read_log(log_path(path)) if e["event"] == "evaluation"] for path in (out, straight)]
+    assert evaluations[0] == evaluations[1] == [5, 10, 15, 20]
+    assert read_log(log_path(out))[0]["event"] == "start"
 
 
 def test_killed_between_the_two_files_of_a_save(tmp_path):

@@ -205,6 +205,7 @@ def test_without_held_out_text(text, tokenizer, small_config, tmp_path):
         ([[i, 2.5, 2.6 - 0.001 * i, 0.02] for i in range(1, 7)], "levelled off"),
         ([[100, 2.5, 2.6, 0.02], [200, 3.9, 3.9, 0.02], [300, 4.2, 4.1, 0.02]], "diverged; lower the learning rate"),
         ([[100, 2.5, None, None], [200, 2.0, None, None]], "training loss was still falling"),
+        ([[100, 90.0, 86.0, 2.0], [200, 12.0, 4.9, 0.2]], r"worse than guessing \(4.17\): lower the learning rate"),
         ([[100, 2.5, 2.6, 0.02]], "too little to judge"),
     ],
 )
