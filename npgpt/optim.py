@@ -66,19 +66,19 @@ class AdamW:
         """
         self.steps += 1
         start = 0
-        for data, grad, decay in _pieces(self.parameters):
+        for data, grad, n_decay in _pieces(self.parameters):
             state = slice(start, start + data.size)
             start += data.size
             if grad is None:
                 continue
             arrays = (data, grad, self.exp_avg[state].reshape(data.shape), self.exp_avg_sq[state].reshape(data.shape))
-            update = functools.partial(self._update, arrays, self.weight_decay if decay else 0.0, scale)
+            update = functools.partial(self._update, arrays, n_decay, scale)
             if data.ndim == 1:
                 over(update, data.size)
             else:
                 update(slice(None))
 
-    def _update(self, arrays: tuple[Array, ...], weight_decay: float, scale: Array | None, at: slice) -> None:
+    def _update(self, arrays: tuple[Array, ...], n_decay: int | None, scale: Array | None, at: slice) -> None:
         parameter, grad, exp_avg, exp_avg_sq = (a[at] if a.ndim else a for a in arrays)
         self.parameters[0].backend.kernels.adamw(
             parameter,
@@ -89,7 +89,8 @@ class AdamW:
             lr=self.lr,
             betas=self.betas,
             eps=self.eps,
-            weight_decay=weight_decay,
+            weight_decay=self.weight_decay,
+            n_decay=None if n_decay is None else max(0, n_decay - (at.start or 0)),
             scale=scale,
         )
 
@@ -126,6 +127,8 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> float:
         raise ValueError(f"clip_grad_norm needs max_norm > 0, got {max_norm}")
     parameters = parameters if isinstance(parameters, Parameters) else list(parameters)
     gradients = [grad for _, grad, _ in _pieces(parameters) if grad is not None]
+    if isinstance(parameters, Parameters):  # two sums, as ever: another order would be another rounding
+        gradients = [parameters.grad[: parameters.n_decay], parameters.grad[parameters.n_decay :]]
     with np.errstate(over="ignore", invalid="ignore"):  # a norm that is not finite says it itself
         norm = math.sqrt(sum(float(g.reshape(-1) @ g.reshape(-1)) for g in gradients))
     if math.isfinite(norm) and norm > max_norm:
@@ -184,17 +187,13 @@ def _finite(loss: float, norm: float) -> bool:
     return math.isfinite(loss) and math.isfinite(norm)
 
 
-def _pieces(parameters: list[Tensor]) -> list[tuple[Array, Array | None, bool]]:
-    """(data, grad, whether it decays) of all parameters: two long slices of a flat buffer, or a piece for each
-    tensor of a plain list."""
+def _pieces(parameters: list[Tensor]) -> list[tuple[Array, Array | None, int | None]]:
+    """(data, grad, how many of the first elements decay; None: all) of all parameters: the whole flat buffer, or a piece for
+    each tensor of a plain list."""
     if isinstance(parameters, Parameters):
         parameters.check()
-        decayed, plain = slice(0, parameters.n_decay), slice(parameters.n_decay, None)
-        return [
-            (parameters.data[decayed], parameters.grad[decayed], True),
-            (parameters.data[plain], parameters.grad[plain], False),
-        ]
-    return [(p.data, p.grad, p.ndim >= 2) for p in parameters]
+        return [(parameters.data, parameters.grad, parameters.n_decay)]
+    return [(p.data, p.grad, None if p.ndim >= 2 else 0) for p in parameters]
 
 
 def learning_rate(step: int, *, steps: int, lr: float, min_lr: float, warmup_steps: int, schedule: str) -> float:

@@ -149,6 +149,7 @@ BUGS = [
     ("cuda: clipping to twice the norm", ELEMENTWISE, "(A)max_norm / norm", "2 * (A)max_norm / norm"),
     ("cuda: going on after a step that is not finite", ELEMENTWISE, "*scale < 0 || !finite", "!finite"),
     ("cuda: a loss that is not finite unseen", ELEMENTWISE, "norm - norm == 0 && *loss - *loss == 0", "norm - norm == 0"),
+    ("cuda: everything decays", ELEMENTWISE, "i < n_decay ? (A)(1", "true ? (A)(1"),
     ("cuda: AdamW's scale forgotten", ELEMENTWISE, "scale ? gradient[i] * *scale : gradient[i]", "gradient[i]"),
     ("cuda: AdamW steps after the end", ELEMENTWISE, "if (scale && *scale < 0) return;", ""),
     ("bfloat16: cut off, not rounded", COMMON, "(all + 0x7fffu + (all >> 16 & 1u)) >> 16", "all >> 16"),

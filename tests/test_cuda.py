@@ -292,6 +292,7 @@ def test_adamw(fast, dtype):
     for kernels in (Kernels(np), fast):
         arrays = [a.copy() for a in start]
         kernels.adamw(*arrays, step=3, lr=0.01, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
+        kernels.adamw(*arrays, step=4, lr=0.01, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.5, n_decay=300)
         results.append(arrays)
     for expected, found in zip(*results, strict=True):
         close(found, expected, dtype)

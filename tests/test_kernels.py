@@ -110,6 +110,7 @@ def test_adamw_is_the_reference_to_the_bit(fast, dtype):
     for kernels in (REFERENCE, fast):
         arrays = [a.copy() for a in start]
         kernels.adamw(*arrays, step=3, lr=0.01, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
+        kernels.adamw(*arrays, step=4, lr=0.01, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.5, n_decay=10)
         strided = [np.repeat(a, 2)[::2] for a in start]
         kernels.adamw(*strided, step=3, lr=0.01, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
         results.append([*arrays, *strided])

@@ -239,12 +239,14 @@ class CpuKernels(Kernels):
         betas: tuple[float, float],
         eps: float,
         weight_decay: float,
+        n_decay: int | None = None,
         scale: Array | None = None,
     ) -> None:
         """The reference's operations in its order, a block at a time."""
         arrays = (parameter, gradient, exp_avg, exp_avg_sq)
         if scale is not None or not all(a.flags.c_contiguous for a in arrays):
-            super().adamw(*arrays, step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, scale=scale)
+            settings: dict[str, Any] = {"step": step, "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+            super().adamw(*arrays, **settings, n_decay=n_decay, scale=scale)
             return
         beta1, beta2 = betas
         p, g, m, v = (a.reshape(-1) for a in arrays)
@@ -264,5 +266,6 @@ class CpuKernels(Kernels):
             t += eps
             np.multiply(ms, lr / (1 - beta1**step), out=u)
             u /= t
-            ps *= 1 - lr * weight_decay
+            decayed = ps if n_decay is None else ps[: max(0, n_decay - s.start)]
+            decayed *= 1 - lr * weight_decay
             ps -= u

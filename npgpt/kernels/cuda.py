@@ -311,21 +311,19 @@ class CudaKernels(Kernels):
         betas: tuple[float, float],
         eps: float,
         weight_decay: float,
+        n_decay: int | None = None,
         scale: Array | None = None,
     ) -> None:
         arrays = (parameter, gradient, exp_avg, exp_avg_sq)
         if not (_parameters(*arrays) and parameter.size and all(a.flags.c_contiguous for a in arrays)):
-            super().adamw(*arrays, step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, scale=scale)
+            settings: dict[str, Any] = {"step": step, "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+            super().adamw(*arrays, **settings, n_decay=n_decay, scale=scale)
             return
         beta1, beta2 = betas
         numbers = (lr, beta1, beta2, 1 - beta1**step, 1 - beta2**step, eps, weight_decay)
-        self._launch(
-            "adamw",
-            parameter.dtype.name,
-            _elementwise(parameter.size),
-            THREADS,
-            (*arrays, scale, parameter.size, *map(float, numbers)),
-        )
+        sizes = (parameter.size, parameter.size if n_decay is None else n_decay)
+        arguments = (*arrays, scale, *sizes, *map(float, numbers))
+        self._launch("adamw", parameter.dtype.name, _elementwise(parameter.size), THREADS, arguments)
 
 
 def _activation(*arrays: Array) -> bool:

@@ -79,10 +79,11 @@ extern "C" __global__ void clip(const A* partial, long long n, const A* loss, do
     seen[1] = norm;
 }
 
-// correction1 and correction2 are 1 - beta^step; scale, unless null, is what the gradient is multiplied by, or negative.
+// correction1 and correction2 are 1 - beta^step; the first n_decay elements decay; scale, unless null, is what the gradient is
+// multiplied by, or negative.
 extern "C" __global__ void adamw(
-    A* parameter, const A* gradient, A* exp_avg, A* exp_avg_sq, const A* scale, long long n, double lr, double beta1,
-    double beta2, double correction1, double correction2, double eps, double weight_decay) {
+    A* parameter, const A* gradient, A* exp_avg, A* exp_avg_sq, const A* scale, long long n, long long n_decay,
+    double lr, double beta1, double beta2, double correction1, double correction2, double eps, double weight_decay) {
     if (scale && *scale < 0) return;
     for (long long i = thread_number(); i < n; i += thread_count()) {
         A g = scale ? gradient[i] * *scale : gradient[i];
@@ -91,6 +92,7 @@ extern "C" __global__ void adamw(
         exp_avg[i] = m;
         exp_avg_sq[i] = v;
         A denominator = sqrt(v / (A)correction2) + (A)eps;
-        parameter[i] = parameter[i] * (A)(1 - lr * weight_decay) - (A)(lr / correction1) * m / denominator;
+        A kept = i < n_decay ? (A)(1 - lr * weight_decay) : (A)1;
+        parameter[i] = parameter[i] * kept - (A)(lr / correction1) * m / denominator;
     }
 }

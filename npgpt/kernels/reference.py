@@ -321,10 +321,11 @@ class Kernels:
         betas: tuple[float, float],
         eps: float,
         weight_decay: float,
+        n_decay: int | None = None,
         scale: Array | None = None,
     ) -> None:
-        """Update `parameter`, `exp_avg` and `exp_avg_sq` in place; `step` counts from 1. The gradient is multiplied by
-        `scale` first; where that is negative nothing is updated."""
+        """Update `parameter`, `exp_avg` and `exp_avg_sq` in place; `step` counts from 1. Of a vector, weight decay acts on the
+        first n_decay elements. The gradient is multiplied by `scale` first; where that is negative nothing is updated."""
         if scale is not None:
             if scale < 0:
                 return
@@ -335,5 +336,6 @@ class Kernels:
         exp_avg_sq *= beta2
         exp_avg_sq += (1 - beta2) * (gradient * gradient)
         denominator = self.xp.sqrt(exp_avg_sq / (1 - beta2**step)) + eps
-        parameter *= 1 - lr * weight_decay
+        decayed = parameter if n_decay is None else parameter.reshape(-1)[:n_decay]
+        decayed *= 1 - lr * weight_decay
         parameter -= (lr / (1 - beta1**step)) * exp_avg / denominator
