@@ -48,8 +48,8 @@ class Candidate:
 
 
 # What learned fastest of some thirty configurations, each for 20 seconds to 5 minutes on two cores, and of two for 20. Depth
-# and width pay late, a window of 128 early; dropout costs more than it gives to models this small, unless the text is read many times over. The last is
-# nanoGPT's for a GPU, with the loss it publishes.
+# and width pay late, a window of 128 early; dropout costs more than it gives to models this small, unless the text is read
+# many times over. The last is nanoGPT's for a GPU, with the loss it publishes.
 CANDIDATES = (
     Candidate(
         {"n_layer": 1, "n_embd": 128, "block_size": 64, "batch_size": 12, "lr": 6e-3},
