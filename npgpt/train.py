@@ -220,9 +220,8 @@ class Trainer:
                     if path.exists():
                         path.replace(path.with_name(path.name.replace(self.out.stem, f"{self.out.stem}.previous", 1)))
                 p.best_loss, p.best_step, p.stale_evaluations = None, 0, 0
-            elif (
-                self._saved is not None and not self.out.exists()
-            ):  # somebody has taken it away: the next evaluation gives the best there is
+            elif self._saved is not None and not self.out.exists():
+                # Somebody has taken it away: the next evaluation gives the best there is.
                 p.best_loss, p.best_step, p.stale_evaluations = None, 0, 0
             elif self._saved == p.step == p.best_step:  # it may have been killed between the two files of a save
                 self._save(best=True)
