@@ -29,7 +29,7 @@ test: .venv/.test ## run all tests
 	$(VENV_BIN)/python -m pytest -n auto
 
 soak: .venv/.test ## the reliability tests at full size: kills, faults, damaged files; a quarter of an hour
-	$(VENV_BIN)/python tests/soak.py $(ARGS)
+	$(VENV_BIN)/python tests/studies/soak.py $(ARGS)
 
 lint: .venv/.dev ## check style and types
 	$(VENV_BIN)/python -m ruff check .
@@ -46,13 +46,13 @@ gradcheck: .venv/.core ## hold every gradient of a small GPT against finite diff
 	$(VENV_BIN)/python -m npgpt gradcheck $(ARGS)
 
 gradcheck-full: .venv/.test ## every operation, 200 examples of each property, every element
-	GRADCHECK_EXAMPLES=200 $(VENV_BIN)/python -m pytest -n auto --timeout 1200 tests/test_properties.py tests/test_gradients.py
+	GRADCHECK_EXAMPLES=200 $(VENV_BIN)/python -m pytest -n auto --timeout 1200 tests/engine/test_properties.py tests/engine/test_gradients.py
 
 parity: .venv/.parity ## the same numbers as PyTorch (installs it)
-	$(VENV_BIN)/python -m pytest -n auto tests/test_parity.py
+	$(VENV_BIN)/python -m pytest -n auto tests/studies/test_parity.py
 
 mutation: .venv/.test ## plant bugs in the backward passes; every one must be caught
-	$(VENV_BIN)/python tests/mutation.py $(ARGS)
+	$(VENV_BIN)/python tests/studies/mutation.py $(ARGS)
 
 nvrtc: .venv/.nvrtc ## install NVIDIA's compiler: `make test` then compiles the GPU's kernels, which needs no GPU
 

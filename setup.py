@@ -21,7 +21,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["npgpt", "npgpt.*"]),
-    package_data={"npgpt": ["py.typed", "kernels/*.cu"]},
+    package_data={"npgpt": ["py.typed", "kernels/cuda/*.cu"]},
     install_requires=["numpy>=2.0", "threadpoolctl>=3", "tqdm>=4.60"],
     extras_require={
         "cuda12": ["cupy-cuda12x[ctk]>=14", "ml_dtypes>=0.5", "numpy>=2.1.2"],

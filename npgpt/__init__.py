@@ -6,19 +6,19 @@ tokenizer and data, checkpoint, parallel (a step on worker threads), evaluate, g
 command line on top.
 """
 
-from npgpt import ops
-from npgpt.backend import Stream
-from npgpt.checkpoint import Checkpoint, CheckpointError, load, save
-from npgpt.config import GenerateConfig, GPTConfig, RequestError, TrainConfig
-from npgpt.data import Dataset, read_text
-from npgpt.evaluate import evaluate
-from npgpt.generate import generate
-from npgpt.gpt import GPT
-from npgpt.gradcheck import GradientError, gradcheck
-from npgpt.optim import AdamW, clip_grad_norm, learning_rate
-from npgpt.tensor import Tensor, no_grad
-from npgpt.tokenizer import CharTokenizer
-from npgpt.train import Trainer
+from npgpt.config.settings import GenerateConfig, GPTConfig, RequestError, TrainConfig
+from npgpt.engine import ops
+from npgpt.engine.backend import Stream
+from npgpt.engine.gradcheck import GradientError, gradcheck
+from npgpt.engine.tensor import Tensor, no_grad, record
+from npgpt.evaluation.loss import compare, evaluate
+from npgpt.generation.generate import generate
+from npgpt.model.gpt import GPT
+from npgpt.storage.checkpoint import Checkpoint, CheckpointError, load, save
+from npgpt.text.characters import CharTokenizer
+from npgpt.text.dataset import Dataset, read_text
+from npgpt.training.optim import AdamW, clip_grad_norm, learning_rate
+from npgpt.training.trainer import End, Evaluation, Outcome, Step, Trainer
 
 __version__ = "0.1.0"
 
@@ -29,15 +29,20 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "Dataset",
+    "End",
+    "Evaluation",
     "GPTConfig",
     "GenerateConfig",
     "GradientError",
+    "Outcome",
     "RequestError",
+    "Step",
     "Stream",
     "Tensor",
     "TrainConfig",
     "Trainer",
     "clip_grad_norm",
+    "compare",
     "evaluate",
     "generate",
     "gradcheck",
@@ -46,5 +51,6 @@ __all__ = [
     "no_grad",
     "ops",
     "read_text",
+    "record",
     "save",
 ]

@@ -19,15 +19,15 @@ from pathlib import Path
 import numpy as np
 
 import npgpt
-from npgpt.backend import DeviceError
-from npgpt.commands.check import gradcheck, gradcheck_parser, inspect, inspect_parser, replay, replay_parser
+from npgpt.commands.evaluate import compare_command, compare_parser, evaluate_command, evaluate_parser
 from npgpt.commands.generate import generate, generate_parser
-from npgpt.commands.judge import compare_command, compare_parser, evaluate_command, evaluate_parser
+from npgpt.commands.gradcheck import gradcheck, gradcheck_parser, inspect, inspect_parser, replay, replay_parser
 from npgpt.commands.train import train, train_parser
-from npgpt.config import RequestError
-from npgpt.gradcheck import GradientError
-from npgpt.parallel import available_cores, describe_blas
-from npgpt.terminal import Unread, failed, say, silence
+from npgpt.config.settings import RequestError
+from npgpt.console.terminal import Unread, failed, say, silence
+from npgpt.engine.backend import DeviceError
+from npgpt.engine.gradcheck import GradientError
+from npgpt.parallel.step import available_cores, describe_blas
 
 COMMANDS: dict[str, tuple[Callable[[], argparse.ArgumentParser], Callable[[argparse.Namespace], int], str]] = {
     "train": (train_parser, train, "train a GPT on a text file"),

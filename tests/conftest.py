@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import npgpt
-from npgpt.backend import _why_no_cuda
+from npgpt.engine.backend import _why_no_cuda
 
 ROOT = Path(__file__).parent.parent
 

@@ -11,12 +11,12 @@ import sys
 import time
 from typing import Any
 
-from npgpt.backend import select
-from npgpt.checkpoint import Checkpoint, load
-from npgpt.config import GenerateConfig, RequestError, add_flags, given
-from npgpt.data import decoded, read_text
-from npgpt.generate import Token, generate_texts
-from npgpt.terminal import command_parser, say
+from npgpt.config.settings import GenerateConfig, RequestError, add_flags, given
+from npgpt.console.terminal import command_parser, say
+from npgpt.engine.backend import select
+from npgpt.generation.generate import Token, generate_texts
+from npgpt.storage.checkpoint import Checkpoint, load
+from npgpt.text.dataset import decoded, read_text
 
 
 def generate_parser() -> argparse.ArgumentParser:

@@ -16,18 +16,18 @@ from typing import Any
 
 import numpy as np
 
-from npgpt.backend import select
-from npgpt.checkpoint import Checkpoint, CheckpointError, load
-from npgpt.config import PRESETS, GPTConfig, RequestError, TrainConfig, add_flags, given
-from npgpt.data import Dataset, read_ids
-from npgpt.files import lock
-from npgpt.gpt import GPT
-from npgpt.memory import check_memory, memory_advice
-from npgpt.parallel import available_cores, describe_blas
-from npgpt.plan import plan
-from npgpt.terminal import command_parser, duration, failed, progress_bar, say
-from npgpt.tokenizer import CharTokenizer
-from npgpt.train import (
+from npgpt.config.settings import PRESETS, GPTConfig, RequestError, TrainConfig, add_flags, given
+from npgpt.console.terminal import command_parser, duration, failed, progress_bar, say
+from npgpt.engine.backend import select
+from npgpt.model.gpt import GPT
+from npgpt.parallel.step import available_cores, describe_blas
+from npgpt.storage.checkpoint import Checkpoint, CheckpointError, load
+from npgpt.storage.files import lock
+from npgpt.text.characters import CharTokenizer
+from npgpt.text.dataset import Dataset, read_ids
+from npgpt.training.memory import check_memory, memory_advice
+from npgpt.training.plan import plan
+from npgpt.training.trainer import (
     End,
     Evaluation,
     Outcome,

@@ -1,1 +1,1 @@
-"""The numerical work of every operation, on plain arrays; no Tensors and no graph here."""
+"""The arithmetic of every operation, on plain arrays. No Tensors, no graph, no parameters."""

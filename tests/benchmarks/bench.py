@@ -22,12 +22,12 @@ from threadpoolctl import threadpool_info
 from workloads import ON_A_GPU, WORKLOADS
 
 import npgpt
-from npgpt.backend import CPU
-from npgpt.data import read_ids
-from npgpt.files import copy_whole
-from npgpt.generate import Drawing
+from npgpt.engine.backend import CPU
+from npgpt.generation.generate import Drawing
 from npgpt.kernels.reference import Kernels
-from npgpt.parallel import available_cores, blas_threads
+from npgpt.parallel.step import available_cores, blas_threads
+from npgpt.storage.files import copy_whole
+from npgpt.text.dataset import read_ids
 
 HERE = Path(__file__).parent
 TORCH_MODES = ["torch eager float32", "torch eager bfloat16", "torch compiled float32", "torch compiled bfloat16"]

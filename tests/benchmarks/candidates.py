@@ -13,9 +13,9 @@ import json
 import statistics
 
 import npgpt
-from npgpt.data import read_ids
-from npgpt.plan import CANDIDATES
-from npgpt.train import Evaluation, Step
+from npgpt.text.dataset import read_ids
+from npgpt.training.plan import CANDIDATES
+from npgpt.training.trainer import Evaluation, Step
 
 
 def measure(text, settings, steps, seed):

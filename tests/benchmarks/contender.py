@@ -22,10 +22,10 @@ from workloads import ON_A_GPU, WORKLOADS
 
 def npgpt_step(workload, mode):
     import npgpt
-    from npgpt.backend import bfloat16, select
-    from npgpt.optim import Update
-    from npgpt.parallel import ParallelStep, Workers
-    from npgpt.processes import Processes
+    from npgpt.engine.backend import bfloat16, select
+    from npgpt.parallel.processes import Processes
+    from npgpt.parallel.step import ParallelStep, Workers
+    from npgpt.training.optim import Update
 
     backend = select("cuda" if "cuda" in mode else "cpu")
     settings = {k: v for k, v in vars(workload).items() if k != "batch_size"}
@@ -49,7 +49,7 @@ def npgpt_step(workload, mode):
 
 def gemm_step(workload):
     """Every matrix product of a step, forward and backward, into arrays made beforehand."""
-    from npgpt.parallel import Workers, micro_batches
+    from npgpt.parallel.step import Workers, micro_batches
 
     rng = np.random.default_rng(0)
     workers = Workers().__enter__()

@@ -16,8 +16,8 @@ from pathlib import Path
 from bench import HERE, machine, training
 from workloads import ON_A_GPU
 
-from npgpt.backend import DeviceError, select
-from npgpt.train import log_path, read_log
+from npgpt.engine.backend import DeviceError, select
+from npgpt.training.trainer import log_path, read_log
 
 ROOT = HERE.parent.parent
 MODES = [f"{how} {dtype} cuda" for how in ("eager", "compiled") for dtype in ("float32", "TF32", "bfloat16")]

@@ -21,7 +21,7 @@ import numpy as np
 from workloads import WORKLOADS
 
 import npgpt
-from npgpt.data import read_ids, window_starts, windows_at
+from npgpt.text.dataset import read_ids, window_starts, windows_at
 
 HERE = Path(__file__).parent
 

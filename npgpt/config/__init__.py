@@ -1,0 +1,1 @@
+"""What may be asked for: settings with their names, types, ranges and help. No arrays, no files, no printing."""

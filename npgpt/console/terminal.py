@@ -1,0 +1,90 @@
+"""What the commands share of talking to people: command lines, messages, progress, streams that go away."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import os
+import sys
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+from npgpt.text.dataset import PIECE
+
+
+class Parser(argparse.ArgumentParser):
+    """Answers a wrong command line in one line, and guesses what a misspelt flag was meant to be."""
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments: "):
+            wrong = message.removeprefix("unrecognized arguments: ").split()[0]
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            close = difflib.get_close_matches(wrong.split("=")[0], flags, n=1)
+            message = f"unknown argument {wrong}" + (f"; did you mean {close[0]}?" if close else "")
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def command_parser(name: str, about: str, examples: list[str]) -> argparse.ArgumentParser:
+    """The parser of `npgpt NAME`, whose help opens with examples."""
+    description = "examples:\n" + "\n".join(f"  {e}" for e in examples) + f"\n\n{about}"
+    return Parser(
+        prog=f"npgpt {name}",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def say(message: str, end: str = "\n") -> None:
+    """Print to stderr."""
+    print(message, file=sys.stderr, end=end, flush=True)
+
+
+def failed(name: str, message: str) -> int:
+    """Say why a command's work failed; returns the exit status for that."""
+    say(f"npgpt {name}".rstrip() + f": {message}")
+    return 1
+
+
+def duration(seconds: float) -> str:
+    """1 h 2 min, 2 min 3 s, or 3 s."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+def progress_bar(iterable: Iterable[Any], total: int | None, desc: str) -> Iterable[Any]:
+    """tqdm over the pieces of a text, on a terminal, once it takes longer than a second."""
+    from tqdm import tqdm
+
+    return tqdm(iterable, desc=desc, total=total, unit="MiB", unit_scale=PIECE >> 20, delay=1, disable=None, leave=False)
+
+
+class Unread:
+    """A stream that may go away, such as the terminal of a run left alone: what is written then is lost, and nothing else."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+        except OSError:
+            silence(self._stream)
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            silence(self._stream)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def silence(stream: Any) -> None:
+    """Send what is still written to a stream nowhere."""
+    with contextlib.suppress(OSError):  # one that is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -1,0 +1,178 @@
+"""The neural operations on Tensors: each checks its request, calls a kernel pair and records the way back.
+
+There is no arithmetic here (it is in kernels/) and there are no parameters (they are in nn.py).
+Composite operations of the engine itself, such as sums and products, are methods of Tensor.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from npgpt.engine.backend import backend_of, is_float
+from npgpt.engine.tensor import Tensor, record
+from npgpt.kernels.reference import Array, Kernels
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x @ weight + bias: x (..., in), weight (in, out), bias (out,) -> (..., out).
+
+    Raises ValueError when the sizes do not fit.
+    """
+    if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[0]:
+        raise ValueError(f"linear: x (..., in) and weight (in, out) must agree, got {x.shape} and {weight.shape}")
+    if bias is not None and bias.shape != weight.shape[1:]:
+        raise ValueError(f"linear: bias must have shape {weight.shape[1:]}, got {bias.shape}")
+    inputs = (x, weight) if bias is None else (x, weight, bias)
+    kernels = _kernels("linear", *inputs)
+    y, saved = kernels.linear_forward(x.data, weight.data, None if bias is None else bias.data)
+    needs = (x.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
+    return record(y, inputs, lambda dy: kernels.linear_backward(dy, saved, needs)[: len(inputs)])
+
+
+def softmax(x: Tensor, axis: int = -1) -> Tensor:
+    """exp(x) normalised to sum to one along `axis`; same shape as x. A slice that is -inf throughout gives zeros."""
+    kernels = _kernels("softmax", x)
+    y, saved = kernels.softmax_forward(x.data, axis)
+    return record(y, (x,), lambda dy: (kernels.softmax_backward(dy, saved),))
+
+
+def masked_fill(x: Tensor, mask: Any, value: float) -> Tensor:
+    """x with `value` wherever the boolean `mask` (broadcast against x) is true; no gradient passes there."""
+    mask_data = mask.data if isinstance(mask, Tensor) else x.backend.asarray(mask)
+    if mask_data.dtype != np.bool_:
+        raise TypeError(f"masked_fill: the mask must be boolean, got dtype {mask_data.dtype}")
+    kernels = backend_of(x.data, mask_data).kernels
+    y, saved = kernels.masked_fill_forward(x.data, mask_data, value)
+    return record(y, (x,), lambda dy: (kernels.masked_fill_backward(dy, saved),))
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, rng: Any = None) -> Tensor:
+    """Scaled dot-product attention in which no position sees a later one (Vaswani et al., 2017, section 3.2.1).
+
+    q is (B, H, T, head_dim), k and v are (B, H, S, head_dim) with S >= T -> (B, H, T, head_dim). The
+    queries are the last T of the S positions. `dropout` acts on the attention probabilities, with draws
+    from the generator `rng`; with rng None there is no dropout.
+    """
+    same = q.ndim == k.ndim == 4 and k.shape == v.shape
+    if not same or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or q.shape[2] > k.shape[2]:
+        raise ValueError(
+            "causal_attention: expected q (B, H, T, head_dim) and k, v (B, H, S, head_dim) with S >= T, "
+            f"got {q.shape}, {k.shape}, {v.shape}"
+        )
+    _check_probability("causal_attention", dropout)
+    kernels = _kernels("causal_attention", q, k, v)
+    y, saved = kernels.causal_attention_forward(q.data, k.data, v.data, dropout, rng)
+    return record(y, (q, k, v), lambda dy: kernels.causal_attention_backward(dy, saved))
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis (Ba et al., 2016).
+
+    x (..., C), weight and bias (C,) -> (..., C).
+    """
+    inputs = (x, weight) if bias is None else (x, weight, bias)
+    if any(t.shape != x.shape[-1:] for t in inputs[1:]):
+        raise ValueError(f"layer_norm: weight and bias must have shape {x.shape[-1:]}, got {[t.shape for t in inputs[1:]]}")
+    kernels = _kernels("layer_norm", *inputs)
+    y, saved = kernels.layer_norm_forward(x.data, weight.data, None if bias is None else bias.data, eps)
+    return record(y, inputs, lambda dy: kernels.layer_norm_backward(dy, saved)[: len(inputs)])
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GPT-2's GELU, the tanh form (Hendrycks and Gimpel, 2016); same shape as x."""
+    kernels = _kernels("gelu", x)
+    y, saved = kernels.gelu_forward(x.data)
+    return record(y, (x,), lambda dy: (kernels.gelu_backward(dy, saved),))
+
+
+def relu(x: Tensor) -> Tensor:
+    """max(x, 0), with gradient 0 at 0; same shape as x."""
+    kernels = _kernels("relu", x)
+    y, saved = kernels.relu_forward(x.data)
+    return record(y, (x,), lambda dy: (kernels.relu_backward(dy, saved),))
+
+
+def dropout(x: Tensor, p: float, rng: Any) -> Tensor:
+    """Each element zero with probability p, else scaled by 1 / (1 - p) (Srivastava et al., 2014).
+
+    `rng` is a generator of the tensor's device; None means not training, and x comes back as it is.
+    """
+    _check_probability("dropout", p)
+    if p == 0 or rng is None:
+        return x
+    kernels = _kernels("dropout", x)
+    y, saved = kernels.dropout_forward(x.data, p, rng)
+    return record(y, (x,), lambda dy: (kernels.dropout_backward(dy, saved),))
+
+
+def residual(x: Tensor, branch: Tensor, p: float = 0.0, rng: Any = None) -> Tensor:
+    """x + dropout(branch, p, rng), of one shape: the end of a branch of a transformer."""
+    if x.shape != branch.shape:
+        raise ValueError(f"residual: expected x and branch of one shape, got {x.shape} and {branch.shape}")
+    _check_probability("residual", p)
+    if p == 0 or rng is None:
+        return x + branch
+    kernels = _kernels("residual", x, branch)
+    y, saved = kernels.residual_forward(x.data, branch.data, p, rng)
+    return record(y, (x, branch), lambda dy: kernels.residual_backward(dy, saved))
+
+
+def embedding(weight: Tensor, ids: Any) -> Tensor:
+    """Rows of a table: weight (V, C), integer ids (...) in [0, V) -> (..., C).
+
+    Raises IndexError for an id outside the table. Ids that are on a GPU already are not looked at: one outside it reads and,
+    on the way back, writes somewhere else.
+    """
+    ids_data = _integers("embedding", ids, weight, weight.shape[0])
+    kernels = backend_of(weight.data, ids_data).kernels
+    y, saved = kernels.embedding_forward(weight.data, ids_data)
+    return record(y, (weight,), lambda dy: (kernels.embedding_backward(dy, saved),))
+
+
+def cross_entropy(logits: Tensor, targets: Any, reduction: str = "mean") -> Tensor:
+    """-log softmax(logits)[target], in nats: logits (..., V), integer targets (...) in [0, V).
+
+    `reduction` is "mean" (over all positions, a scalar) or "none" (one loss per position).
+    Raises IndexError for a target outside [0, V). Targets that are on a GPU already are not looked at: one outside it reads
+    somewhere else.
+    """
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"cross_entropy: reduction must be 'mean' or 'none', got {reduction!r}")
+    target_ids = _integers("cross_entropy", targets, logits, logits.shape[-1])
+    if target_ids.shape != logits.shape[:-1]:
+        raise ValueError(f"cross_entropy: targets must have shape {logits.shape[:-1]}, got {target_ids.shape}")
+    kernels = backend_of(logits.data, target_ids).kernels
+    y, saved = kernels.cross_entropy_forward(logits.data, target_ids)
+    losses = record(y, (logits,), lambda dy: (kernels.cross_entropy_backward(dy, saved),))
+    return losses.mean() if reduction == "mean" else losses
+
+
+def _kernels(op: str, *tensors: Tensor) -> Kernels:
+    """The kernels of the device the tensors share. Raises TypeError when one is not of a float dtype."""
+    for t in tensors:
+        if not is_float(t.dtype):
+            raise TypeError(f"{op}: expected a float tensor, got dtype {t.dtype}")
+    return backend_of(*(t.data for t in tensors)).kernels
+
+
+def _integers(op: str, ids: Any, like: Tensor, n: int) -> Array:
+    """ids as integers on the device of `like`; raises TypeError for anything else, IndexError for one outside 0..n - 1: a
+    negative id would silently count from the end. To look at ids on a GPU the processor would have to wait for it, so they
+    are checked on their way there."""
+    data = ids.data if isinstance(ids, Tensor) else ids
+    if not hasattr(data, "dtype") or isinstance(data, np.generic):
+        data = np.asarray(data)
+    if data.dtype.kind not in "iu":
+        raise TypeError(f"{op}: expected integers, got dtype {data.dtype}")
+    if not isinstance(data, np.ndarray):
+        return data
+    if data.size and (data.min() < 0 or data.max() >= n):
+        raise IndexError(f"{op}: ids must lie in 0..{n - 1}, got {int(data.min())}..{int(data.max())}")
+    return like.backend.asarray(data)
+
+
+def _check_probability(op: str, p: float) -> None:
+    if not 0 <= p <= 1:
+        raise ValueError(f"{op}: the dropout probability must lie in 0..1, got {p}")

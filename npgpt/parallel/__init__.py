@@ -1,0 +1,1 @@
+"""One training step spread over many processors. No formulas, no files."""

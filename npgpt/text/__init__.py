@@ -1,0 +1,1 @@
+"""From a text to ids to batches. No model."""

@@ -1,0 +1,123 @@
+"""Characters to integers and back. Text comes in as `str`; where it comes from is data.py's business."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from npgpt.config.settings import RequestError
+
+CHUNK = 1 << 16  # characters worked on at a time, so that a large text needs little more memory than its ids
+
+
+class CharTokenizer:
+    """One token per character (Unicode code point).
+
+    `stoi` maps a character to its id, `itos` an id to its character; ids are 0 .. vocab_size - 1.
+    """
+
+    def __init__(self, characters: Sequence[str]) -> None:
+        """`characters` in the order of their ids. Raises RequestError when one is repeated, is not a single
+        character, or there are none."""
+        if not characters:
+            raise RequestError("a vocabulary needs at least one character, got none")
+        wrong = [c for c in characters if not isinstance(c, str) or len(c) != 1]
+        if wrong or len(set(characters)) != len(characters):
+            raise RequestError(f"a vocabulary is made of different single characters, got {list(characters)[:20]!r}")
+        self.itos: dict[int, str] = dict(enumerate(characters))
+        self.stoi: dict[str, int] = {c: i for i, c in self.itos.items()}
+        # Code point -> id, -1 for a character outside the vocabulary; the last entry stands for all above.
+        self._table = np.full(max(map(ord, characters)) + 2, -1, dtype=np.int32)
+        self._table[[ord(c) for c in characters]] = np.arange(len(characters))
+
+    @classmethod
+    def build_vocab(cls, text: str | Iterable[str]) -> CharTokenizer:
+        """The tokenizer whose vocabulary is the characters of `text` (or of its pieces), in code-point order."""
+        seen = np.zeros(0x110000, dtype=bool)  # Unicode ends at U+10FFFF
+        for piece in [text] if isinstance(text, str) else text:
+            for codes in _code_points(piece):
+                seen[codes] = True
+        if not seen.any():
+            raise RequestError("cannot build a vocabulary from an empty text")
+        return cls([chr(code) for code in np.flatnonzero(seen)])
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.itos)
+
+    @property
+    def id_dtype(self) -> np.dtype:
+        """The smallest unsigned dtype that holds every id."""
+        return np.min_scalar_type(self.vocab_size - 1)
+
+    @property
+    def characters(self) -> str:
+        """The vocabulary in the order of its ids."""
+        return "".join(self.itos.values())
+
+    def encode(self, text: str) -> list[int]:
+        """Text -> ids. Raises RequestError naming the characters outside the vocabulary."""
+        return self.encode_array(text).tolist()
+
+    def encode_array(self, text: str, position: int = 0) -> np.ndarray:
+        """Text -> ids, shape (len(text),), of `id_dtype`: for whole corpora. `position`: where the text starts in
+        the whole, for the message about an unknown character."""
+        ids = np.empty(len(text), dtype=self.id_dtype)
+        done = 0
+        for codes in _code_points(text):
+            found = self._table[np.minimum(codes, len(self._table) - 1)]
+            if found.min() < 0:
+                raise self._unknown_error(text[done : done + len(codes)], position + done)
+            ids[done : done + len(codes)] = found
+            done += len(codes)
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Ids -> text. Raises RequestError naming the first id that is not in the vocabulary."""
+        try:
+            return "".join([self.itos[int(i)] for i in ids])
+        except KeyError as error:
+            raise RequestError(f"id {error.args[0]} is not in the vocabulary, whose ids are 0..{self.vocab_size - 1}") from None
+
+    def unknown(self, text: str) -> dict[str, int]:
+        """The characters of `text` outside the vocabulary, and where each occurs first."""
+        return {c: text.index(c) for c in dict.fromkeys(text) if c not in self.stoi}
+
+    def without_unknown(self, text: str, replace: bool) -> str:
+        """`text` with its unknown characters left out, or with the closest known one in their place where there is
+        one: the other case, or the letter without its accent."""
+        closest = {c: (self._closest(c) if replace else None) or "" for c in self.unknown(text)}
+        return "".join(closest.get(c, c) for c in text)
+
+    def _unknown_error(self, text: str, position: int) -> RequestError:
+        unknown = self.unknown(text)
+        shown = []
+        for character, at in list(unknown.items())[:5]:
+            close = self._closest(character)
+            name = unicodedata.name(character, f"U+{ord(character):04X}")
+            shown.append(f"{character!r} ({name}) at position {position + at}" + (f", closest {close!r}" if close else ""))
+        more = f"; and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        plural = "s" if len(unknown) > 1 else ""
+        return RequestError(f"unknown character{plural} {'; '.join(shown)}{more}: not in the text the model was trained on")
+
+    def _closest(self, character: str) -> str | None:
+        """A known character that could stand in: the other case, or the letter without its accent."""
+        plain = unicodedata.normalize("NFKD", character)[:1]
+        candidates = (character.swapcase(), plain, plain.swapcase())
+        return next((c for c in candidates if c in self.stoi), None)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CharTokenizer) and self.itos == other.itos
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"CharTokenizer({self.characters!r})"
+
+
+def _code_points(text: str) -> Iterator[np.ndarray]:
+    """The text's code points, a chunk at a time: an array of them takes four times the memory of most texts."""
+    for start in range(0, len(text), CHUNK):
+        yield np.frombuffer(text[start : start + CHUNK].encode("utf-32-le", errors="surrogatepass"), dtype="<u4")

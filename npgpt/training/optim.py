@@ -1,0 +1,210 @@
+"""How a step changes the weights: AdamW, clipping by the global norm, the learning-rate schedule.
+
+Everything works on the flat buffer of `nn.Parameters`. Nothing here knows the graph or files.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from npgpt.engine.backend import to_numpy
+from npgpt.engine.tensor import Tensor
+from npgpt.kernels.reference import Array
+from npgpt.model.module import Parameters, zero_grad
+
+Over = Callable[[Callable[[slice], None], int], None]  # calls a function on slices that cover range(n)
+
+
+def _at_once(function: Callable[[slice], None], n: int) -> None:
+    function(slice(0, n))
+
+
+class AdamW:
+    """AdamW (Loshchilov and Hutter, 2019); weight decay acts on matrices and tables, not on vectors.
+
+    `parameters` are `model.parameters()`, or any list of Tensors. The defaults are those common for GPTs.
+    `lr` may be set between steps. `exp_avg` and `exp_avg_sq`, shape (number of parameters,), are the
+    running means of the gradient and of its square. Raises ValueError for values outside their range.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        lr: float = 3e-4,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+    ) -> None:
+        if lr < 0 or eps <= 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(
+                "AdamW needs lr >= 0, eps > 0, weight_decay >= 0 and betas in [0, 1), got "
+                f"lr={lr}, eps={eps}, weight_decay={weight_decay}, betas={betas}"
+            )
+        self.parameters = parameters if isinstance(parameters, Parameters) else list(parameters)
+        if not self.parameters:
+            raise ValueError("AdamW got no parameters")
+        if len({id(p) for p in self.parameters}) != len(self.parameters):
+            raise ValueError("AdamW got a parameter twice")
+        self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
+        self.steps = 0
+        first = self.parameters[0]
+        n = sum(p.size for p in self.parameters)
+        self.exp_avg: Array = first.backend.xp.zeros(n, dtype=first.dtype)
+        self.exp_avg_sq: Array = first.backend.xp.zeros(n, dtype=first.dtype)
+
+    def step(self, over: Over = _at_once, scale: Array | None = None) -> None:
+        """Update the parameters from their gradients; one without a gradient stays as it is.
+
+        `over(update, n)` calls update(slice) until range(n) is covered; `Workers.over` does it side by side.
+        The result is the same to the bit, since no element depends on another. `scale`, an array of one number on the
+        parameters' device, multiplies the gradients; where it is negative nothing is updated.
+        """
+        self.steps += 1
+        start = 0
+        for data, grad, n_decay in _pieces(self.parameters):
+            state = slice(start, start + data.size)
+            start += data.size
+            if grad is None:
+                continue
+            arrays = (data, grad, self.exp_avg[state].reshape(data.shape), self.exp_avg_sq[state].reshape(data.shape))
+            update = functools.partial(self._update, arrays, n_decay, scale)
+            if data.ndim == 1:
+                over(update, data.size)
+            else:
+                update(slice(None))
+
+    def _update(self, arrays: tuple[Array, ...], n_decay: int | None, scale: Array | None, at: slice) -> None:
+        parameter, grad, exp_avg, exp_avg_sq = (a[at] if a.ndim else a for a in arrays)
+        self.parameters[0].backend.kernels.adamw(
+            parameter,
+            grad,
+            exp_avg,
+            exp_avg_sq,
+            step=self.steps,
+            lr=self.lr,
+            betas=self.betas,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            n_decay=None if n_decay is None else max(0, n_decay - (at.start or 0)),
+            scale=scale,
+        )
+
+    def zero_grad(self) -> None:
+        """Forget the gradients of all parameters."""
+        zero_grad(self.parameters)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: the number of steps taken and both running means, in host memory."""
+        return {
+            "steps": self.steps,
+            "exp_avg": to_numpy(self.exp_avg).copy(),
+            "exp_avg_sq": to_numpy(self.exp_avg_sq).copy(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`. Raises ValueError, and changes nothing, when the sizes differ."""
+        own = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        for name, array in own.items():
+            if state[name].shape != array.shape:
+                raise ValueError(f"optimiser state {name} has shape {state[name].shape}, expected {array.shape}")
+        for name, array in own.items():
+            array[...] = self.parameters[0].backend.asarray(state[name], dtype=array.dtype)
+        self.steps = state["steps"]
+
+
+def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> float:
+    """Scale all gradients so that their joint Euclidean norm is at most `max_norm` (Pascanu et al., 2013).
+
+    Returns the norm before clipping. A norm that is not finite is returned and nothing is scaled. Raises
+    ValueError when max_norm is not positive.
+    """
+    if not max_norm > 0:
+        raise ValueError(f"clip_grad_norm needs max_norm > 0, got {max_norm}")
+    parameters = parameters if isinstance(parameters, Parameters) else list(parameters)
+    gradients = [grad for _, grad, _ in _pieces(parameters) if grad is not None]
+    if isinstance(parameters, Parameters):  # two sums, as ever: another order would be another rounding
+        gradients = [parameters.grad[: parameters.n_decay], parameters.grad[parameters.n_decay :]]
+    with np.errstate(over="ignore", invalid="ignore"):  # a norm that is not finite says it itself
+        norm = math.sqrt(sum(float(g.reshape(-1) @ g.reshape(-1)) for g in gradients))
+    if math.isfinite(norm) and norm > max_norm:
+        for g in gradients:
+            g *= max_norm / norm
+    return norm
+
+
+class Update:
+    """Clip the gradient to a norm and let AdamW step: update.step(loss). After a loss or norm that is no finite number
+    nothing is changed any more, until `results` is asked for.
+
+    How it went is asked for afterwards, of one step or of several: on a GPU no step has to wait for the one before.
+    """
+
+    def __init__(self, optimizer: AdamW, max_norm: float = math.inf) -> None:
+        """max_norm: see `clip_grad_norm`."""
+        if not max_norm > 0:
+            raise ValueError(f"Update needs max_norm > 0, got {max_norm}")
+        self._optimizer, self._max_norm = optimizer, max_norm
+        self._seen: list[Any] = []  # since `results`: (loss, norm), or an array of the two on the device
+        self._scale: Array | None = None
+        parameters = optimizer.parameters
+        if isinstance(parameters, Parameters) and parameters[0].backend.name != "cpu":
+            self._scale = parameters[0].backend.xp.ones((), dtype=parameters[0].dtype)
+
+    def step(self, loss: Any, over: Over = _at_once) -> None:
+        """After a backward pass. loss: a number, or an array of no dimensions; `over` as in `AdamW.step`."""
+        optimizer, parameters = self._optimizer, self._optimizer.parameters
+        if self._scale is not None and isinstance(parameters, Parameters):
+            parameters.check()
+            loss = parameters[0].backend.asarray(loss, dtype=parameters.grad.dtype)
+            self._seen.append(parameters[0].backend.kernels.clip(parameters.grad, loss, self._max_norm, self._scale))
+            optimizer.step(over, self._scale)
+        elif all(_finite(*seen) for seen in self._seen[-1:]):
+            self._seen.append((float(loss), clip_grad_norm(parameters, self._max_norm)))
+            if _finite(*self._seen[-1]):
+                optimizer.step(over)
+
+    def results(self) -> list[tuple[float, float]]:
+        """(loss, the gradient's norm before clipping) of each step since this was last asked, up to the first that is not
+        finite, where the weights were left alone."""
+        seen, self._seen = self._seen, []
+        if self._scale is None or not seen:
+            return seen
+        backend = self._optimizer.parameters[0].backend
+        rows = [(loss, norm) for loss, norm in to_numpy(backend.xp.stack(seen)).tolist()]
+        taken = next((i for i, row in enumerate(rows) if not _finite(*row)), len(rows))
+        if taken < len(rows):
+            self._optimizer.steps -= len(rows) - taken
+            self._scale[...] = 1
+        return rows[: taken + 1]
+
+
+def _finite(loss: float, norm: float) -> bool:
+    return math.isfinite(loss) and math.isfinite(norm)
+
+
+def _pieces(parameters: list[Tensor]) -> list[tuple[Array, Array | None, int | None]]:
+    """(data, grad, how many of the first elements decay; None: all) of all parameters: the whole flat buffer, or a piece for
+    each tensor of a plain list."""
+    if isinstance(parameters, Parameters):
+        parameters.check()
+        return [(parameters.data, parameters.grad, parameters.n_decay)]
+    return [(p.data, p.grad, None if p.ndim >= 2 else 0) for p in parameters]
+
+
+def learning_rate(step: int, *, steps: int, lr: float, min_lr: float, warmup_steps: int, schedule: str) -> float:
+    """The learning rate of step 0, 1, ... of a run of `steps` steps.
+
+    It rises in a straight line over `warmup_steps`. Then "cosine" falls along half a cosine to `min_lr`
+    at the last step (Loshchilov and Hutter, 2017), "constant" stays at `lr`.
+    """
+    if step < warmup_steps:
+        return lr * (step + 1) / warmup_steps
+    if schedule == "constant":
+        return lr
+    done = (step - warmup_steps) / max(1, steps - 1 - warmup_steps)
+    return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * min(1.0, done)))

@@ -1,0 +1,132 @@
+"""Every override in cpu.py against the reference: the same results and gradients, on awkward shapes."""
+
+import numpy as np
+import pytest
+from support.arrays import close, normal
+
+from npgpt import GPT, AdamW, Dataset, GPTConfig
+from npgpt.engine import backend
+from npgpt.engine.backend import CPU
+from npgpt.kernels import cpu
+from npgpt.kernels.cpu import CpuKernels
+from npgpt.kernels.reference import Kernels
+from npgpt.parallel.step import ParallelStep, Workers
+
+REFERENCE = Kernels(np)
+
+
+@pytest.fixture(params=[np.float32, np.float64], ids=["float32", "float64"])
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture(params=[7, 65_536], ids=["tiny blocks", "usual blocks"])
+def fast(request, monkeypatch):
+    """The CPU kernels; with blocks so small that every loop over them turns several times, and unevenly."""
+    monkeypatch.setattr(cpu, "BLOCK", request.param)
+    monkeypatch.setattr(cpu, "QUERY_BLOCK", 3 if request.param < 100 else 64)
+    return CpuKernels()
+
+
+def same(fast, name, inputs, dtype, *rest, seed=None, size=1.0):
+    """Run forward and backward of both with equal inputs and generators, compare everything."""
+    for array in inputs:
+        if array is not None:
+            array.flags.writeable = False  # an operation that writes to its input fails here
+    results = []
+    for kernels in (REFERENCE, fast):
+        extra = rest if seed is None else (*rest, np.random.Generator(np.random.SFC64(seed)))
+        y, saved = getattr(kernels, f"{name}_forward")(*inputs, *extra)
+        dy = np.random.default_rng(1).standard_normal(y.shape).astype(dtype)
+        dy.flags.writeable = False
+        gradients = getattr(kernels, f"{name}_backward")(dy, saved)
+        results.append((y, *(gradients if isinstance(gradients, tuple) else (gradients,))))
+    for expected, found in zip(*results, strict=True):
+        close(found, expected, dtype, size)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (2, 3, 8), (1, 1), (17,), (0, 4)])
+def test_gelu(fast, dtype, shape):
+    x = normal(dtype, *shape)
+    same(fast, "gelu", (x * 3,), dtype)
+    if len(shape) > 1:
+        same(fast, "gelu", (x[::-1, ..., ::-1].T,), dtype)  # not contiguous
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (2, 3, 8), (1, 2), (0, 4), (9, 40)])
+def test_layer_norm(fast, dtype, shape):
+    x, weight, bias = normal(dtype, *shape) + 3, normal(dtype, shape[-1]), normal(dtype, shape[-1], 1)[:, 0]
+    same(fast, "layer_norm", (x, weight, bias), dtype)
+    same(fast, "layer_norm", (x[::-1], weight, None), dtype, 0.1)
+
+
+@pytest.mark.parametrize(("n_query", "n_key"), [(1, 1), (7, 7), (8, 8), (9, 9), (2, 6), (1, 5), (65, 65), (130, 130)])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("size", [1.0, 8.0], ids=["small scores", "large scores"])  # with and without the row maximum
+def test_attention(fast, dtype, n_query, n_key, dropout, size):
+    q, k, v = (size * normal(dtype, 2, n, 3, 4).transpose(0, 2, 1, 3) for n in (n_query, n_key, n_key))
+    same(fast, "causal_attention", (q, k, v), dtype, dropout, seed=5, size=10 * size**3)
+
+
+def test_attention_of_huge_scores_stays_finite(fast):
+    q = np.full((1, 1, 4, 2), 1e4, dtype=np.float32)
+    out, saved = fast.causal_attention_forward(q, -q, q)
+    assert np.isfinite(out).all()
+    assert all(np.isfinite(d).all() for d in fast.causal_attention_backward(out, saved))
+
+
+def test_attention_without_queries(fast, dtype):
+    same(fast, "causal_attention", (normal(dtype, 1, 1, 0, 4), normal(dtype, 1, 1, 3, 4), normal(dtype, 1, 1, 3, 4)), dtype)
+
+
+@pytest.mark.parametrize("value", [7.0, 1000.0, 1e6])
+def test_layer_norm_of_constant_rows(fast, value):
+    x, ones = np.full((3, 384), value, dtype=np.float32), np.ones(384, dtype=np.float32)
+    np.testing.assert_array_equal(fast.layer_norm_forward(x, ones, ones)[0], np.ones((3, 384)))
+
+
+@pytest.mark.parametrize("ids", [[[3, 0, 3], [3, 1, 1]], [2], [], [[4, 3], [2, 1]]])
+def test_embedding(fast, dtype, ids):
+    same(fast, "embedding", (normal(dtype, 5, 3), np.array(ids, dtype=np.int64)), dtype)
+
+
+def test_adamw_is_the_reference_to_the_bit(fast, dtype):
+    rng = np.random.default_rng(0)
+    start = [rng.standard_normal(100).astype(dtype) for _ in range(2)] + [rng.random(100).astype(dtype) for _ in range(2)]
+    results = []
+    for kernels in (REFERENCE, fast):
+        arrays = [a.copy() for a in start]
+        kernels.adamw(*arrays, step=3, lr=0.01, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
+        kernels.adamw(*arrays, step=4, lr=0.01, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.5, n_decay=10)
+        strided = [np.repeat(a, 2)[::2] for a in start]
+        kernels.adamw(*strided, step=3, lr=0.01, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
+        results.append([*arrays, *strided])
+    for expected, found in zip(*results, strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_training_with_either_is_the_same(monkeypatch):
+    """Twenty steps, dropout on: the losses differ by rounding alone."""
+    config = GPTConfig(13, block_size=70, n_layer=2, n_head=2, n_embd=24, dropout=0.2)
+    losses = []
+    for kernels in (REFERENCE, CPU.kernels):
+        monkeypatch.setitem(backend._backends, np.ndarray, backend.Backend("cpu", np, kernels))
+        model = GPT(config, seed=1)
+        assert model.backend.kernels is kernels
+        optimizer = AdamW(model.parameters(), lr=1e-3)
+        dataset = Dataset(np.random.default_rng(0).integers(0, 13, 5000), 70, 4)
+        with Workers(2) as workers:
+            step = ParallelStep(model, workers, 1)
+            for number in range(20):
+                losses.append(step(*dataset.get_batch("train", number), seed=1, number=number))
+                optimizer.step()
+    np.testing.assert_allclose(losses[:20], losses[20:], rtol=2e-5)
+    assert losses[19] < losses[0]
+
+
+def test_every_override_is_what_runs_and_is_tested():
+    overridden = {name for name in vars(CpuKernels) if not name.startswith("_")}
+    assert overridden <= set(dir(Kernels)), "an operation that the reference does not have"
+    assert all(getattr(CPU.kernels, name).__func__ is vars(CpuKernels)[name] for name in overridden)
+    tested = {"causal_attention", "layer_norm", "gelu", "embedding", "adamw"}
+    assert {name.removesuffix("_forward").removesuffix("_backward") for name in overridden} == tested

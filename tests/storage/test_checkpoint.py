@@ -1,0 +1,231 @@
+"""Checkpoint files: written whole, read back exactly, and refused when damaged or hostile."""
+
+import json
+import os
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from studies import reliability
+
+import npgpt
+from npgpt import GPT, CheckpointError, GPTConfig, RequestError
+from npgpt.cli import main
+from npgpt.storage.files import lock
+
+FIXTURES = Path(__file__).parent / "fixtures"
+posix_only = pytest.mark.skipif(sys.platform == "win32", reason="counts the operations of POSIX systems")
+
+
+def test_save_load_identical_logits(tmp_path, tokenizer, small_config, rng):
+    model = GPT(small_config, seed=5)
+    npgpt.save(tmp_path / "m.npz", model, tokenizer)
+    loaded = npgpt.load(tmp_path / "m.npz")
+    ids = rng.integers(0, tokenizer.vocab_size, (2, 16))
+    np.testing.assert_array_equal(loaded.model(ids)[0].data, model(ids)[0].data)
+    assert loaded.tokenizer == tokenizer
+    assert loaded.config == small_config
+    assert loaded.step == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["m.npz"]
+
+
+def test_any_numpy_reads_it(trained):
+    with np.load(trained, allow_pickle=False) as arrays:
+        assert arrays["blocks.0.attn.qkv.weight"].shape == (16, 48)
+        assert json.loads(arrays["checkpoint.json"])["progress"]["step"] in (3, 6)
+
+
+def test_checkpoints_are_reproducible_bytes(tmp_path, tokenizer, small_config):
+    for name in "ab":
+        npgpt.save(tmp_path / name, GPT(small_config), tokenizer)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_model_in_float64_keeps_its_numbers_to_float32(tmp_path, tokenizer, small_config):
+    model = GPT(small_config, dtype=np.float64)
+    npgpt.save(tmp_path / "m.npz", model, tokenizer)
+    loaded = npgpt.load(tmp_path / "m.npz").model
+    np.testing.assert_array_equal(loaded.flat.data, model.flat.data.astype(np.float32))
+    model.wte.weight.data[0, 0] = 1e300
+    npgpt.save(tmp_path / "m.npz", model, tokenizer)
+    with pytest.raises(CheckpointError, match=r"wte.weight does not hold finite"):
+        npgpt.load(tmp_path / "m.npz")
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_every_released_format_loads(number):
+    """R11. Written by the versions that wrote these formats, from the same run."""
+    path = FIXTURES / f"format-{number}.npz"
+    checkpoint = npgpt.load(path, with_optimizer=True)
+    assert checkpoint.format == number
+    assert checkpoint.config == GPTConfig(6, block_size=4, n_layer=1, n_head=2, n_embd=4, dropout=0.1)
+    assert checkpoint.tokenizer.characters == "\n abcé"
+    assert (checkpoint.step, checkpoint.train_config.steps, checkpoint.source) == (4, 4, "text.txt")
+    assert checkpoint.optimizer_state["steps"] == 4
+    with np.load(path) as arrays:
+        for name, p in checkpoint.model.named_parameters():
+            np.testing.assert_array_equal(p.data, arrays[name])
+        np.testing.assert_array_equal(checkpoint.optimizer_state["exp_avg_sq"], arrays["optimizer.exp_avg_sq"])
+    assert checkpoint.model.flat.data.sum(dtype=np.float64) == pytest.approx(12.0, abs=1.5)  # three norms of four ones
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"bias": False}, {"tie_weights": True}, {"d_ff": 7, "n_layer": 3}, {"bias": False, "tie_weights": True}]
+)
+def test_the_number_of_parameters_is_known_beforehand(changes):
+    config = GPTConfig(**({"vocab_size": 11, "block_size": 6, "n_layer": 2, "n_head": 2, "n_embd": 8} | changes))
+    assert config.num_parameters() == GPT(config, seed=None).num_parameters()
+
+
+# ---------------------------------------------------------------- writing
+
+
+@posix_only
+def test_a_save_stopped_anywhere_leaves_the_old_or_the_new(tmp_path):
+    reliability.sound(reliability.prefixes(tmp_path))  # R2
+
+
+@posix_only
+def test_a_failing_disk_leaves_the_old_checkpoint(tmp_path):
+    assert reliability.sound(reliability.faults(tmp_path)).tried >= 10  # R3
+
+
+def test_what_reads_back_differently_is_not_kept(tmp_path, monkeypatch):
+    path = tmp_path / "model.npz"
+    reliability.write_checkpoint(path, seed=1)
+    before, real = path.read_bytes(), os.fsync
+
+    def a_bad_block(descriptor):
+        real(descriptor)
+        (temporary,) = tmp_path.glob(".*.tmp")
+        data = bytearray(temporary.read_bytes())
+        data[len(data) // 2] ^= 1
+        temporary.write_bytes(data)
+
+    monkeypatch.setattr(os, "fsync", a_bad_block)
+    with pytest.raises(OSError, match="reads back differently"):
+        reliability.write_checkpoint(path, seed=2)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["model.npz"]
+
+
+def test_what_could_not_be_loaded_is_not_saved(tmp_path):
+    path, tokenizer = tmp_path / "model.npz", reliability.tokenizer()
+    model = GPT(reliability.TINY)
+    for more, words in [
+        ({"progress": {"colour": 1}}, "progress cannot be saved"),
+        ({"machine": {"threads": 2}}, "machine cannot be saved"),
+        ({"fingerprint": "abc"}, "fingerprint cannot be saved"),
+        ({"crash": "boom"}, "needs its batch"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            npgpt.save(path, model, tokenizer, **more)
+    with pytest.raises(ValueError, match="vocabulary of 3 characters, model of 30"):
+        npgpt.save(path, model, npgpt.CharTokenizer("abc"))
+    with pytest.raises(ValueError, match="vocabulary cannot be saved"):
+        npgpt.save(path, model, npgpt.CharTokenizer(tokenizer.characters[:-1] + "\udc80"))
+    with pytest.raises(ValueError, match="float16"):
+        npgpt.save(path, GPT(reliability.TINY, dtype=np.float16), tokenizer)
+    model.wte.weight.data[0] = np.nan
+    with pytest.raises(ValueError, match=r"wte\.weight does not hold finite"):
+        npgpt.save(path, model, tokenizer)
+    assert not list(tmp_path.iterdir())
+    npgpt.save(path, GPT(reliability.TINY), tokenizer, source="caf\udce9\n.txt")
+    assert npgpt.load(path).source == "caf\\udce9\\n.txt"
+
+
+def test_a_lock_is_held_once_and_let_go(tmp_path):
+    path = tmp_path / "lock"
+    with lock(path, "model.npz"):
+        with (
+            pytest.raises(RequestError, match=f"model.npz is in use by another run \\(process {os.getpid()}\\)"),
+            lock(path, "model.npz"),
+        ):
+            pass
+        assert path.exists()
+    assert not path.exists()
+    path.write_text("99999\n", encoding="ascii")  # left by a killed process
+    with lock(path, "model.npz"):
+        assert path.read_text(encoding="ascii") == f"{os.getpid()}\n"
+    assert not path.exists()
+
+
+# ---------------------------------------------------------------- reading
+
+
+def test_flipped_bits_are_seen(tmp_path):
+    reliability.sound(reliability.flips(tmp_path, 2000))  # R4
+
+
+def test_cut_off_files_are_refused(tmp_path):
+    reliability.sound(reliability.truncations(tmp_path))  # R5
+
+
+def test_damaged_files_are_refused_quickly(tmp_path):
+    reliability.sound(reliability.fuzz(tmp_path, 2000))  # R5
+
+
+def test_hostile_files_are_refused_in_one_line(tmp_path, capsys):
+    """R6. By `load`, and by `inspect`, which says so in one line."""
+    files = [*reliability.hostile_files(tmp_path), reliability.duplicate_member(tmp_path)]
+    assert len(files) >= 40
+    for name, path in files:
+        with pytest.raises(CheckpointError) as caught:
+            npgpt.load(path, with_optimizer=True)
+        assert str(path) in str(caught.value), name
+        assert len(str(caught.value)) < 600 + len(str(path)), name
+        assert main(["inspect", str(path)]) == 2, name
+        out, err = capsys.readouterr()
+        assert out == "", name
+        assert err.startswith("npgpt inspect: "), name
+        assert err.count("\n") == 1, (name, err)
+    assert not (tmp_path / "executed").exists()
+
+
+@posix_only
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CheckpointError, match="not a file of its own"):
+        npgpt.load(tmp_path / "pipe")
+
+
+def test_what_is_not_a_checkpoint_is_refused(tmp_path):
+    path = tmp_path / "bad.npz"
+    for content in (b"", b"hello", b"PK\3\4"):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match="not a checkpoint"):
+            npgpt.load(path)
+    np.savez(path, a=np.zeros(3))
+    with pytest.raises(CheckpointError, match=r"not an npgpt checkpoint: it has no checkpoint.json, but 'a.npy'"):
+        npgpt.load(path)
+    for missing in (tmp_path / "none.npz", tmp_path):
+        with pytest.raises(CheckpointError, match=r"no such checkpoint|folder|cannot read"):
+            npgpt.load(missing)
+
+
+def test_what_differs_from_the_configuration_is_named(tmp_path):
+    good, bad = tmp_path / "good.npz", tmp_path / "bad.npz"
+    reliability.write_checkpoint(good)
+    with zipfile.ZipFile(good) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    header = json.loads(members["checkpoint.json"])
+
+    def changed(**changes):
+        return json.dumps(header | changes)
+
+    for text, words in [
+        (changed(config=header["config"] | {"tie_weights": True}), "unknown 'lm_head.weight'"),
+        (changed(config=header["config"] | {"bias": False}), "unknown 'blocks.0.ln_1.bias'.*and 2 more"),
+        (changed(config=header["config"] | {"d_ff": 31}), r"mlp.fc.weight has shape \(8, 32\), expected \(8, 31\)"),
+        (changed(config=header["config"] | {"n_layer": 2}), "describes .* parameters|missing blocks.1"),
+        (changed(config=header["config"] | {"colour": 1}), "colour"),
+        (changed(vocabulary="abc"), "vocabulary of 3"),
+        (changed(format=99), "format 99, this version reads 1 and 2"),
+    ]:
+        with zipfile.ZipFile(bad, "w") as archive:
+            for name, content in (members | {"checkpoint.json": text}).items():
+                archive.writestr(name, content)
+        with pytest.raises(CheckpointError, match=words):
+            npgpt.load(bad)

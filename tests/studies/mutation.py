@@ -1,0 +1,231 @@
+"""`make mutation`: do the gradient tests catch bugs? Plants one at a time in a copy of the package and runs them.
+
+    python tests/studies/mutation.py [NAME ...]
+
+Each bug is a small change to a backward pass or to what it relies on: a dropped sum, a wrong axis, a sign, a
+missing factor, a mask off by one, a forgotten term. It is caught when a test fails. Prints planted/caught and the
+survivors; the exit status is 1 when there are any.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+TESTS = ["engine", "kernels/test_cpu.py", "model"]
+REFERENCE, CPU, TENSOR, OPS = "kernels/reference.py", "kernels/cpu.py", "engine/tensor.py", "engine/ops.py"
+NORM, ELEMENTWISE, SOFTMAX = "kernels/cuda/norm.cu", "kernels/cuda/elementwise.cu", "kernels/cuda/softmax.cu"
+EMBEDDING, COMMON = "kernels/cuda/embedding.cu", "kernels/cuda/common.cu"
+CUDA, PRODUCTS = "kernels/cuda/kernels.py", "kernels/cuda/products.py"
+
+OF_A_GPU = {NORM, ELEMENTWISE, SOFTMAX, EMBEDDING, COMMON, CUDA, PRODUCTS}  # test_cuda.py looks at them
+
+# (name, file, what is there, once, and what takes its place).
+BUGS = [
+    ("linear: dx by the weight, not its transpose", REFERENCE, "dy @ weight.T", "dy @ weight"),
+    ("linear: dweight without the last row", REFERENCE, "rows.T @ dy if", "rows[:-1].T @ dy[:-1] if"),
+    ("linear: dweight halved", REFERENCE, "rows.T @ dy if", "0.5 * rows.T @ dy if"),
+    ("linear: dbias averaged", REFERENCE, "dy.sum(axis=0) if", "dy.mean(axis=0) if"),
+    ("linear: dbias of the first row", REFERENCE, "dy.sum(axis=0) if", "dy[0] if"),
+    ("linear: dx and dweight mixed up in needs", REFERENCE, "if needs[1] else None", "if needs[0] else None"),
+    ("softmax: row term forgotten", REFERENCE, "p * (dy - (dy * p).sum(axis=axis, keepdims=True))", "p * dy"),
+    ("softmax: row term added", REFERENCE, "p * (dy - (dy * p)", "p * (dy + (dy * p)"),
+    ("softmax: row term over the wrong axis", REFERENCE, "(dy * p).sum(axis=axis,", "(dy * p).sum(axis=0,"),
+    ("softmax: row term without p", REFERENCE, "(dy * p).sum(axis=axis", "dy.sum(axis=axis"),
+    ("softmax: p forgotten", REFERENCE, "return p * (dy -", "return (dy -"),
+    ("masked fill: the gradient passes the mask", REFERENCE, "self.xp.where(mask, self.xp.zeros((), dtype=dy.dtype), dy)", "dy"),
+    ("masked fill: mask the wrong way round", REFERENCE, "where(mask, self.xp.zeros", "where(~mask, self.xp.zeros"),
+    ("dropout: no scale on the way back", REFERENCE, "return dy * scaled_mask", "return dy * (scaled_mask > 0)"),
+    ("dropout: no mask on the way back", REFERENCE, "return dy * scaled_mask", "return dy * scaled_mask.max()"),
+    ("dropout: scale by p", REFERENCE, "1 / (1 - p) if p < 1", "1 / p if p < 1"),
+    ("attention: scale forgotten on the way back", REFERENCE, "self.softmax_backward(dp, saved_softmax) * scale", "self.softmax_backward(dp, saved_softmax)"),
+    ("attention: dropout forgotten on the way back", REFERENCE, "dp = self.dropout_backward(dp, saved_dropout)", "pass"),
+    ("attention: dk from k", REFERENCE, "dscores.swapaxes(-1, -2) @ q", "dscores.swapaxes(-1, -2) @ k[..., : q.shape[-2], :]"),
+    ("attention: dv from undropped probabilities", REFERENCE, "dv = p.swapaxes(-1, -2) @ dy", "dv = saved_softmax[0].swapaxes(-1, -2) @ dy"),
+    ("attention: sees one token of the future", REFERENCE, "xp.arange(n_key) > xp.arange", "xp.arange(n_key) > 1 + xp.arange"),
+    ("attention: does not see itself", REFERENCE, "xp.arange(n_key) > xp.arange", "xp.arange(n_key) >= xp.arange"),
+    ("layer norm: mean term forgotten", REFERENCE, "rstd * (g - mean_g - xhat * mean_g_xhat)", "rstd * (g - xhat * mean_g_xhat)"),
+    ("layer norm: variance term forgotten", REFERENCE, "rstd * (g - mean_g - xhat * mean_g_xhat)", "rstd * (g - mean_g)"),
+    ("layer norm: rstd forgotten", REFERENCE, "rstd * (g - mean_g", "(g - mean_g"),
+    ("layer norm: weight forgotten in g", REFERENCE, "g = dy * weight\n        mean_g ", "g = dy\n        mean_g "),
+    ("layer norm: dweight without xhat", REFERENCE, "(dy * xhat).sum(", "dy.sum("),
+    ("layer norm: eps outside the root", REFERENCE, "1 / self.xp.sqrt(variance + x.dtype.type(eps))", "1 / (self.xp.sqrt(variance) + x.dtype.type(eps))"),
+    ("layer norm: unbiased variance", REFERENCE, "(centred * centred).mean(axis=-1, keepdims=True)", "(centred * centred).sum(axis=-1, keepdims=True) / max(1, x.shape[-1] - 1)"),
+    ("gelu: derivative of u forgotten", REFERENCE, "(1 - t * t) * du_dx)", "(1 - t * t))"),
+    ("gelu: cubic term without its 3", REFERENCE, "1 + 3 * GELU_CUBIC", "1 + GELU_CUBIC"),
+    ("gelu: second term forgotten", REFERENCE, "dy * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * du_dx)", "dy * (0.5 * (1 + t))"),
+    ("gelu: 1 - t for 1 - t^2", REFERENCE, "(1 - t * t) * du_dx", "(1 - t) * du_dx"),
+    ("relu: the gradient passes everywhere", REFERENCE, "return dy * positive", "return dy * 1.0"),
+    ("relu: leaks", REFERENCE, "return dy * positive", "return dy * (0.99 * positive + 0.01)"),
+    ("embedding: repeated ids overwrite", REFERENCE, "self.xp.add.at(dweight, ids, dy)", "dweight[ids] = dy"),
+    ("embedding: ids off by one", REFERENCE, "self.xp.add.at(dweight, ids, dy)", "self.xp.add.at(dweight, ids - 1, dy)"),
+    ("cross-entropy: target forgotten", REFERENCE, "dlogits -= onehot * dy[..., None]", "pass"),
+    ("cross-entropy: target without dy", REFERENCE, "dlogits -= onehot * dy[..., None]", "dlogits -= onehot"),
+    ("cross-entropy: dy forgotten", REFERENCE, "dlogits = p * dy[..., None]", "dlogits = p * 1.0"),
+    ("cross-entropy: softmax not normalised", REFERENCE, "p /= total\n        at_target", "at_target"),
+    ("cpu attention: scale forgotten in dq", CPU, "np.multiply(ds @ k[:, :, :seen], scale, out=dq[:, :, rows])", "dq[:, :, rows] = ds @ k[:, :, :seen]"),
+    ("cpu attention: row term forgotten", CPU, "ds -= row_term[:, :, rows]", "pass"),
+    ("cpu attention: row term forgotten under dropout", CPU, "ds -= e\n", "pass\n"),
+    ("cpu attention: row term without the kept share", CPU, " * factor * q.dtype.type(keep)", " * factor"),
+    ("cpu attention: dk of the last block alone", CPU, "dk[:, :, :seen] += dk_part", "dk[:, :, :seen] = dk_part"),
+    ("cpu attention: dv of the last block alone", CPU, "dv[:, :, :seen] += dv_part", "dv[:, :, :seen] = dv_part"),
+    ("cpu attention: mask off by one", CPU, "corner *= np.tri(n_rows, dtype=e.dtype)", "corner *= np.tri(n_rows, k=-1, dtype=e.dtype) + np.eye(n_rows, k=1, dtype=e.dtype)"),
+    ("cpu attention: mask off by one, large scores", CPU, "where=~np.tri(n_rows, dtype=bool)", "where=~np.tri(n_rows, k=1, dtype=bool)"),
+    ("cpu attention: overflow not avoided", CPU, "e -= e.max(axis=-1, keepdims=True)", "pass"),
+    ("cpu attention: dv from undropped exponentials", CPU, "dv_part = kept.swapaxes", "dv_part = e.swapaxes"),
+    ("cpu attention: factor forgotten in g", CPU, "g = np.multiply(dy, factor, out", "g = np.multiply(dy, 1.0, out"),
+    ("cpu layer norm: mean term forgotten", CPU, "dx[s] -= (dy[s] @ weight_mean)[:, None]", "pass"),
+    ("cpu layer norm: variance term forgotten", CPU, "dx[s] -= product", "pass"),
+    ("cpu layer norm: dweight of the last block alone", CPU, "dweight += _column_sums(product)", "dweight[...] = _column_sums(product)"),
+    ("cpu layer norm: dbias of the last block alone", CPU, "dbias += _column_sums(dy[s])", "dbias[...] = _column_sums(dy[s])"),
+    ("cpu layer norm: mean over the wrong count", CPU, "weight_mean = weight / c", "weight_mean = weight / (c - 1)"),
+    ("cpu layer norm: rstd forgotten", CPU, "dx[s] *= rstd[s]", "pass"),
+    ("cpu gelu: slope of the cubic term", CPU, "square *= 6 * GELU_SCALE * GELU_CUBIC", "square *= 2 * GELU_SCALE * GELU_CUBIC"),
+    ("cpu gelu: slope without g", CPU, "slopes += g", "pass"),
+    ("cpu gelu: slope without 1 - g", CPU, "np.subtract(1, g, out=slopes)", "slopes[...] = 1"),
+    ("cpu embedding: repeated ids count once", CPU, "np.add.reduceat(_as_rows(dy)[order], starts, axis=0)", "_as_rows(dy)[order][starts]"),
+    ("cpu embedding: unsorted gradients", CPU, "_as_rows(dy)[order]", "_as_rows(dy)"),
+    ("tensor: subtraction without its sign", TENSOR, "lambda dy: dy, lambda dy: -dy", "lambda dy: dy, lambda dy: dy"),
+    ("tensor: product by the wrong side", TENSOR, "lambda dy: dy * b_data, lambda dy: dy * a_data", "lambda dy: dy * a_data, lambda dy: dy * b_data"),
+    ("tensor: quotient's second gradient without its sign", TENSOR, "lambda dy: -dy * y / b_data", "lambda dy: dy * y / b_data"),
+    ("tensor: number over tensor", TENSOR, "(-dy * y / a_data,)", "(-dy / a_data,)"),
+    ("tensor: power without its factor", TENSOR, "dy * (b_data * a_data ** (b_data - 1) if", "dy * (a_data ** (b_data - 1) if"),
+    ("tensor: tensor power without the logarithm", TENSOR, "dy * y * xp.log(xp.where(a_data == 0, 1, a_data))", "dy * y"),
+    ("tensor: power of a number without the logarithm", TENSOR, "dy * y * math.log(base)", "dy * y"),
+    ("tensor: matmul without a transpose", TENSOR, "lambda dy: a_data.swapaxes(-1, -2) @ dy", "lambda dy: a_data @ dy"),
+    ("tensor: log", TENSOR, "(dy / x,)", "(dy * x,)"),
+    ("tensor: tanh with y for y^2", TENSOR, "dy * (1 - y * y)", "dy * (1 - y)"),
+    ("tensor: sqrt without its half", TENSOR, "dy * 0.5 / y", "dy / y"),
+    ("tensor: mean without 1/N", TENSOR, "return total / (self.size // max(total.size, 1))", "return total * 1.0"),
+    ("tensor: sum to the wrong places", TENSOR, "dy.reshape(kept), shape)", "dy.reshape(kept)[..., :1], shape)"),
+    ("tensor: transpose not undone", TENSOR, "(dy.transpose(back),)", "(dy.transpose(order),)"),
+    ("tensor: repeated index counts once", TENSOR, "xp.add.at(dx, index, dy)", "dx[index] = dy"),
+    ("tensor: a slice's gradient replaces the others", TENSOR, "self._gradients[node][dx.index] += dx.values", "self._gradients[node][dx.index] = dx.values"),
+    ("tensor: a borrowed gradient is written to", TENSOR, "self._gradients[node] = backend_of(dx.values).xp.array(self._gradients[node])", "pass"),
+    ("tensor: the second use is forgotten", TENSOR, "total = self._gradients[node] + _fit(dx, node)", "total = self._gradients[node]"),
+    ("tensor: the third use is forgotten", TENSOR, "            self._gradients[node] += _fit(dx, node)", "            pass"),
+    ("tensor: a leaf's gradients do not add up", TENSOR, "leaf.grad += gradient", "leaf.grad[...] = gradient"),
+    ("tensor: a leaf shares its gradient", TENSOR, "leaf.grad = leaf.backend.xp.array(gradient)", "leaf.grad = gradient"),
+    ("tensor: broadcasting undone by picking, leading axes", TENSOR, "gradient.sum(axis=tuple(range(extra))) if extra", "gradient[(0,) * extra] if extra"),
+    ("tensor: broadcasting undone by averaging", TENSOR, "gradient.sum(axis=stretched, keepdims=True)", "gradient.mean(axis=stretched, keepdims=True)"),
+    ("tensor: shallow nodes first", TENSOR, "(-node.depth, self._found, node)", "(node.depth, self._found, node)"),
+    ("tensor: the gradient keeps a wider dtype", TENSOR, "return gradient if gradient.dtype == source.dtype else gradient.astype(source.dtype)", "return gradient"),
+    ("tensor: the graph is not freed", TENSOR, "node.inputs, node.backward = (), _used_up", "pass"),
+    ("ops: mean loss without 1/N", OPS, 'losses.mean() if reduction == "mean"', 'losses.sum() if reduction == "mean"'),
+    ("ops: a bias's gradient is dropped", OPS, "bias is not None and bias.requires_grad)", "False)"),
+    ("cuda: layer norm without its mean", NORM, "sum += (A)x[i];", "sum += 0;"),
+    ("cuda: layer norm's eps twice", NORM, "(A)c + (A)eps)", "(A)c + 2 * (A)eps)"),
+    ("cuda: layer norm's mean term forgotten", NORM, "weight[i] - mean_g - xhat", "weight[i] - xhat"),
+    ("cuda: layer norm's variance term without xhat", NORM, "- xhat * mean_g_xhat", "- mean_g_xhat"),
+    ("cuda: layer norm's dweight without rstd", NORM, "mean[row]) * rstd[row]", "mean[row])"),
+    ("cuda: layer norm's last row of a chunk", NORM, "row < last; row++) {\n        A d", "row < last - 1; row++) {\n        A d"),
+    ("cuda: layer norm's bias for all", NORM, "bias ? value + bias[i] : value", "value"),
+    ("cuda: partial sums without the last", NORM, "row < n; row++) sum", "row < n - 1; row++) sum"),
+    ("cuda: gelu's cubic term without its 3", ELEMENTWISE, "1 + 3 * (A)GELU_CUBIC", "1 + (A)GELU_CUBIC"),
+    ("cuda: gelu's second term forgotten", ELEMENTWISE, " + (A)0.5 * v * (1 - t * t) * du_dx", ""),
+    ("cuda: dropout's threshold off by many", ELEMENTWISE, "draws[j] >= threshold ? (A)x", "draws[j] >= threshold / 2 ? (A)x"),
+    ("cuda: dropout without scale", ELEMENTWISE, "(A)x[at] * (A)scale", "(A)x[at]"),
+    ("cuda: AdamW without a correction", ELEMENTWISE, "sqrt(v / (A)correction2)", "sqrt(v)"),
+    ("cuda: AdamW's decay through the rate", ELEMENTWISE, "(1 - lr * weight_decay)", "(1 - weight_decay)"),
+    ("cuda: softmax sees one token of the future", SOFTMAX, "row % n_query + 1;\n    scores", "row % n_query + 2;\n    scores"),
+    ("cuda: softmax without its largest", SOFTMAX, "top = score > top ? score : top;", "top = 0;"),
+    ("cuda: softmax's row term forgotten", SOFTMAX, "((A)dscores[i] - sum)", "((A)dscores[i])"),
+    ("cuda: softmax's scale forgotten on the way back", SOFTMAX, "- sum) * (A)scale)", "- sum))"),
+    ("cuda: attention's dropout without scale on the way back", SOFTMAX, "(A)dkept[i] * (A)kept_scale", "(A)dkept[i]"),
+    ("cuda: other draws on the way back", SOFTMAX, "dscores += row * n_key;\n    A sum = 0;", "dscores += row * n_key;\n    use++;\n    A sum = 0;"),
+    ("cuda: cross-entropy's target forgotten", SOFTMAX, "(p - (i == targets[row] ? (A)1 : (A)0))", "p"),
+    ("cuda: cross-entropy's gradient of the loss forgotten", SOFTMAX, "(T)(dy[row] * (p", "(T)((p"),
+    ("cuda: embedding without its last row", EMBEDDING, "row < last; row++", "row < last - 1; row++"),
+    ("cuda: embedding's table not cleared", EMBEDDING, "table[id * c] = 0", "table[id * c] += 0"),
+    ("cuda: the residual sum forgotten", ELEMENTWISE, "onto ? (A)onto[at] + kept : kept", "kept"),
+    ("cuda: a bias for the wrong column", ELEMENTWISE, "+ bias[column]", "+ bias[0]"),
+    ("cuda: a bias's gradient without a row", NORM, "row < last; row++) sum", "row < last - 1; row++) sum"),
+    ("cuda: a norm of the first sums", ELEMENTWISE, "i = lane(); i < n; i += WARP) sum += partial", "i = lane(); i < WARP; i += WARP) sum += partial"),
+    ("cuda: clipping to twice the norm", ELEMENTWISE, "(A)max_norm / norm", "2 * (A)max_norm / norm"),
+    ("cuda: going on after a step that is not finite", ELEMENTWISE, "*scale < 0 || !finite", "!finite"),
+    ("cuda: a loss that is not finite unseen", ELEMENTWISE, "norm - norm == 0 && *loss - *loss == 0", "norm - norm == 0"),
+    ("cuda: everything decays", ELEMENTWISE, "i < n_decay ? (A)(1", "true ? (A)(1"),
+    ("cuda: AdamW's scale forgotten", ELEMENTWISE, "scale ? gradient[i] * *scale : gradient[i]", "gradient[i]"),
+    ("cuda: AdamW steps after the end", ELEMENTWISE, "if (scale && *scale < 0) return;", ""),
+    ("bfloat16: cut off, not rounded", COMMON, "(all + 0x7fffu + (all >> 16 & 1u)) >> 16", "all >> 16"),
+    ("bfloat16: ties away from zero", COMMON, "0x7fffu + (all >> 16 & 1u)", "0x8000u"),
+    ("bfloat16: NaN becomes an infinity", COMMON, "nan ? all >> 16 | 0x40u :", "false ? 0 :"),
+    ("product: rows too close", PRODUCTS, "Operand(x, False, by_row if rows > 1 else columns, stride)", "Operand(x, False, columns, stride)"),
+    ("product: a transposed operand read as it lies", PRODUCTS, "Operand(x, True,", "Operand(x, False,"),
+    ("product: the first matrix for all", PRODUCTS, "return axes[-1][1]", "return 0"),
+    ("product: two strides taken for one", PRODUCTS, "if outer != n * inner:", "if False:"),
+    ("cuda linear: dweight in the dtype of the activations", CUDA, "self._product(rows.T, dy, _parameter_dtype(rows))", "self._product(rows.T, dy)"),
+    ("cuda linear: dx by the weight, not its transpose", CUDA, "self._product(dy, weight.T)", "self._product(dy, weight.reshape(weight.shape[::-1]))"),
+    ("cuda attention: dk and dv mixed up", CUDA, "self._product(ds.swapaxes(-1, -2), q), dv", "dv, self._product(ds.swapaxes(-1, -2), q)"),
+    ("residual: the gradient does not reach the stream", REFERENCE, "return dy, self.dropout_backward(dy, saved)", "return 0 * dy, self.dropout_backward(dy, saved)"),
+    ("residual: the branch's gradient not thinned out", REFERENCE, "return dy, self.dropout_backward(dy, saved)", "return dy, dy"),
+    ("astype: the gradient stays in the other dtype", TENSOR, "lambda dy: (dy.astype(before),)", "lambda dy: (0 * dy.astype(before),)"),
+    ("cuda: one random number for two elements", COMMON, "16 * (i % 2)", "0"),
+    ("cuda: a round less", COMMON, "round < 10", "round < 9"),
+    ("cuda: warps share a row", COMMON, "+ threadIdx.x / WARP; }", "; }"),
+]  # fmt: skip
+
+
+def plant(bug, folder):
+    """A copy of the package and its tests with the bug in it."""
+    name, file, before, after = bug
+    for part in ("npgpt", "tests"):
+        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__", "benchmarks"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    shutil.copytree(ROOT / "data", folder / "data")
+    path = folder / "npgpt" / file
+    source = path.read_text(encoding="utf-8")
+    if source.count(before) != 1:
+        raise SystemExit(f"{name}: {file} has {source.count(before)} places like {before!r}, expected one")
+    path.write_text(source.replace(before, after), encoding="utf-8", newline="\n")
+
+
+def caught(bug):
+    """The test that found the bug, or None."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        plant(bug, folder)
+        tests = [f"tests/{file}" for file in (["kernels/test_cuda.py"] if bug[1] in OF_A_GPU else TESTS)]
+        pytest = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--timeout", "300"]
+        result = subprocess.run(
+            [*pytest, *tests],
+            cwd=folder,
+            env=os.environ | {"PYTHONPATH": place},
+            capture_output=True,
+            encoding="utf-8",
+            check=False,
+        )
+        if result.returncode == 0:
+            return None
+        failed = [line for line in result.stdout.splitlines() if line.startswith("FAILED")]
+        if result.returncode != 1 or not failed:
+            raise SystemExit(f"{bug[0]}: the tests did not run: {result.stdout[-1000:]}")
+        return failed[0].split(" - ")[0]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="parts of the names of the bugs to plant (default: all)")
+    args = parser.parse_args()
+    bugs = [bug for bug in BUGS if not args.names or any(name in bug[0] for name in args.names)]
+    clean = caught(("nothing", REFERENCE, '"""What every', '"""What every'))
+    if clean:
+        raise SystemExit(f"the tests fail without any bug: {clean}")
+    started, survivors = time.perf_counter(), []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for bug, found in zip(bugs, pool.map(caught, bugs), strict=True):
+            print(f"{'caught  ' if found else 'SURVIVED'}  {bug[0]:60} {found or ''}", flush=True)
+            survivors += [] if found else [bug[0]]
+    print(f"\n{len(bugs)} planted, {len(bugs) - len(survivors)} caught, {time.perf_counter() - started:.0f} s")
+    if survivors:
+        sys.exit("survived: " + "; ".join(survivors))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,648 @@
+"""The reliability programme: what `make test` runs at gate sizes and `make soak` at soak sizes.
+
+Each function tries one thing a number of times and returns a Tally. Faults come from the operating system's
+side: processes are killed, writes fail, bits flip. None of npgpt's own functions is replaced, but in
+`not_finite`, where there is no other way to put a NaN into a gradient.
+"""
+
+import builtins
+import contextlib
+import errno
+import io
+import itertools
+import json
+import os
+import random
+import signal
+import stat
+import struct
+import subprocess
+import sys
+import time
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+import npgpt
+from npgpt import GPT, AdamW, CharTokenizer, CheckpointError, Dataset, GPTConfig, TrainConfig, Trainer
+from npgpt.engine.backend import CPU
+from npgpt.training.trainer import crash_path, last_path, log_path
+
+ROOT = Path(__file__).parent.parent.parent
+TEXT = "The quick brown fox jumps over the lazy dog.\n" * 30
+TINY = GPTConfig(len(set(TEXT)), block_size=8, n_layer=1, n_head=2, n_embd=8, dropout=0.2)
+TINY_FLAGS = "--block-size 8 --n-layer 1 --n-head 2 --n-embd 8 --dropout 0.2 --batch-size 4 --sample-tokens 3 --threads 2"
+
+
+@dataclass
+class Tally:
+    """What came of a number of tries: survived (the state that should be there is there), lost (an earlier good
+    state than promised), wrong (unreadable, or other numbers than were written, or no clear message)."""
+
+    tried: int = 0
+    lost: int = 0
+    wrong: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def survived(self):
+        return self.tried - self.lost - self.wrong
+
+    def check(self, good, note, lost=False):
+        """Count a try."""
+        self.tried += 1
+        if not good:
+            self.lost += lost
+            self.wrong += not lost
+            self.notes.append(note)
+
+
+def tokenizer():
+    return CharTokenizer.build_vocab(TEXT)
+
+
+def write_checkpoint(path, seed=1, optimizer=True):
+    """A small checkpoint with everything in it; different seeds, different weights."""
+    model = GPT(TINY, seed=seed)
+    npgpt.save(
+        path,
+        model,
+        tokenizer(),
+        optimizer=AdamW(model.parameters()) if optimizer else None,
+        train_config=TrainConfig(batch_size=4),
+        progress={"step": seed, "best_step": seed, "best_loss": 2.5, "history": [[seed, 3.0, 2.5, 0.1]]},
+        source="text.txt",
+        machine={"threads": "2"},
+    )
+
+
+def contents(path):
+    """Everything a checkpoint says, to compare with `==`."""
+    c = npgpt.load(path, with_optimizer=True)
+    state = c.optimizer_state or {}
+    arrays = {**c.model.state_dict(), **{k: v for k, v in state.items() if k != "steps"}}
+    said = (c.config, c.tokenizer.characters, c.train_config, c.progress, c.source, c.fingerprint, c.machine, c.format)
+    return said, state.get("steps"), {name: a.tobytes() for name, a in arrays.items()}
+
+
+# ---------------------------------------------------------------- R1, R8: processes
+
+
+def start_training(folder, *flags):
+    """`npgpt train` on a small text in a process of its own, evaluating and saving at every step."""
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8", newline="\n")
+    command = [sys.executable, "-m", "npgpt", "train", "text.txt", "--steps", "100000", "--eval-interval", "1"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [*command, "--patience", "0", *TINY_FLAGS.split(), *flags],
+        cwd=folder,
+        env=environment,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    )
+
+
+def logged_step(log):
+    """The step of the last evaluation that was logged whole."""
+    lines = log.read_text(encoding="utf-8").split("\n")[:-1] if log.exists() else []
+    return max([0] + [e["step"] for e in map(json.loads, lines) if e["event"] == "evaluation"])
+
+
+def again(out):
+    return ["--resume"] if last_path(out).exists() else []
+
+
+def kills(folder, n, seed=0):
+    """R1: `kill -9` at random moments of a run that saves at every step, and on from there; every third with worker
+    processes."""
+    tally, rng = Tally(), random.Random(seed)
+    out, reached = folder / "model.npz", 0
+    for i in range(n):
+        process = start_training(folder, *again(out), *["--processes"] * (i % 3 == 0))
+        for _ in range(5 if i % 2 else 1):  # half the kills come once training is under way
+            if not process.stderr.readline():
+                raise RuntimeError(f"training ended by itself: status {process.wait()}")
+        time.sleep(rng.uniform(0, 0.25))
+        process.kill()
+        process.communicate()
+        logged = logged_step(log_path(out))
+        if not last_path(out).exists():
+            tally.check(logged == 0, f"kill {i}: step {logged} was logged, nothing is there", lost=True)
+            continue
+        try:
+            step = npgpt.load(last_path(out), with_optimizer=True).step
+            if out.exists():
+                npgpt.load(out, with_optimizer=True)
+        except CheckpointError as error:
+            tally.check(False, f"kill {i}: {error}")
+            continue
+        tally.check(step >= max(logged, reached), f"kill {i}: step {logged} was logged, {step} is there", lost=True)
+        reached = step
+    leftovers = list(folder.glob(".*.tmp"))
+    process = start_training(folder, "--resume")
+    for line in process.stderr:
+        if line.startswith("step "):
+            break
+    process.kill()
+    process.communicate()
+    tally.check(reached > 0, "no step was ever saved")
+    if leftovers and set(leftovers) & set(folder.glob(".*.tmp")):
+        tally.check(False, f"what was left behind stays: {leftovers}")
+    return tally
+
+
+def signals(folder, n, seed=0):
+    """R8: SIGINT and SIGTERM by turns at random moments; a second signal in every fifth, worker processes in every third."""
+    tally, rng = Tally(), random.Random(seed)
+    out = folder / "model.npz"
+    for i in range(n):
+        number, status = [(signal.SIGINT, 130), (signal.SIGTERM, 143)][i % 2]
+        process = start_training(folder, *again(out), *["--processes"] * (i % 3 == 0))
+        for _ in range(4):  # the banner: training has begun
+            process.stderr.readline()
+        time.sleep(rng.uniform(0, 0.2))
+        process.send_signal(number)
+        if i % 5 == 4:
+            process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+        step = npgpt.load(last_path(out), with_optimizer=True).step if last_path(out).exists() else -1
+        good = process.returncode == status and "Traceback" not in said
+        if i % 5 != 4:
+            good = good and f"stopped after step {step}; continue with: bin/train text.txt --resume" in said
+            good = good and not list(folder.glob(".*"))  # no lock, nothing half-written
+        tally.check(good, f"signal {i}: status {process.returncode}, step {step}, said {said[-300:]!r}")
+    return tally
+
+
+# ---------------------------------------------------------------- R2, R3: the operations of a save
+
+
+def sound(tally):
+    """Assert that nothing was lost and nothing wrong."""
+    assert tally.tried > 0
+    assert (tally.lost, tally.wrong) == (0, 0), tally.notes[:5]
+    return tally
+
+
+class _Disk:
+    """Stands between a save and the system: keeps a list of what is done to files, and may fail at one."""
+
+    def __init__(self, fail_at=None, error=errno.ENOSPC):
+        self.operations, self._fail_at, self._error = [], fail_at, error
+
+    def note(self, *operation):
+        self.operations.append(operation)
+        if len(self.operations) - 1 == self._fail_at:
+            raise OSError(self._error, os.strerror(self._error))
+
+    @contextlib.contextmanager
+    def in_place(self):
+        disk, real_open, real_fsync, real_replace = self, builtins.open, os.fsync, os.replace
+
+        class Raw(io.FileIO):
+            def write(self, data):
+                disk.note("write", self.tell(), bytes(data))
+                return super().write(data)
+
+        def opened(file, mode="r", *args, **kwargs):
+            if "w" not in mode or not str(file).endswith(".tmp"):
+                return real_open(file, mode, *args, **kwargs)
+            disk.note("create")
+            return io.BufferedWriter(Raw(file, "w"))
+
+        def fsync(descriptor):
+            disk.note("sync folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "sync file")
+            real_fsync(descriptor)
+
+        def replace(source, target, **kwargs):
+            disk.note("replace")
+            real_replace(source, target, **kwargs)
+
+        builtins.open, os.fsync, os.replace = opened, fsync, replace
+        try:
+            yield
+        finally:
+            builtins.open, os.fsync, os.replace = real_open, real_fsync, real_replace
+
+
+def prefixes(folder):
+    """R2: the save stops after each of its operations; the old or the new checkpoint is there, whole."""
+    tally, path, new = Tally(), folder / "model.npz", folder / "new.npz"
+    write_checkpoint(new, seed=2)
+    write_checkpoint(path, seed=1)
+    before, disk = path.read_bytes(), _Disk()
+    with disk.in_place():
+        write_checkpoint(path, seed=2)
+    kinds = [operation[0] for operation in disk.operations]
+    tally.check(
+        [k for k in kinds if k != "write"] == ["create", "sync file", "replace", "sync folder"]
+        and "write" not in kinds[kinds.index("sync file") :],
+        f"the order is {kinds}",
+    )
+    expected = {1: contents_of(before, folder), 2: contents(new)}
+    for n in range(len(kinds) + 1):
+        path.write_bytes(before)
+        temporary = bytearray()
+        for kind, *what in disk.operations[:n]:
+            if kind == "write":
+                offset, data = what
+                temporary[offset : offset + len(data)] = data
+            elif kind == "replace":
+                path.write_bytes(temporary)
+        found = contents(path)
+        tally.check(found == expected[2 if "replace" in kinds[:n] else 1], f"after {n} operations: neither the old nor the new")
+    return tally
+
+
+def contents_of(data, folder):
+    (folder / "copy.npz").write_bytes(data)
+    return contents(folder / "copy.npz")
+
+
+def faults(folder):
+    """R3: each operation of a save fails once, the disk full or broken: the old checkpoint whole, nothing left."""
+    tally, path = Tally(), folder / "model.npz"
+    write_checkpoint(path, seed=1)
+    before, counting = path.read_bytes(), _Disk()
+    with counting.in_place():
+        write_checkpoint(folder / "other.npz", seed=2)
+    for error in (errno.ENOSPC, errno.EIO):
+        for n, (kind, *_) in enumerate(counting.operations):
+            said = None
+            path.write_bytes(before)
+            with _Disk(n, error).in_place():
+                try:
+                    write_checkpoint(path, seed=2)
+                except OSError as failure:
+                    said = failure.strerror
+            whole = path.read_bytes() == before if kind != "sync folder" else contents(path)[0][3]["step"] == 2
+            litter = list(folder.glob(".*"))
+            tally.check(
+                said == os.strerror(error) and whole and not litter, f"{kind} {n}: said {said}, whole {whole}, left {litter}"
+            )
+    return tally
+
+
+# ---------------------------------------------------------------- R4, R5: damaged files
+
+
+def flips(folder, n=None, seed=0):
+    """R4: bits of a checkpoint flipped, one at a time; n None: every bit. Refused, or the same in every respect."""
+    path = folder / "model.npz"
+    write_checkpoint(path, optimizer=False)
+    good, whole, tally = contents(path), path.read_bytes(), Tally()
+    bits = range(8 * len(whole))
+    if n is not None:  # one in a byte, of bytes evenly spread
+        rng = random.Random(seed)
+        bits = [8 * (i * len(whole) // n) + rng.randrange(8) for i in range(n)]
+    for bit in bits:
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            found = contents(path)
+        except CheckpointError:
+            found = good
+        tally.check(found == good, f"bit {bit % 8} of byte {bit // 8}: other contents")
+    return tally
+
+
+def truncations(folder, step=1):
+    """R5: a checkpoint cut off after every `step`th byte."""
+    path, tally = folder / "model.npz", Tally()
+    write_checkpoint(path)
+    whole = path.read_bytes()
+    for n in range(0, len(whole), step):
+        path.write_bytes(whole[:n])
+        tally.check(refused(path), f"cut at {n}: accepted")
+    return tally
+
+
+def refused(path):
+    try:
+        npgpt.load(path, with_optimizer=True)
+    except CheckpointError:
+        return True
+    return False
+
+
+def fuzz(folder, n, seed=0):
+    """R5: random and structured damage. One kind of error or the contents as they were, within a second each and
+    64 MiB beyond the file (if this process has not needed more before)."""
+    path, tally, rng = folder / "model.npz", Tally(), random.Random(seed)
+    write_checkpoint(path)
+    good, whole = contents(path), path.read_bytes()
+    memory = _peak_memory()
+    for i in range(n):
+        damaged = _damage(bytearray(whole), rng)
+        path.write_bytes(damaged)
+        started = time.process_time()
+        try:
+            found = contents(path)
+        except CheckpointError:
+            found = good
+        except BaseException as error:  # noqa: BLE001 (that there is no other is what is tested)
+            tally.check(False, f"damage {i}: {type(error).__name__}: {error}")
+            continue
+        seconds = time.process_time() - started
+        tally.check(found == good and seconds < 1, f"damage {i}: {seconds:.2f} s, same contents: {found == good}")
+    grown = _peak_memory() - memory
+    if grown > (64 << 20) + len(whole):
+        tally.check(False, f"memory grew by {grown >> 20} MiB")
+    return tally
+
+
+def _damage(data, rng):
+    """One of a number of ways to break a file."""
+    kind, at = rng.randrange(8), rng.randrange(len(data))
+    if kind == 0:  # a few random bytes
+        for _ in range(rng.randint(1, 20)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+    elif kind == 1:  # a piece left out
+        del data[at : at + rng.randint(1, 400)]
+    elif kind == 2:  # a piece twice
+        data[at:at] = data[at : at + rng.randint(1, 400)]
+    elif kind == 3:  # a piece from elsewhere
+        size, source = rng.randint(1, 400), rng.randrange(len(data))
+        data[at : at + size] = data[source : source + size]
+    elif kind == 4:  # zeros, as a file system may leave them
+        size = rng.randint(1, 4096)
+        data[at : at + size] = bytes(len(data[at : at + size]))
+    elif kind == 5:  # a number of the directory set to an extreme
+        marks = [i for mark in (b"PK\1\2", b"PK\3\4", b"PK\5\6", b"PK\6\6") for i in _all(data, mark)]
+        at = rng.choice(marks) + rng.randrange(4, 60)
+        data[at : at + 4] = struct.pack("<I", rng.choice([0, 1, 0x7FFFFFFF, 0xFFFFFFFF, rng.getrandbits(32)]))
+    elif kind == 6:  # a digit of a header or of the JSON
+        places = [i for i in range(len(data)) if chr(data[i]).isdigit()]
+        data[rng.choice(places)] = ord(rng.choice("0123456789-eE.,]}\"'("))
+    else:
+        data = bytearray(rng.randbytes(rng.randint(0, 2000))) + (data[at:] if rng.random() < 0.5 else b"")
+    return bytes(data)
+
+
+def _all(data, mark):
+    at = data.find(mark)
+    while at >= 0:
+        yield at
+        at = data.find(mark, at + 1)
+
+
+def _peak_memory():
+    """Of this process, in bytes; 0 where it is not told."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# ---------------------------------------------------------------- R7, R9: a run
+
+
+def trainer(out=None, steps=20, **settings):
+    config = TrainConfig(
+        **(
+            {"steps": steps, "batch_size": 4, "eval_interval": 7, "sample_tokens": 4, "warmup_steps": 3, "threads": 2}
+            | settings
+        )
+    )
+    vocabulary = tokenizer()
+    dataset = Dataset(vocabulary.encode_array(TEXT), TINY.block_size, config.batch_size, seed=config.seed)
+    return Trainer(GPT(TINY, seed=config.seed), vocabulary, dataset, config, out, source="text.txt")
+
+
+def resumptions(folder, steps, splits, **settings):
+    """R7: `steps` straight, against k, stop, resume, the rest, for each k: the same bytes, dropout on. With a learning
+    rate that is too high (`lr`) the best checkpoint is from before most of the splits."""
+    tally = Tally()
+    straight = folder / "straight" / "model.npz"
+    straight.parent.mkdir()
+    list(trainer(straight, steps, **settings).run())
+    for k in splits:
+        out = folder / f"split{k}" / "model.npz"
+        out.parent.mkdir()
+        first = trainer(out, steps, log_interval=1, sample_tokens=k % 3, **settings)
+        list(first.run(lambda t=first, k=k: t.progress.step >= k))
+        second = trainer(out, steps, **settings)
+        second.resume(npgpt.load(last_path(out), with_optimizer=True))
+        list(second.run())
+        pairs = [(out, straight), (last_path(out), last_path(straight))]
+        tally.check(all(a.read_bytes() == b.read_bytes() for a, b in pairs), f"split after {k} of {steps} steps: other bytes")
+    return tally
+
+
+def not_finite(folder, patch):
+    """R9: NaN and infinities put into a weight, a result, a gradient, a loss. The run stops before it changes a
+    weight, says where it came from, keeps the last good checkpoint, and the crash file repeats it. `patch(object,
+    name, value)` sets an attribute for the time of a test."""
+    tally = Tally()
+    kernels = type(CPU.kernels)
+    nan, inf = float("nan"), float("inf")
+    cases = [
+        *(("weight", name) for name in ("wte.weight", "blocks.0.mlp.fc.bias")),
+        *(("forward", name) for name in ("gelu", "causal_attention", "layer_norm", "cross_entropy")),
+        *(("backward", name) for name in ("gelu", "embedding", "cross_entropy", "residual")),
+    ]
+    for (kind, name), value in itertools.product(cases, (nan, inf)):
+        out = folder / f"{kind} {name} {value}" / "model.npz"
+        out.parent.mkdir()
+        run = trainer(out, eval_interval=5)
+        before = None
+        events = run.run()
+        for event in events:
+            if isinstance(event, npgpt.Step) and event.step == 8:
+                break
+        good = {path: path.read_bytes() for path in (out, last_path(out))}
+        undo = _put(run, kernels, kind, name, value, patch)
+        before = run.model.flat.data.copy()
+        end = list(events)[-1]
+        found = [
+            end.outcome is npgpt.Outcome.DIVERGED,
+            end.step == 8,
+            name in end.reason and (kind == "weight" or f"the {kind} pass of {name}" in end.reason),
+            np.array_equal(run.model.flat.data, before, equal_nan=True),
+            all(path.read_bytes() == data for path, data in good.items()),
+        ]
+        crash = npgpt.load(crash_path(out))
+        found.append(crash.crash == end.reason and np.array_equal(crash.model.flat.data, before, equal_nan=True))
+        undo()
+        tally.check(all(found), f"{value} in {kind} {name}: {found}, {end.reason!r}")
+    return tally
+
+
+def _put(run, kernels, kind, name, value, patch):
+    """Put a value that is not finite into one element; returns what takes it out again."""
+    if kind == "weight":
+        dict(run.model.named_parameters())[name].data.flat[3] = value
+        return lambda: None
+    attribute = f"{name}_{kind}"
+    real = getattr(kernels, attribute)
+
+    def spoiled(self, *args, **kwargs):
+        result = real(self, *args, **kwargs)
+        array = (result[0] if isinstance(result, tuple) else result).copy()
+        array.flat[array.size // 2] = value
+        return (array, *result[1:]) if isinstance(result, tuple) else array
+
+    patch(kernels, attribute, spoiled)
+    return lambda: patch(kernels, attribute, real)
+
+
+# ---------------------------------------------------------------- R6: hostile files
+
+
+def hostile_files(folder):
+    """(name, path) of files made to do harm or to be taken for what they are not."""
+    good = folder / "good.npz"
+    write_checkpoint(good)
+    with zipfile.ZipFile(good) as archive:
+        members = {info.filename: archive.read(info) for info in archive.infolist()}
+    header = json.loads(members["checkpoint.json"])
+    config, progress = header["config"], header["progress"]
+    wte = members["wte.weight.npy"]
+
+    def write(name, files, compression=zipfile.ZIP_STORED, **more):
+        path = folder / f"{name}.npz"
+        with zipfile.ZipFile(path, "w", compression) as archive:
+            for member, content in files.items():
+                archive.writestr(member, content)
+            for member, content in more.get("also", []):
+                archive.writestr(member, content)
+        return name, path
+
+    def with_json(name, text):
+        return write(name, members | {"checkpoint.json": text})
+
+    def with_header(name, **changes):
+        return with_json(name, json.dumps(header | changes))
+
+    def npy(descr, shape, data=b"", fortran="False"):
+        text = f"{{'descr': {descr}, 'fortran_order': {fortran}, 'shape': {shape}, }}\n".encode()
+        return b"\x93NUMPY\1\0" + struct.pack("<H", len(text)) + text + data
+
+    def with_array(name, content):
+        return write(name, members | {"wte.weight.npy": content})
+
+    def without(*keys):
+        return {k: v for k, v in header.items() if k not in keys}
+
+    pickled = folder / "pickled.npz"
+    np.savez(pickled, **{"checkpoint.json": np.array([{"a": 1}], dtype=object)}, allow_pickle=True)
+    code = b"cos\nsystem\n(S'touch " + str(folder / "executed").encode() + b"'\ntR."
+    big = 10**18
+    digits = "1" * 400
+    (folder / "appended.npz").write_bytes(good.read_bytes() + b"x")
+    (folder / "prepended.npz").write_bytes(b"x" + good.read_bytes())
+    return [
+        ("something appended", folder / "appended.npz"),
+        ("something prepended", folder / "prepended.npz"),
+        ("pickled object array", pickled),
+        write(
+            "zip bomb", {"checkpoint.json": members["checkpoint.json"], "wte.weight.npy": bytes(1 << 24)}, zipfile.ZIP_DEFLATED
+        ),
+        write("compressed", members, zipfile.ZIP_DEFLATED),
+        write("bzip2", members, zipfile.ZIP_BZIP2),
+        write("traversal", members | {"../../evil.npy": wte}),
+        write("absolute path", members | {"/etc/evil.npy": wte}),
+        write("folder", members | {"wte.weight.npy/": b""}),
+        write("extra array", members | {"evil.npy": wte}),
+        write("extra file", members | {"readme.txt": b"hello"}),
+        write("array without its suffix", {k.replace("wte.weight.npy", "wte.weight"): v for k, v in members.items()}),
+        write("array with half its suffix", {k.replace("wte.weight.npy", "wte.weight\0npy"): v for k, v in members.items()}),
+        write("missing array", {k: v for k, v in members.items() if k != "ln_f.bias.npy"}),
+        write("missing moments", {k: v for k, v in members.items() if "exp_avg" not in k}),
+        write("no header", {k: v for k, v in members.items() if k != "checkpoint.json"}),
+        write("header only", {"checkpoint.json": members["checkpoint.json"]}),
+        write("nothing", {}),
+        with_array("pickle in place of an array", code),
+        with_array("object dtype", npy("'|O'", "(1,)", code)),
+        with_array("structured dtype", npy("[('a', '<f4')]", "(1,)", bytes(4))),
+        with_array("code as header", npy("__import__('os').system('true')", "(1,)", bytes(4))),
+        with_array("deep header", b"\x93NUMPY\1\0" + struct.pack("<H", 60000) + b"(" * 60000),
+        with_array("digits as shape", npy("'<f4'", "(" + "1" * 60000 + ",)")),
+        with_array("huge shape", npy("'<f4'", f"({big}, {big})", bytes(64))),
+        with_array("overflowing shape", npy("'<f4'", f"({2**32}, {2**32})", bytes(64))),
+        with_array("negative shape", npy("'<f4'", "(-1, -8)", bytes(32))),
+        with_array("many dimensions", npy("'<f4'", "(" + "1, " * 200 + ")", bytes(4))),
+        with_array("fortran order", wte.replace(b"False", b"True ")),
+        with_array("other byte order", wte.replace(b"<f4", b">f4")),
+        with_array("complex", wte.replace(b"<f4", b"<c8")),
+        with_array("half precision", wte.replace(b"<f4", b"<f2")),
+        with_array("integers", wte.replace(b"<f4", b"<i4")),
+        with_array("other shape of the same size", wte.replace(b"(30, 8)", b"(8, 30)")),
+        with_array("short array", wte[:-4]),
+        with_array("long array", wte + bytes(4)),
+        with_array("changed weight", wte[:-4] + struct.pack("<f", 0.5)),
+        with_array("NaN weight", wte[:-4] + struct.pack("<f", float("nan"))),
+        with_array("format 3.0 array", wte.replace(b"NUMPY\1\0", b"NUMPY\3\0")),
+        with_json("no JSON", b"{"),
+        with_json("JSON of another kind", b"[1, 2, 3]"),
+        with_json("not UTF-8", b"\xff\xfe{}"),
+        with_json("deep JSON", b"[" * 200_000 + b"]" * 200_000),
+        with_json("name twice", members["checkpoint.json"].replace(b'"format"', b'"format": 2, "format"', 1)),
+        with_json("NaN in JSON", members["checkpoint.json"].replace(b"0.2", b"NaN", 1)),
+        with_json("infinity in JSON", members["checkpoint.json"].replace(b"0.2", b"1e999", 1)),
+        with_json("huge number", members["checkpoint.json"].replace(b"0.2", b"9" * 5000, 1)),
+        with_json("long number", members["checkpoint.json"].replace(b"0.2", digits.encode(), 1)),
+        with_json("long best loss", members["checkpoint.json"].replace(b"2.5", digits.encode())),
+        with_json("long key", json.dumps(header | {"x" * 10_000 + "\n": 1})),
+        with_json("many keys", json.dumps(header | {f"\x1b{i}": 1 for i in range(50_000)})),
+        with_json("many lists", '{"format": 2, "a": [' + "{}, " * 400_000 + "{}]}"),
+        write("member with a line end", members | {"a\nb.npy": wte}),
+        write("member with a long name", members | {"a" * 60_000 + ".npy": wte}),
+        write("many members", members | {f"{i}.npy": b"" for i in range(20_000)}),
+        with_json("long JSON", json.dumps(header | {"source": "x" * (5 << 20)})),
+        with_json("missing key", json.dumps(without("vocabulary"))),
+        with_json("format 1 with keys of 2", json.dumps(header | {"format": 1})),
+        with_header("unknown key", colour=1),
+        with_header("future format", format=99),
+        with_header("format true", format=True),
+        with_header("format text", format="2"),
+        with_header("huge model", config=config | {"n_embd": 2**40}),
+        with_header("endless layers", config=config | {"n_layer": big}),
+        with_header("long context", config=config | {"block_size": big}),
+        with_header("wide feed-forward", config=config | {"d_ff": big}),
+        with_header("fewer layers", config=config | {"n_layer": 0}),
+        with_header("other heads", config=config | {"n_head": 3}),
+        with_header("tied", config=config | {"tie_weights": True}),
+        with_header("unknown setting", config=config | {"colour": "red"}),
+        with_header("configuration is a list", config=[1]),
+        with_header("empty vocabulary", vocabulary=""),
+        with_header("vocabulary twice", vocabulary="a" * 30),
+        with_header("NUL in source", source="a\0b"),
+        with_header("escape in source", source="\x1b[2J"),
+        with_header("format with a line end", format="a\nb"),
+        with_header("setting with a line end", config=config | {"a\nb": 1}),
+        with_header("no training loss", progress=progress | {"loss_sum": None}),
+        with_header("half a character", vocabulary="\ud800" + header["vocabulary"][1:]),
+        with_header("vocabulary is a table", vocabulary={"a": 0}),
+        with_header("training is text", train_config="fast"),
+        with_header("bad training", train_config=header["train_config"] | {"lr": -1}),
+        with_header("progress is a list", progress=[1]),
+        with_header("negative step", progress=progress | {"step": -1}),
+        with_header("history of texts", progress=progress | {"history": ["a"]}),
+        with_header("optimizer steps as text", optimizer_steps="1"),
+        with_header("no optimizer steps", optimizer_steps=None),
+        with_header("hashes missing", sha256={}),
+        with_header("hashes of other kind", sha256=dict.fromkeys(header["sha256"], 1)),
+        with_header("crash without a batch", crash="boom"),
+        with_header("machine is a list", machine=["x"]),
+        with_header("bad fingerprint", fingerprint="abc"),
+    ]
+
+
+def duplicate_member(folder):
+    """A zip with two members of one name (zipfile warns when it writes one)."""
+    import warnings
+
+    path = folder / "duplicate.npz"
+    write_checkpoint(path)
+    with zipfile.ZipFile(path) as archive:
+        data = archive.read("wte.weight.npy")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr("wte.weight.npy", data)
+    return "duplicate member", path

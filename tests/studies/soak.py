@@ -1,0 +1,85 @@
+"""`make soak`: the reliability programme at soak sizes, as a table. A quarter of an hour on two cores.
+
+python tests/studies/soak.py [--scale 0.01]
+"""
+
+import argparse
+import datetime
+import os
+import platform
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy: programmes run side by side
+sys.path[:0] = [str(Path(__file__).parent.parent.parent), str(Path(__file__).parent.parent)]
+
+import numpy as np
+from studies import reliability
+
+import npgpt
+
+
+def hostile(folder):
+    """R6, as a Tally."""
+    tally = reliability.Tally()
+    for name, path in [*reliability.hostile_files(folder), reliability.duplicate_member(folder)]:
+        tally.check(reliability.refused(path), f"{name}: accepted")
+    return tally
+
+
+def programme(scale):
+    """(what, function, arguments after the folder...) of every row, the long ones first."""
+
+    def times(n):
+        return max(1, round(n * scale))
+
+    return [
+        ("R5 random and structured damage", reliability.fuzz, times(200_000)),
+        ("R1 kill -9 while saving every step", reliability.kills, times(500)),
+        ("R4 every bit flipped", reliability.flips, None)
+        if scale == 1
+        else ("R4 bits flipped", reliability.flips, times(60_000)),
+        ("R8 SIGINT and SIGTERM", reliability.signals, times(200)),
+        ("R7 every split of 100 steps, resumed", reliability.resumptions, 100, range(1, 100, max(1, round(1 / scale)))),
+        ("R5 cut off at every byte", reliability.truncations),
+        ("R2 a save stopped after each operation", reliability.prefixes),
+        ("R3 each operation of a save failing", reliability.faults),
+        ("R6 hostile files", hostile),
+        ("R9 NaN and infinities", reliability.not_finite, setattr),
+    ]
+
+
+def run(what, function, *arguments):
+    """One row: (what, Tally, seconds)."""
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        tally = function(Path(folder), *arguments)
+    return what, tally, time.perf_counter() - started
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--scale", type=float, default=1, help="part of the full sizes (default: 1)")
+    args = parser.parse_args()
+    started = time.perf_counter()
+    rows = programme(args.scale)
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        results = [future.result() for future in [pool.submit(run, *row) for row in rows]]
+    print(
+        f"npgpt {npgpt.__version__}, {datetime.date.today()}, {platform.system()}, Python {platform.python_version()}, "
+        f"NumPy {np.__version__}, {time.perf_counter() - started:.0f} s\n"
+    )
+    print("| | tried | survived | lost | wrong | seconds |\n|---|---|---|---|---|---|")
+    for what, tally, seconds in sorted(results, key=lambda row: row[0]):
+        print(f"| {what} | {tally.tried:,} | {tally.survived:,} | {tally.lost} | {tally.wrong} | {seconds:.0f} |")
+    notes = [f"{what}: {note}" for what, tally, _ in results for note in tally.notes[:10]]
+    if notes:
+        print("\n" + "\n".join(notes))
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,18 @@
+"""Random arrays, and equality within rounding."""
+
+import numpy as np
+
+
+def close(found, expected, dtype, size=1.0):
+    """Equal within rounding, of terms up to `size`: a result may be their small difference."""
+    assert type(found) is type(expected)
+    if found is None:
+        return
+    assert found.dtype == expected.dtype == dtype
+    assert found.shape == expected.shape
+    scale = np.abs(expected).max(initial=size)
+    np.testing.assert_allclose(found / scale, expected / scale, rtol=0, atol=50 * np.finfo(dtype).eps)
+
+
+def normal(dtype, *shape, seed=0):
+    return np.random.default_rng(sum(shape) + seed).standard_normal(shape).astype(dtype)

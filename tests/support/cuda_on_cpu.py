@@ -1,0 +1,108 @@
+"""The CUDA kernels compiled for a CPU, and launched with NumPy's arrays: what can be known of them without a GPU."""
+
+import contextlib
+import ctypes
+import functools
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from npgpt.engine.backend import DeviceError, bfloat16
+from npgpt.kernels.cuda import kernels as cuda
+from npgpt.kernels.cuda.products import Operand
+
+DTYPES = {"float32": np.dtype(np.float32), "float64": np.dtype(np.float64)}
+with contextlib.suppress(DeviceError):
+    DTYPES["bfloat16"] = bfloat16()
+
+COMPILER = shutil.which("g++")
+MISSING = None if COMPILER and sys.platform == "linux" else "g++ on Linux is needed to run the kernels on a CPU"
+
+
+def entry_points(source):
+    """{name of a kernel: its parameters as C++}."""
+    return dict(re.findall(r'extern "C" __global__ void (\w+)\(\s*([^)]*)\)', source))
+
+
+def program(dtype):
+    """The kernels, and for each a function that runs it on a grid."""
+    source = cuda.source()
+    lines = [f'#include "{Path(__file__).parent / "cuda_on_cpu.cpp"}"', source]
+    for name, parameters in entry_points(source).items():
+        names = ", ".join(re.findall(r"(\w+)(?:,|$)", parameters))
+        lines.append(f'extern "C" void run_{name}(int grid_x, int grid_y, int block, {parameters}) {{')
+        lines.append(f"    run(grid_x, grid_y, block, [=] {{ {name}({names}); }});\n}}")
+    return "\n".join(lines)
+
+
+@functools.cache
+def library(dtype):
+    with tempfile.TemporaryDirectory() as folder:
+        source, built = Path(folder) / "kernels.cpp", Path(folder) / "kernels.so"
+        source.write_text(program(dtype), encoding="utf-8")
+        flags = [
+            "-O1",
+            "-U_FORTIFY_SOURCE",
+            "-shared",
+            "-fPIC",
+            "-ffp-contract=off",
+            "-Wno-unknown-pragmas",
+            *cuda.compiler_options(dtype),
+        ]
+        done = subprocess.run([COMPILER, *flags, "-o", built, source], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return ctypes.CDLL(str(built))
+
+
+def launch(name, dtype, grid, threads, arguments):
+    """As `cuda.Launch`. Arrays must be contiguous, as no kernel knows of strides."""
+    parameters = entry_points(cuda.source())[name].split(",")
+    assert len(parameters) == len(arguments), f"{name} takes {parameters}"
+    assert 1 <= grid[0] < 2**31
+    assert 1 <= grid[1] < 65_536
+    in_python = {"T": DTYPES[dtype], "A": cuda.ELEMENTS[dtype][2]}
+    types = in_python | {"long long": np.dtype(np.int64), "unsigned short": np.dtype(np.uint16)}
+    values = []
+    for parameter, argument in zip(parameters, arguments, strict=True):
+        kind = parameter.replace("const ", "").strip().rsplit(" ", 1)[0]
+        if kind.endswith("*"):
+            assert argument is None or (argument.flags.c_contiguous and argument.dtype == types[kind[:-1]]), (name, parameter)
+            values.append(ctypes.c_void_p(argument.ctypes.data if argument is not None else None))
+        elif kind == "double":
+            assert type(argument) is float, (name, parameter)
+            values.append(ctypes.c_double(argument))
+        else:
+            assert type(argument) is int, (name, parameter)
+            assert kind in ("long long", "unsigned long long")
+            values.append(ctypes.c_longlong(argument))
+    getattr(library(dtype), f"run_{name}")(*grid, threads, *values)
+
+
+class Gemm:
+    """As `products.Gemm`: reads and writes memory by the numbers it is given alone, column after column."""
+
+    tf32 = False
+
+    def __call__(self, a: Operand, b: Operand, out: Operand, sizes, count):
+        m, n, k = sizes
+        assert out.array.flags.c_contiguous
+        assert not out.transposed
+        left, right, result = (
+            self._matrices(operand, *shape, count) for operand, shape in ((a, (m, k)), (b, (k, n)), (out, (m, n)))
+        )
+        wide = cuda.ELEMENTS[a.array.dtype.name][2]
+        result[...] = (left.astype(wide) @ right.astype(wide)).astype(result.dtype)
+
+    def _matrices(self, operand, rows, columns, count):
+        stored = (columns, rows) if operand.transposed else (rows, columns)
+        assert stored[0] <= operand.leading, "columns overlap"
+        size = operand.array.itemsize
+        found = np.lib.stride_tricks.as_strided(
+            operand.array, (count, *stored), (operand.stride * size, size, operand.leading * size)
+        )
+        return found.swapaxes(1, 2) if operand.transposed else found

@@ -1,0 +1,204 @@
+"""Runs that are killed, interrupted, resumed, or find a number that is not finite."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+from studies import reliability
+
+import npgpt
+from npgpt import RequestError
+from npgpt.cli import main
+from npgpt.training.trainer import last_path, log_path, read_log
+
+posix_only = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+
+
+def test_killed_runs_go_on_where_they_were(tmp_path):
+    reliability.sound(reliability.kills(tmp_path, 20))  # R1
+
+
+@posix_only
+def test_a_signal_with_nobody_listening_saves_all_the_same(tmp_path):
+    process = reliability.start_training(tmp_path)
+    for _ in range(5):
+        process.stderr.readline()
+    process.stderr.close()  # as when `tee` got the signal too
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert npgpt.load(tmp_path / "model.last.npz", with_optimizer=True).step > 0
+
+
+@posix_only
+def test_signals_end_a_run_in_good_order(tmp_path):
+    reliability.sound(reliability.signals(tmp_path, 20))  # R8
+
+
+def test_a_resumed_run_writes_the_same_bytes(tmp_path):
+    reliability.sound(reliability.resumptions(tmp_path, 20, range(1, 20, 2)))  # R7
+
+
+def test_a_resumed_run_that_gets_worse_writes_the_same_bytes(tmp_path):
+    reliability.sound(reliability.resumptions(tmp_path, 20, [8, 10, 15], lr=0.5))  # R7
+
+
+def test_numbers_that_are_not_finite_stop_a_run(tmp_path, monkeypatch):
+    assert reliability.sound(reliability.not_finite(tmp_path, monkeypatch.setattr)).tried >= 12  # R9
+
+
+def test_replay_repeats_the_step(tmp_path, capsys):
+    run = reliability.trainer(tmp_path / "model.npz")
+    events = run.run()
+    next(events)
+    run.model.wte.weight.data[...] = float("inf")
+    end = list(events)[-1]
+    assert main(["replay", str(tmp_path / "model.crash.npz")]) == 0
+    out, err = capsys.readouterr()
+    assert out == f"step 2, loss nan: {end.reason}\n" == "step 2, loss nan: the weight wte.weight is not finite\n"
+    assert err == ""
+    assert main(["inspect", str(tmp_path / "model.crash.npz")]) == 0
+    assert "crash       the weight wte.weight" in capsys.readouterr().out
+    run = reliability.trainer(tmp_path / "other.npz", steps=2)
+    list(run.run())
+    assert main(["replay", str(tmp_path / "other.npz")]) == 2
+    assert "is no crash file" in capsys.readouterr().err
+
+
+def test_a_second_run_on_the_same_files_is_refused(tmp_path):
+    events = reliability.trainer(tmp_path / "model.npz").run()
+    next(events)
+    before = sorted((p.name, p.read_bytes()) for p in tmp_path.iterdir())
+    with pytest.raises(RequestError, match="in use by another run"):
+        next(reliability.trainer(tmp_path / "model.npz").run())
+    assert sorted((p.name, p.read_bytes()) for p in tmp_path.iterdir()) == before
+    list(events)
+    assert not list(tmp_path.glob(".*"))
+    list(reliability.trainer(tmp_path / "model.npz").run())
+
+
+def test_another_machine_is_told(tmp_path):
+    out = tmp_path / "model.npz"
+    first = reliability.trainer(out)
+    list(first.run(lambda: first.progress.step >= 3))
+    assert reliability.trainer(out).resume(npgpt.load(last_path(out), with_optimizer=True)) == []
+    other = reliability.trainer(out, threads=1)
+    assert other.resume(npgpt.load(last_path(out), with_optimizer=True)) == ["threads was 2 and is now 1"]
+    list(other.run())
+
+
+def test_the_best_and_the_last_are_two_files(tmp_path):
+    out = tmp_path / "model.npz"
+    run = reliability.trainer(out, steps=12, eval_interval=3)
+    for event in run.run():
+        if isinstance(event, npgpt.Evaluation):
+            best = npgpt.load(out).step
+            assert best == run.progress.best_step
+            assert npgpt.load(last_path(out)).step == event.step
+            if event.best:
+                assert out.read_bytes() == last_path(out).read_bytes()
+                run.progress.best_loss = 0.0  # so that none after it is better
+    assert best == 3
+    assert not out.samefile(last_path(out))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.jsonl", "model.last.npz", "model.npz"]
+
+
+def test_resuming_elsewhere_starts_its_own_files(tmp_path):
+    out, other = tmp_path / "model.npz", tmp_path / "other.npz"
+    first = reliability.trainer(out, eval_interval=5)
+    list(first.run(lambda: first.progress.step >= 12))
+    reliability.write_checkpoint(other, seed=3)
+    second = reliability.trainer(other, eval_interval=5)
+    second.resume(npgpt.load(last_path(out), with_optimizer=True), elsewhere=True)
+    list(second.run())
+    assert npgpt.load(tmp_path / "other.previous.npz").step == 3
+    assert npgpt.load(other).step == second.progress.best_step >= 15
+
+
+def test_a_run_that_went_on_meanwhile_is_not_undone(tmp_path):
+    out = tmp_path / "model.npz"
+    first = reliability.trainer(out)
+    list(first.run(lambda: first.progress.step >= 5))
+    stale = npgpt.load(last_path(out), with_optimizer=True)
+    second, third = reliability.trainer(out), reliability.trainer(out)
+    third.resume(stale)
+    second.resume(stale)
+    list(second.run())
+    with pytest.raises(RequestError, match="another run has gone on"):
+        next(third.run())
+    assert npgpt.load(last_path(out)).step == 20
+
+
+@pytest.mark.parametrize("leave_at", [3, 10, 12])
+def test_a_run_that_is_left_goes_on(tmp_path, leave_at):
+    """Before anything is saved, at a step that is to be evaluated, and after it: the same files as of a run left alone."""
+    straight, out, before = tmp_path / "straight" / "model.npz", tmp_path / "model.npz", tmp_path / "model.previous.npz"
+    straight.parent.mkdir()
+    list(reliability.trainer(straight, eval_interval=5).run())
+    list(reliability.trainer(out, steps=2).run())
+    first_log = log_path(out).read_bytes()
+    run = reliability.trainer(out, eval_interval=5)
+    for event in run.run():
+        if isinstance(event, npgpt.Step) and event.step == leave_at:
+            break
+    list(run.run())
+    assert out.read_bytes() == straight.read_bytes()
+    assert last_path(out).read_bytes() == last_path(straight).read_bytes()
+    assert npgpt.load(before).step == 2
+    assert log_path(before).read_bytes() == first_log
+    evaluations = [[e["step"] for e in read_log(log_path(path)) if e["event"] == "evaluation"] for path in (out, straight)]
+    assert evaluations[0] == evaluations[1] == [5, 10, 15, 20]
+    assert read_log(log_path(out))[0]["event"] == "start"
+
+
+def test_killed_between_the_two_files_of_a_save(tmp_path):
+    out = tmp_path / "model.npz"
+    first = reliability.trainer(out, steps=12, eval_interval=3)
+    list(first.run(lambda: first.progress.step >= 6))
+    assert first.progress.best_step == 6
+    reliability.write_checkpoint(out, seed=3)  # as it was before the save at step 6
+    second = reliability.trainer(out, steps=12, eval_interval=100)
+    second.resume(npgpt.load(last_path(out), with_optimizer=True))
+    next(second.run())
+    assert npgpt.load(out).step == 6
+
+
+def test_a_best_model_that_was_taken_away_is_found_anew(tmp_path):
+    out = tmp_path / "model.npz"
+    first = reliability.trainer(out, eval_interval=4)
+    list(first.run(lambda: first.progress.step >= 8))
+    out.unlink()
+    second = reliability.trainer(out, eval_interval=4)
+    second.resume(npgpt.load(last_path(out), with_optimizer=True))
+    list(second.run())
+    assert npgpt.load(out).step == second.progress.best_step >= 12
+
+
+def test_a_log_goes_on_where_the_run_does(tmp_path):
+    out = tmp_path / "model.npz"
+    first = reliability.trainer(out, log_interval=1)
+    list(first.run(lambda: first.progress.step >= 8))
+    with log_path(out).open("a", encoding="utf-8") as log:  # killed later, before it saved again
+        log.write('{"event": "step", "step": 8, "sample": "a\u2028b\u0085c"}\n{"event": "step", "step": 9}\n{"event": "ste')
+    second = reliability.trainer(out, log_interval=1)
+    second.resume(npgpt.load(last_path(out), with_optimizer=True))
+    list(second.run())
+    log = [json.loads(line) for line in log_path(out).read_bytes().split(b"\n")[:-1]]
+    assert [e["step"] for e in log if e["event"] == "step"] == [*range(1, 9), 8, *range(9, 21)]
+    assert "a\u2028b\u0085c" in [e.get("sample") for e in log]
+    assert [e["event"] for e in log if e["event"] in ("start", "resume", "end")] == ["start", "end", "resume", "end"]
+
+
+@posix_only
+def test_a_closed_pipe_is_quiet(tmp_path):
+    list(reliability.trainer(tmp_path / "model.npz", steps=2).run())
+    command = [sys.executable, "-m", "npgpt", "generate", "--ckpt", "model.npz", "--max-new-tokens", "100000"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env={"PYTHONPATH": str(reliability.ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.read(20)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait(timeout=60) in (0, -signal.SIGPIPE)

@@ -1,0 +1,309 @@
+"""Learning, the run and its files, resuming, checkpoints, exact evaluation."""
+
+import dataclasses
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+
+import npgpt
+from npgpt import GPT, AdamW, Dataset, GPTConfig, RequestError, TrainConfig, Trainer, evaluate, ops
+from npgpt.evaluation.loss import Loss, compare
+from npgpt.parallel.processes import Processes
+from npgpt.training.memory import estimate_memory
+from npgpt.training.trainer import Evaluation, Outcome, Progress, Step, advice, last_path, log_path
+
+GOLDEN_CONFIG = GPTConfig(63, block_size=32, n_layer=2, n_head=2, n_embd=32, dropout=0.1)
+# Losses of the first ten steps with seed 1337, in float32. Rounding differs between processors and BLAS
+# kernels; anything beyond it means that the model, a gradient, a random stream or the optimiser changed.
+GOLDEN_LOSSES = [4.141188, 4.141778, 4.115736, 4.081378, 4.055082, 4.014167, 3.975874, 3.927432, 3.962293, 3.955101]
+
+
+def run(text, tokenizer, config, train_config, out=None, **keywords):
+    dataset = Dataset(
+        tokenizer.encode_array(text), config.block_size, train_config.batch_size, train_config.val_fraction, train_config.seed
+    )
+    trainer = Trainer(GPT(config, seed=train_config.seed), tokenizer, dataset, train_config, out)
+    return trainer, list(trainer.run(**keywords))
+
+
+def quick(**changes):
+    settings = {"steps": 6, "batch_size": 4, "eval_interval": 3, "sample_tokens": 5, "warmup_steps": 2, "log_interval": 2}
+    return TrainConfig(**settings | changes)
+
+
+def test_one_batch_can_be_learned_by_heart(text, tokenizer):
+    config = GPTConfig(tokenizer.vocab_size, block_size=32, n_layer=2, n_head=2, n_embd=64, dropout=0.0)
+    model = GPT(config, seed=0)
+    x, y = Dataset(tokenizer.encode_array(text), 32, 4).get_batch("train")
+    optimizer = AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    for _ in range(150):
+        _, loss = model(x, y)
+        optimizer.zero_grad()
+        loss.backward()
+        npgpt.clip_grad_norm(model.parameters(), 1.0)
+        optimizer.step()
+    assert loss.item() < 0.05
+
+
+def test_golden_run(text, tokenizer):
+    _, events = run(text, tokenizer, GOLDEN_CONFIG, TrainConfig(steps=10, batch_size=8, warmup_steps=5, sample_tokens=0))
+    losses = [e.loss for e in events if isinstance(e, Step)]
+    np.testing.assert_allclose(losses, GOLDEN_LOSSES, rtol=2e-5)
+
+
+def test_events_of_a_run(text, tokenizer, small_config, tmp_path):
+    out = tmp_path / "model.npz"
+    trainer, events = run(text[:4000], tokenizer, small_config, quick(), out)
+    assert [e.step for e in events if isinstance(e, Step)] == [1, 2, 3, 4, 5, 6]
+    evaluations = [e for e in events if isinstance(e, Evaluation)]
+    assert [e.step for e in evaluations] == [3, 6]
+    assert all(len(e.sample) == 5 and math.isfinite(e.val_loss) for e in evaluations)
+    steps = [e.loss for e in events if isinstance(e, Step)]
+    assert evaluations[1].train_loss == pytest.approx(np.mean(steps[3:]))
+    assert events[-1].outcome is Outcome.FINISHED
+    exact = evaluate(trainer.model, trainer.dataset.val)
+    assert evaluations[1].val_loss == exact.loss
+    lines = [json.loads(line) for line in log_path(out).read_text(encoding="utf-8").splitlines()]
+    kinds = [line["event"] for line in lines]
+    assert kinds == ["start", "step", "evaluation", "step", "step", "evaluation", "end"]
+
+
+def test_looking_changes_nothing(text, tokenizer, small_config):
+    trainers = [run(text[:4000], tokenizer, small_config, quick(eval_interval=n))[0] for n in (1, 2, 6)]
+    for other in trainers[1:]:
+        np.testing.assert_array_equal(trainers[0].model.parameters().data, other.model.parameters().data)
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 3, 5])
+def test_resuming_gives_the_uninterrupted_run(text, tokenizer, small_config, tmp_path, stop_at):
+    straight, again = tmp_path / "straight.npz", tmp_path / "again.npz"
+    run(text[:4000], tokenizer, small_config, quick(), straight)
+    asked = []
+    _, events = run(
+        text[:4000], tokenizer, small_config, quick(), again, stop_requested=lambda: asked.append(1) or len(asked) == stop_at
+    )
+    assert events[-1].outcome is Outcome.INTERRUPTED
+    assert events[-1].step == stop_at
+    dataset = Dataset(tokenizer.encode_array(text[:4000]), small_config.block_size, 4)
+    trainer = Trainer(GPT(small_config, seed=99), tokenizer, dataset, quick(), again)
+    trainer.resume(npgpt.load(last_path(again), with_optimizer=True))
+    list(trainer.run())
+    assert last_path(again).read_bytes() == last_path(straight).read_bytes()
+    assert again.read_bytes() == straight.read_bytes()
+
+
+def test_resume_refuses_another_run(text, tokenizer, small_config, trained):
+    last = npgpt.load(last_path(trained), with_optimizer=True)
+
+    def trainer(text=text[:4000], config=small_config, **changes):
+        train_config = dataclasses.replace(last.train_config, **{"steps": 12} | changes)
+        dataset = Dataset(tokenizer.encode_array(text), config.block_size, train_config.batch_size, seed=train_config.seed)
+        return Trainer(GPT(config), tokenizer, dataset, train_config)
+
+    trainer(threads=1, eval_interval=5).resume(last)
+    for other, words in [
+        (trainer(lr=1e-4, min_lr=1e-5), r"lr was 0.001 and is now 0.0001; min_lr was"),
+        (trainer(text=text[1:4001]), "the text is not the one"),
+        (trainer(config=dataclasses.replace(small_config, n_layer=1)), "n_layer was 2 and is now 1"),
+        (trainer(steps=6), "nothing to do"),
+    ]:
+        with pytest.raises(RequestError, match=words):
+            other.resume(last)
+
+
+def test_early_stop_keeps_the_best(text, tokenizer, small_config, tmp_path):
+    out = tmp_path / "model.npz"
+    # 400 characters and a high rate: it over-fits at once.
+    config = quick(steps=400, eval_interval=10, patience=2, lr=1e-2, batch_size=8)
+    trainer, events = run(text[3000:3400], tokenizer, small_config, config, out)
+    assert events[-1].outcome is Outcome.EARLY_STOP
+    evaluations = [e for e in events if isinstance(e, Evaluation)]
+    best = min(evaluations, key=lambda e: e.val_loss)
+    assert evaluations[-1].step == best.step + 20
+    assert npgpt.load(out).step == best.step == trainer.progress.best_step
+    assert npgpt.load(last_path(out)).step == evaluations[-1].step
+    assert "Over-fitting since step" in events[-1].advice
+
+
+def test_divergence_stops_before_the_weights(text, tokenizer, small_config, tmp_path):
+    out = tmp_path / "model.npz"
+    dataset = Dataset(tokenizer.encode_array(text[:4000]), small_config.block_size, 4)
+    trainer = Trainer(GPT(small_config), tokenizer, dataset, quick(), out)
+    events = trainer.run()
+    before = None
+    for event in events:
+        if isinstance(event, Evaluation):
+            trainer.model.lm_head.weight.data[0, 0] = np.inf
+            before = trainer.model.parameters().data.copy()
+            end = list(events)[-1]
+    assert end.outcome is Outcome.DIVERGED
+    assert "lower the learning rate" in end.advice
+    np.testing.assert_array_equal(trainer.model.parameters().data, before)
+    assert np.isfinite(npgpt.load(out).model.parameters().data).all()
+
+
+@pytest.mark.parametrize("val_fraction", [0.1, 0.0])
+def test_weights_gone_bad_are_not_saved(text, tokenizer, small_config, tmp_path, val_fraction):
+    """The loss of a step is of the weights before it; what the step made of them shows at the evaluation."""
+    out = tmp_path / "model.npz"
+    config = quick(lr=1e20, warmup_steps=0, eval_interval=1, val_fraction=val_fraction, grad_clip=0.0)
+    _, events = run(text[:4000], tokenizer, small_config, config, out)
+    assert events[-1].outcome is Outcome.DIVERGED
+    for path in (out, last_path(out)):
+        if path.exists():
+            assert np.isfinite(npgpt.load(path).model.parameters().data).all()
+
+
+def test_a_new_run_keeps_the_earlier_one(text, tokenizer, small_config, trained):
+    names = ["model.npz", "model.last.npz", "model.jsonl"]
+    before = [(trained.parent / name).read_bytes() for name in names]
+    run(text[:4000], tokenizer, small_config, quick(), trained)
+    kept = ["model.previous.npz", "model.previous.last.npz", "model.previous.jsonl"]
+    assert [(trained.parent / name).read_bytes() for name in kept] == before
+
+
+def test_interrupted_before_the_first_evaluation_there_is_a_model(text, tokenizer, small_config, tmp_path):
+    out = tmp_path / "model.npz"
+    run(text[:4000], tokenizer, small_config, quick(), out, stop_requested=lambda: True)
+    assert npgpt.load(out).step == npgpt.load(last_path(out)).step == 1
+
+
+def test_a_dataset_that_is_not_the_runs_is_refused(text, tokenizer, small_config):
+    dataset = Dataset(tokenizer.encode_array(text[:4000]), small_config.block_size, 8)
+    with pytest.raises(RequestError, match="batch_size is 8, the run's is 4"):
+        Trainer(GPT(small_config), tokenizer, dataset, quick())
+
+
+def test_a_damaged_training_state_is_refused(text, tokenizer, small_config, trained):
+    dataset = Dataset(tokenizer.encode_array(text[:4000]), small_config.block_size, 4)
+    for damage in (
+        {"progress": {"step": 6, "colour": 1}},
+        {"optimizer_state": {"steps": 1, "exp_avg": np.zeros(3), "exp_avg_sq": np.zeros(3)}},
+    ):
+        last = dataclasses.replace(npgpt.load(last_path(trained), with_optimizer=True), **damage)
+        with pytest.raises(RequestError, match="damaged"):
+            Trainer(GPT(small_config), tokenizer, dataset, quick(steps=9)).resume(last)
+
+
+def test_without_held_out_text(text, tokenizer, small_config, tmp_path):
+    out = tmp_path / "model.npz"
+    _, events = run(text[:400], tokenizer, small_config, quick(val_fraction=0.0), out)
+    evaluations = [e for e in events if isinstance(e, Evaluation)]
+    assert all(e.val_loss is None and e.best for e in evaluations)
+    assert npgpt.load(out).step == 6
+
+
+@pytest.mark.parametrize(
+    ("history", "words"),
+    [
+        ([[100, 2.5, 2.6, 0.02], [200, 1.5, 2.0, 0.02], [300, 1.0, 2.4, 0.02]], "Over-fitting since step 200"),
+        ([[100, 2.5, 2.6, 0.02], [200, 2.2, 2.3, 0.02], [300, 2.0, 2.1, 0.02]], "still falling.*--resume --steps 2000"),
+        ([[10, 3.69, 3.68, 0.02], [20, 3.65, 3.63, 0.02]], "still falling"),
+        ([[i, 2.5, 2.6 - 0.001 * i, 0.02] for i in range(1, 7)], "levelled off"),
+        ([[100, 2.5, 2.6, 0.02], [200, 3.9, 3.9, 0.02], [300, 4.2, 4.1, 0.02]], "diverged; lower the learning rate"),
+        ([[100, 2.5, None, None], [200, 2.0, None, None]], "training loss was still falling"),
+        ([[100, 90.0, 86.0, 2.0], [200, 12.0, 4.9, 0.2]], r"worse than guessing \(4.17\): lower the learning rate"),
+        ([[100, 2.5, 2.6, 0.02]], "too little to judge"),
+    ],
+)
+def test_advice(history, words):
+    scored = [row for row in history if row[2] is not None]
+    best_step = min(scored, key=lambda row: row[2])[0] if scored else history[-1][0]
+    progress = Progress(step=history[-1][0], best_step=best_step, history=history)
+    line = advice(progress, TrainConfig(), GPTConfig(65), Outcome.FINISHED)
+    assert re.search(words, line), line
+    assert "\n" not in line
+
+
+def test_memory_estimate_grows_with_every_dimension():
+    base = {"vocab_size": 65, "block_size": 64, "n_layer": 2, "n_head": 2, "n_embd": 64}
+    config = TrainConfig(micro_batch=8, threads=1)
+    small = estimate_memory(GPTConfig(**base), config)
+    assert estimate_memory(GPTConfig(**base), dataclasses.replace(config, micro_batch=16)) > 1.5 * small
+    assert estimate_memory(GPTConfig(**base), dataclasses.replace(config, threads=2)) > 1.5 * small
+    for name in base:
+        assert estimate_memory(GPTConfig(**base | {name: 2 * base[name]}), config) > small, name
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def test_evaluation_is_exact(tokenizer, text, small_config):
+    model = GPT(small_config, seed=1)
+    ids = tokenizer.encode_array(text[:1000])
+    result = evaluate(model, ids)
+    assert result.n_targets == 999
+    losses = []
+    for start in range(0, 999, 16):
+        x, y = ids[start : start + 16][: 999 - start], ids[start + 1 : start + 17]
+        logits, _ = model(x[None].astype(int))
+        losses.append(ops.cross_entropy(logits, y[None].astype(int), reduction="none").data[0])
+    assert result.loss == pytest.approx(np.mean(np.concatenate(losses)), rel=1e-6)
+    means = [window.mean() for window in losses]
+    assert result.stderr == pytest.approx(np.std(means, ddof=1) / math.sqrt(len(means)), rel=0.05)
+    assert evaluate(model, ids) == result
+    assert evaluate(model, ids[:10]).stderr is None
+    with pytest.raises(RequestError, match="at least 2"):
+        evaluate(model, ids[:1])
+    assert evaluate(model, ids, max_tokens=999) == result
+    quick_look = evaluate(model, ids, max_tokens=5 * 16)
+    assert quick_look.n_targets == 80
+    assert quick_look.loss == pytest.approx(np.mean([losses[i * 62 // 5] for i in range(5)]), rel=1e-6)
+    assert Loss(math.log(8), None, 1).bits_per_token == pytest.approx(3)
+    assert Loss(math.log(8), None, 1).perplexity == pytest.approx(8)
+
+
+def test_compare_is_the_paired_difference(tokenizer, text, small_config):
+    ids = tokenizer.encode_array(text[:2000])
+    longer = dataclasses.replace(small_config, block_size=32)
+    models = [GPT(small_config, seed=1), GPT(longer, seed=2), GPT(small_config, seed=1)]
+    results = compare([(model, ids) for model in models])
+    losses = [evaluate(model, ids) for model in models]
+    for (loss, _), alone in zip(results, losses, strict=True):
+        assert loss.loss == pytest.approx(alone.loss, rel=1e-9)
+        assert loss.n_targets == 1999
+    assert results[0][1] is None
+    other, same = results[1][1], results[2][1]
+    assert other.difference == pytest.approx(losses[1].loss - losses[0].loss, rel=1e-6)
+    spans = []
+    for model in models[:2]:
+        x, y = ids[:-1], ids[1:]
+        each = []
+        for start in range(0, 1984, model.config.block_size):
+            piece = slice(start, start + model.config.block_size)
+            logits, _ = model(x[None, piece].astype(int))
+            each.append(ops.cross_entropy(logits, y[None, piece].astype(int), reduction="none").data[0])
+        spans.append(np.concatenate(each)[:1984].reshape(62, 32).sum(axis=1))
+    expected = np.std(spans[1] - spans[0], ddof=1) / math.sqrt(62) / 32
+    assert other.stderr == pytest.approx(expected, rel=0.05)
+    assert (same.difference, same.stderr) == (0, 0)
+    with pytest.raises(RequestError, match="as many ids"):
+        compare([(models[0], ids), (models[1], ids[1:])])
+
+
+def test_worker_processes_change_no_byte(text, tokenizer, small_config, monkeypatch):
+    used, found = [], []
+    monkeypatch.setattr("npgpt.training.trainer.Processes", lambda *arguments: used.append(1) or Processes(*arguments))
+    monkeypatch.setattr("npgpt.training.trainer.SECONDS_FOR_PROCESSES", 0.0)
+    for asked in (False, True, None):
+        config = quick(steps=14, micro_batch=2, threads=2, processes=asked)
+        trainer, events = run(text[:4000], tokenizer, small_config, config)
+        losses = [e.loss for e in events if isinstance(e, Step)]
+        found.append((losses, trainer.progress.history, trainer.model.flat.data.tobytes()))
+    assert found[0] == found[1] == found[2]
+    assert len(used) == 2
+    run(text[:4000], tokenizer, small_config, quick(steps=5))
+    assert len(used) == 2  # too short a run
+
+
+def test_without_worker_processes_there_are_threads(text, tokenizer, small_config, monkeypatch):
+    def cannot(*arguments):
+        raise OSError("no more processes")
+
+    monkeypatch.setattr("npgpt.training.trainer.Processes", cannot)
+    with pytest.warns(RuntimeWarning, match=r"no worker processes \(no more processes\); going on with threads"):
+        _, events = run(text[:4000], tokenizer, small_config, quick(threads=2, processes=True))
+    assert events[-1].outcome is Outcome.FINISHED
