@@ -6,7 +6,8 @@ tokenizer and data, checkpoint, parallel (a step on worker threads), evaluate, g
 command line on top.
 """
 
-from npgpt.config.settings import GenerateConfig, GPTConfig, RequestError, TrainConfig
+from npgpt.config.fields import RequestError
+from npgpt.config.settings import GenerateConfig, GPTConfig, TrainConfig
 from npgpt.engine import ops
 from npgpt.engine.backend import Stream
 from npgpt.engine.gradcheck import GradientError, gradcheck

@@ -23,7 +23,7 @@ from npgpt.commands.evaluate import compare_command, compare_parser, evaluate_co
 from npgpt.commands.generate import generate, generate_parser
 from npgpt.commands.gradcheck import gradcheck, gradcheck_parser, inspect, inspect_parser, replay, replay_parser
 from npgpt.commands.train import train, train_parser
-from npgpt.config.settings import RequestError
+from npgpt.config.fields import RequestError
 from npgpt.console.terminal import Unread, failed, say, silence
 from npgpt.engine.backend import DeviceError
 from npgpt.engine.gradcheck import GradientError

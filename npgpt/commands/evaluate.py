@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from npgpt.config.settings import GenerateConfig, RequestError
+from npgpt.config.fields import RequestError
+from npgpt.config.settings import GenerateConfig
 from npgpt.console.terminal import command_parser, duration, failed, progress_bar, say
 from npgpt.evaluation.likeness import LARGEST_TEXT, NGRAM, Likeness, likeness
 from npgpt.evaluation.loss import compare, evaluate

@@ -11,7 +11,9 @@ import sys
 import time
 from typing import Any
 
-from npgpt.config.settings import GenerateConfig, RequestError, add_flags, given
+from npgpt.config.fields import RequestError
+from npgpt.config.settings import GenerateConfig
+from npgpt.console.flags import add_flags, settings_from
 from npgpt.console.terminal import command_parser, say
 from npgpt.engine.backend import select
 from npgpt.generation.generate import Token, generate_texts
@@ -58,7 +60,7 @@ def generate_parser() -> argparse.ArgumentParser:
 
 
 def generate(args: argparse.Namespace) -> int:
-    settings = GenerateConfig(**given(GenerateConfig, args))
+    settings = GenerateConfig(**settings_from(args, GenerateConfig))
     if settings.seed is None and args.json:  # so that what is written can be drawn again
         settings = dataclasses.replace(settings, seed=secrets.randbits(32))
     if "" in args.stop:

@@ -7,7 +7,9 @@ import sys
 
 import numpy as np
 
-from npgpt.config.settings import GPTConfig, RequestError, add_flags, given
+from npgpt.config.fields import RequestError
+from npgpt.config.settings import GPTConfig
+from npgpt.console.flags import add_flags, settings_from
 from npgpt.console.terminal import command_parser
 from npgpt.engine import ops
 from npgpt.engine.backend import Stream, generator
@@ -41,7 +43,7 @@ def gradcheck_parser() -> argparse.ArgumentParser:
 def gradcheck(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    asked = given(GPTConfig, args)
+    asked = settings_from(args, GPTConfig)
     if args.ckpt and asked:
         raise RequestError(f"a checkpoint has its own shape: leave out --ckpt or --{next(iter(asked)).replace('_', '-')}")
     trained = None

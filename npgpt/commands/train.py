@@ -16,7 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from npgpt.config.settings import PRESETS, GPTConfig, RequestError, TrainConfig, add_flags, given
+from npgpt.config.fields import RequestError
+from npgpt.config.settings import PRESETS, GPTConfig, TrainConfig
+from npgpt.console.flags import add_flags, settings_from
 from npgpt.console.terminal import command_parser, duration, failed, progress_bar, say
 from npgpt.engine.backend import select
 from npgpt.model.gpt import GPT
@@ -101,7 +103,7 @@ def train(args: argparse.Namespace) -> int:
     for name, value in PRESETS.get(args.preset, {}).items():
         if not hasattr(args, name):
             setattr(args, name, value)
-    asked_model, asked_training = given(GPTConfig, args), given(TrainConfig, args)
+    asked_model, asked_training = settings_from(args, GPTConfig), settings_from(args, TrainConfig)
     if args.minutes:
         config, train_config = _planned(args, started + 60 * args.minutes, tokenizer, ids, asked_model | asked_training)
         last = None

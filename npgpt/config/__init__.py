@@ -1,1 +1,1 @@
-"""What may be asked for: settings with their names, types, ranges and help. No arrays, no files, no printing."""
+"""What a user may ask for: settings with names, types, ranges and help texts. No arrays, no files, no printing."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from npgpt.config.settings import RequestError
+from npgpt.config.fields import RequestError
 from npgpt.engine import ops
 from npgpt.engine.tensor import no_grad
 from npgpt.model.gpt import GPT

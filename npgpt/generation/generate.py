@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from npgpt.config.settings import GenerateConfig, RequestError
+from npgpt.config.fields import RequestError
+from npgpt.config.settings import GenerateConfig
 from npgpt.engine.backend import Stream, generator
 from npgpt.engine.tensor import no_grad
 from npgpt.generation.decode import Decoder

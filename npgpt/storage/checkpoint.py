@@ -34,7 +34,8 @@ from typing import Any
 
 import numpy as np
 
-from npgpt.config.settings import GPTConfig, RequestError, TrainConfig
+from npgpt.config.fields import RequestError
+from npgpt.config.settings import GPTConfig, TrainConfig
 from npgpt.engine.backend import CPU, Backend
 from npgpt.model.gpt import GPT
 from npgpt.storage.files import whole_file

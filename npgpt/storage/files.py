@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from npgpt.config.settings import RequestError
+from npgpt.config.fields import RequestError
 
 if sys.platform == "win32":
     import msvcrt

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from npgpt.config.settings import RequestError
+from npgpt.config.fields import RequestError
 
 CHUNK = 1 << 16  # characters worked on at a time, so that a large text needs little more memory than its ids
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from npgpt.config.settings import RequestError
+from npgpt.config.fields import RequestError
 from npgpt.engine.backend import CPU, Backend, Stream, backend_of, generator
 from npgpt.kernels.reference import Array
 from npgpt.text.characters import CharTokenizer

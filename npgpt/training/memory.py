@@ -6,7 +6,8 @@ from __future__ import annotations
 import dataclasses
 import os
 
-from npgpt.config.settings import GPTConfig, RequestError, TrainConfig
+from npgpt.config.fields import RequestError
+from npgpt.config.settings import GPTConfig, TrainConfig
 from npgpt.kernels.cpu import QUERY_BLOCK
 from npgpt.parallel.step import Workers, micro_batches
 

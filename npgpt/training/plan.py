@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from npgpt.config.settings import PRESETS, GPTConfig, RequestError, TrainConfig
+from npgpt.config.fields import RequestError
+from npgpt.config.settings import PRESETS, GPTConfig, TrainConfig
 from npgpt.engine.backend import Backend
 from npgpt.model.gpt import GPT
 from npgpt.text.characters import CharTokenizer

@@ -30,7 +30,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from npgpt.config.settings import GenerateConfig, GPTConfig, RequestError, TrainConfig
+from npgpt.config.fields import RequestError
+from npgpt.config.settings import GenerateConfig, GPTConfig, TrainConfig
 from npgpt.engine.backend import bfloat16
 from npgpt.evaluation.loss import evaluate
 from npgpt.generation.generate import generate_text

@@ -1,0 +1,54 @@
+"""Command-line flags made from settings, and settings read back from flags. No flag is declared here by hand."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from npgpt.config.fields import RequestError, SettingField, Settings, fields_of
+
+
+def add_flags(
+    parser: argparse.ArgumentParser, cls: type[Settings], skip: Sequence[str] = (), defaults: dict[str, Any] | None = None
+) -> None:
+    """Add a `--flag` for every setting of `cls` that is not in `skip`.
+
+    A flag that is not given leaves no attribute in the namespace. So `settings_from` returns only what the user asked
+    for. `defaults` are shown in the help where a command has defaults of its own.
+    """
+    group = parser.add_argument_group(cls.__doc__.splitlines()[0].rstrip(".") if cls.__doc__ else cls.__name__)
+    for f in fields_of(cls):
+        if f.name in skip:
+            continue
+        default = (defaults or {}).get(f.name, f.default)
+        help = f.help if default in (None, dataclasses.MISSING) else f"{f.help} (default: {default})"
+        flag = "--" + f.name.replace("_", "-")
+        shared: dict[str, Any] = {"help": help, "dest": f.name, "default": argparse.SUPPRESS}
+        if f.type is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, **shared)
+        else:
+            metavar = None if f.choices else {int: "N", float: "X", str: "NAME"}[f.type]
+            group.add_argument(flag, choices=f.choices, metavar=metavar, type=_parser_of(f), **shared)
+
+
+def settings_from(namespace: argparse.Namespace, cls: type[Settings]) -> dict[str, Any]:
+    """The settings of `cls` that were given on the command line, by name."""
+    return {f.name: getattr(namespace, f.name) for f in fields_of(cls) if hasattr(namespace, f.name)}
+
+
+def _parser_of(f: SettingField) -> Callable[[str], Any]:
+    """A function for argparse that turns a flag's text into the setting's value."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = f.type(text)
+        except ValueError:
+            value = text  # the check below refuses it, in its own words
+        try:
+            return f.check(value)
+        except RequestError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parse
