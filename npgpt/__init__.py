@@ -9,9 +9,10 @@ command line on top.
 from npgpt.config.fields import RequestError
 from npgpt.config.settings import GenerateConfig, GPTConfig, TrainConfig
 from npgpt.engine import ops
-from npgpt.engine.backend import Stream
 from npgpt.engine.gradcheck import GradientError, gradcheck
-from npgpt.engine.tensor import Tensor, no_grad, record
+from npgpt.engine.graph import no_grad
+from npgpt.engine.streams import Stream
+from npgpt.engine.tensor import Tensor, record
 from npgpt.evaluation.loss import compare, evaluate
 from npgpt.generation.generate import generate
 from npgpt.model.gpt import GPT

@@ -27,7 +27,7 @@ from npgpt.config.fields import RequestError
 from npgpt.console.terminal import Unread, failed, say, silence
 from npgpt.engine.backend import DeviceError
 from npgpt.engine.gradcheck import GradientError
-from npgpt.parallel.step import available_cores, describe_blas
+from npgpt.parallel.machine import available_cores, describe_blas
 
 COMMANDS: dict[str, tuple[Callable[[], argparse.ArgumentParser], Callable[[argparse.Namespace], int], str]] = {
     "train": (train_parser, train, "train a GPT on a text file"),

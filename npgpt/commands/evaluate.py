@@ -16,7 +16,7 @@ from npgpt.console.terminal import command_parser, duration, failed, progress_ba
 from npgpt.evaluation.likeness import LARGEST_TEXT, NGRAM, Likeness, likeness
 from npgpt.evaluation.loss import compare, evaluate
 from npgpt.generation.generate import generate_texts
-from npgpt.parallel.step import Workers
+from npgpt.parallel.workers import Workers
 from npgpt.storage.checkpoint import Checkpoint, load
 from npgpt.text.dataset import fingerprint, read_ids, split
 from npgpt.training.trainer import log_path, read_log

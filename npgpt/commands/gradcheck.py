@@ -12,11 +12,13 @@ from npgpt.config.settings import GPTConfig
 from npgpt.console.flags import add_flags, settings_from
 from npgpt.console.terminal import command_parser
 from npgpt.engine import ops
-from npgpt.engine.backend import Stream, generator
 from npgpt.engine.gradcheck import check_tensors
+from npgpt.engine.streams import Stream, generator
 from npgpt.engine.tensor import Tensor
 from npgpt.model.gpt import GPT
-from npgpt.parallel.step import ParallelStep, Workers, blas_threads
+from npgpt.parallel.machine import blas_threads
+from npgpt.parallel.step import ParallelStep
+from npgpt.parallel.workers import Workers
 from npgpt.storage.checkpoint import load
 
 # ---------------------------------------------------------------- gradcheck

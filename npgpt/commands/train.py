@@ -22,7 +22,7 @@ from npgpt.console.flags import add_flags, settings_from
 from npgpt.console.terminal import command_parser, duration, failed, progress_bar, say
 from npgpt.engine.backend import select
 from npgpt.model.gpt import GPT
-from npgpt.parallel.step import available_cores, describe_blas
+from npgpt.parallel.machine import available_cores, describe_blas
 from npgpt.storage.checkpoint import Checkpoint, CheckpointError, load
 from npgpt.storage.files import lock
 from npgpt.text.characters import CharTokenizer

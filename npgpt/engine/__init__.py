@@ -1,1 +1,1 @@
-"""Arrays that know their gradient: backends, graph, Tensor, operations, gradient checks. No parameters and no model."""
+"""Arrays that know their gradient: backends, the graph, Tensor, operations, gradient checks. No parameters, no model."""

@@ -1,14 +1,12 @@
-"""Which array module and which kernels serve an array: the only place that knows devices exist.
+"""Backends: for each kind of array, its array module and its kernels. Only this file knows which devices exist.
 
-`backend_of(array)` reads it off the array itself, so there is no global switch and arrays of two
-devices can live side by side. No mathematics here. CuPy is imported when, and only when, somebody asks
-for a GPU.
+`backend_of(array)` finds the backend from the array's type. So there is no global switch, and arrays of two devices can
+exist side by side. There is no mathematics here. CuPy is imported only when somebody asks for a GPU.
 """
 
 from __future__ import annotations
 
 import ctypes
-import enum
 import importlib.util
 import sys
 import warnings
@@ -19,57 +17,44 @@ from typing import Any
 
 import numpy as np
 
+from npgpt.engine.streams import Stream, generator, seed_sequence
 from npgpt.kernels.cpu import CpuKernels
-from npgpt.kernels.cuda.kernels import CudaKernels, CudaLaunch, Key
+from npgpt.kernels.cuda.kernels import CudaKernels, Key
+from npgpt.kernels.cuda.launch import CudaLaunch
 from npgpt.kernels.cuda.products import CublasGemm
 from npgpt.kernels.reference import Array, Kernels
 
-OLDEST_NUMPY_WITH_BFLOAT16 = "2.1.2"  # with an older one CuPy 14 leaves it out
+OLDEST_NUMPY_WITH_BFLOAT16 = "2.1.2"  # CuPy 14 has no bfloat16 with an older NumPy
 
 
 class DeviceError(RuntimeError):
-    """The device asked for cannot be used here; the message says what is missing."""
+    """The requested device cannot be used here. The message says what is missing."""
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A device: its array module `xp` and the kernels that compute on it."""
+    """A device: its array module `xp`, and the kernels that compute on it."""
 
     name: str  # "cpu" or "cuda"
     xp: Any
     kernels: Kernels
 
+    @property
+    def is_cpu(self) -> bool:
+        """Whether arrays are NumPy's, in host memory."""
+        return self.xp is np
+
     def asarray(self, array: Any, dtype: Any = None) -> Array:
-        """The same numbers on this device (no copy when they are there already)."""
-        if self.xp is np:
+        """The array on this device. It is copied only if it is somewhere else."""
+        if self.is_cpu:
             array = to_numpy(array)
         return self.xp.asarray(array, dtype=dtype)
 
     def generator(self, seed: int, stream: Stream, *counters: int) -> Any:
-        """What dropout on this device draws from, a pure function of its arguments. See `Stream`."""
-        if self.name == "cpu":
+        """The random generator for dropout on this device; a pure function of the arguments. See streams.py."""
+        if self.is_cpu:
             return generator(seed, stream, *counters)
-        return Key(int(_seed_sequence(seed, stream, *counters).generate_state(1, np.uint64)[0]) >> 1)
-
-
-class Stream(enum.IntEnum):
-    """What random numbers are for. Streams never share numbers, so drawing more of one (a longer
-    sample, another evaluation) changes nothing in another."""
-
-    INIT = 0
-    BATCH = 1
-    DROPOUT = 2
-    SAMPLE = 3
-
-
-def _seed_sequence(seed: int, stream: Stream, *counters: int) -> np.random.SeedSequence:
-    return np.random.SeedSequence(entropy=seed, spawn_key=(int(stream), *counters))
-
-
-def generator(seed: int, stream: Stream, *counters: int) -> np.random.Generator:
-    """A NumPy generator that depends on (seed, stream, counters) alone: step 7 of a run draws the same
-    numbers whether or not step 6 was computed in the same process."""
-    return np.random.Generator(np.random.SFC64(_seed_sequence(seed, stream, *counters)))
+        return Key(int(seed_sequence(seed, stream, *counters).generate_state(1, np.uint64)[0]) >> 1)
 
 
 CPU = Backend("cpu", np, CpuKernels())
@@ -78,9 +63,9 @@ _backends: dict[type, Backend] = {np.ndarray: CPU}
 
 
 def backend_of(*arrays: Array) -> Backend:
-    """The backend the arrays live on.
+    """The backend that the arrays belong to.
 
-    Raises TypeError when they live on different devices, or one is no array this library knows.
+    Raises TypeError if the arrays are on different devices, or if one is not an array of a known module.
     """
     found: Backend | None = None
     for array in arrays:
@@ -97,16 +82,16 @@ def backend_of(*arrays: Array) -> Backend:
 
 
 def _backend_by_subclass(array: Array) -> Backend:
-    for kind, backend in _backends.items():
-        if isinstance(array, kind):  # a view such as numpy.memmap
+    for array_type, backend in _backends.items():
+        if isinstance(array, array_type):  # a subclass such as numpy.memmap
             return backend
     raise TypeError(f"expected a NumPy array (or a CuPy array after select('cuda')), got {type(array).__name__}")
 
 
 def select(name: str = "auto") -> Backend:
-    """The backend by name: "cpu", "cuda", or "auto" (a GPU when one is usable, else the CPU).
+    """The backend by name: "cpu", "cuda", or "auto" (a GPU if one is usable, else the CPU).
 
-    Raises DeviceError when "cuda" cannot be used, ValueError for any other name.
+    Raises DeviceError if "cuda" cannot be used, and ValueError for any other name.
     """
     if name == "cpu":
         return CPU
@@ -115,19 +100,21 @@ def select(name: str = "auto") -> Backend:
         if not missing:
             try:
                 return _cuda()
-            except ImportError as error:  # another CUDA's, or half of it
-                missing = f"CuPy is installed and cannot be imported: {error}"
+            except ImportError as error:  # CuPy for another CUDA version, or an incomplete installation
+                missing = f"CuPy is installed but cannot be imported: {error}"
         if name == "auto":
             if missing.startswith("CuPy"):
-                warnings.warn(f"there is a GPU, and it is left alone: {missing}", RuntimeWarning, stacklevel=2)
+                warnings.warn(f"the GPU of this machine is not used: {missing}", RuntimeWarning, stacklevel=2)
             return CPU
         raise DeviceError(f"device 'cuda' cannot be used: {missing}")
     raise ValueError(f"device must be 'auto', 'cpu' or 'cuda', got {name!r}")
 
 
 def bfloat16() -> np.dtype:
-    """The dtype: a float's range with 8 bits of precision. Raises DeviceError when the package that has it is missing, or
-    NumPy is too old for CuPy to know it."""
+    """The dtype bfloat16: the range of float32 with 8 bits of precision.
+
+    Raises DeviceError if the package ml_dtypes is missing, or if NumPy is too old for CuPy's bfloat16.
+    """
     try:
         import ml_dtypes
     except ImportError:
@@ -138,34 +125,34 @@ def bfloat16() -> np.dtype:
 
 
 def is_float(dtype: np.dtype) -> bool:
-    """Whether a gradient can be held in it."""
-    return dtype.kind == "f" or dtype.name == "bfloat16"  # which NumPy does not know
+    """Whether a dtype can hold gradients."""
+    return dtype.kind == "f" or dtype.name == "bfloat16"  # NumPy does not count bfloat16 among the floats
 
 
 @contextmanager
-def tf32(backend: Backend, yes: bool = True) -> Iterator[None]:
-    """Within it, if `yes`, the products of linear layers and attention on a GPU round float32 operands to TF32."""
+def tf32(backend: Backend, enabled: bool = True) -> Iterator[None]:
+    """Inside `with`, and if `enabled`, matrix products on a GPU round float32 operands to TF32."""
     gemm = backend.kernels.gemm if isinstance(backend.kernels, CudaKernels) else None
-    if gemm is None or gemm.tf32 == yes:
+    if gemm is None or gemm.tf32 == enabled:
         yield
         return
-    gemm.tf32 = yes
+    gemm.tf32 = enabled
     try:
         yield
     finally:
-        gemm.tf32 = not yes
+        gemm.tf32 = not enabled
 
 
 def to_numpy(array: Array) -> np.ndarray:
-    """The array in host memory (itself when it is there already)."""
+    """The array in host memory. A NumPy array is returned as it is."""
     get = getattr(array, "get", None)  # cupy.ndarray.get copies from the device
     return get() if get is not None else np.asarray(array)
 
 
 def _why_no_cuda() -> str | None:
-    """What keeps CUDA from being used, in words with the remedy; None when nothing does.
+    """What keeps CUDA from being used, with the remedy; None if nothing does.
 
-    Asks the driver directly, which takes milliseconds, before CuPy is imported, which takes longer.
+    It asks the driver directly, which takes milliseconds, before CuPy is imported, which takes much longer.
     """
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")

@@ -1,15 +1,14 @@
-"""Are the hand-written gradients right? Compare them with finite differences.
+"""Checking hand-written gradients against finite differences.
 
-For a function f of one or more arrays, a fixed random weighting u of its output makes a number
-L(x) = sum(u * f(x)). The engine's dL/dx is held against a numerical derivative that knows nothing of it:
-central differences at four step sizes, extrapolated to step zero (Richardson, 1911; the table is
-Romberg's). In float64 that is good to about twelve digits, so an error of one part in a billion in a
-backward pass shows.
+For a function f of one or more arrays, fixed random weights u turn the output into one number, L(x) = sum(u * f(x)). The
+check compares the engine's dL/dx with a numerical derivative: central differences at four step sizes, extrapolated to
+step zero (Richardson, 1911; the table is Romberg's). In float64 this is accurate to about twelve digits. So it shows an
+error of one part in a billion in a backward pass.
 
-A function has no derivative at a kink (ReLU at 0). Near one the table does not settle; such elements are
-recognised by that, counted and left out, never let through by a looser tolerance.
+A function has no derivative at a kink, such as ReLU's at 0. Near a kink the extrapolation does not converge. The check
+recognises such elements by that, counts them and leaves them out. The tolerance stays the same.
 
-This file is for tests and for whoever writes an operation of their own. Training does not import it.
+This file is for tests, and for users who write an operation of their own. Training does not import it.
 """
 
 from __future__ import annotations
@@ -22,25 +21,26 @@ from typing import Any
 import numpy as np
 
 from npgpt.engine.backend import to_numpy
-from npgpt.engine.tensor import Node, Tensor, no_grad, watched
+from npgpt.engine.graph import Node, no_grad, watched
+from npgpt.engine.tensor import Tensor
 from npgpt.engine.watch import Trace
 
 LEVELS = 4  # step sizes h, h/2, h/4, h/8: truncation error of order h^8
 STEPS = (1e-2, 1e-3, 1e-4)  # h for an element of size up to 1, larger in proportion
-SETTLED = 1e-10  # relative change by the last extrapolation below which h need not be reduced
+CONVERGED = 1e-10  # if the last extrapolation changed less than this, relatively, a smaller h is not tried
 
 
 class GradientError(AssertionError):
-    """An analytic gradient differs from the numerical one; the message says where and by how much."""
+    """An analytic gradient differs from the numerical one. The message says where and by how much."""
 
 
 class NotSmoothError(GradientError):
-    """Too many derivatives could not be measured, so there is nothing to hold the analytic ones against."""
+    """Too many numerical derivatives could not be computed, so the analytic ones cannot be checked."""
 
 
 @dataclass(frozen=True)
 class InputReport:
-    """What was found for one input."""
+    """The result of the check for one input."""
 
     name: str
     checked: int  # derivatives compared
@@ -59,15 +59,16 @@ def gradcheck(
     names: Sequence[str] | None = None,
     seed: int = 0,
 ) -> list[InputReport]:
-    """Check d(fn)/d(input) for every float64 input that is an array or a Tensor.
+    """Check d(fn)/d(input) for every float64 input.
 
-    fn: takes the inputs as Tensors, in order, and returns a Tensor. It must be deterministic: a function
-    with dropout makes its generator anew from a fixed seed in each call.
-    inputs: float64 arrays or Tensors are checked; integer arrays are passed through.
-    rtol, max_elements, max_kinks, seed: see `check_tensors`. names: of the inputs, for messages.
+    fn: a function that takes the inputs as Tensors, in order, and returns a Tensor. It must be deterministic: a function
+    with dropout makes a new generator from a fixed seed in each call.
+    inputs: arrays or Tensors. float64 inputs are checked; integer inputs are passed on.
+    rtol, max_elements, max_kinks, seed: see `check_tensors`.
+    names: the names of the inputs in messages.
 
-    Returns one report per checked input. Raises GradientError on a wrong gradient, TypeError for a float
-    input that is not float64, ValueError when the function is not deterministic or there is nothing to check.
+    Returns one report for each checked input. Raises GradientError for a wrong gradient, TypeError for a float input that
+    is not float64, and ValueError if fn is not deterministic or no input is float64.
     """
     op = getattr(fn, "__name__", type(fn).__name__)
     tensors = [_as_input(op, i, x) for i, x in enumerate(inputs)]
@@ -90,19 +91,19 @@ def check_tensors(
     max_kinks: float = 0.1,
     seed: int = 0,
 ) -> Iterator[InputReport]:
-    """Check d(fn)/d(tensor) for float64 Tensors that `fn`, which takes no arguments, computes from: the
-    parameters of a model, say. Values and gradients are left as they were.
+    """Check d(fn)/d(tensor) for float64 Tensors, such as the parameters of a model.
 
-    rtol: largest |analytic - numeric| / max(|analytic|, |numeric|, floor). The floor is a thousandth of the
-    tensor's largest derivative, or of the largest output if that is larger: differences cannot see the digits
-    of a derivative far below those.
-    max_elements: check this many elements, drawn at random, of each larger tensor, and the derivative along
-    three random directions, in which every element takes part. None: every element.
+    fn: a function without arguments that computes a Tensor from the `tensors`.
+    rtol: the largest allowed |analytic - numeric| / max(|analytic|, |numeric|, floor). The floor is a thousandth of the
+    tensor's largest derivative or of the largest output, whichever is larger. Finite differences cannot resolve a
+    derivative far below these.
+    max_elements: for a tensor with more elements, check this many, chosen at random, and the derivatives along three random
+    directions, which all elements contribute to. None: check every element.
     max_kinks: the largest fraction of derivatives that may be left out as not smooth.
-    seed: of the output's weighting and the random choices.
+    seed: the seed of the output's weights and of the random choices.
 
-    Yields one report per tensor as it goes, and raises as `gradcheck` does. The message of a GradientError ends with
-    the first operation on the way back that is wrong.
+    Yields one report for each tensor, and leaves its values and its gradient unchanged. Raises as `gradcheck` does. The
+    message of a GradientError ends with the first wrong operation on the walk back.
     """
     if not tensors:
         raise ValueError(f"gradcheck of {op}: no float64 input to check")
@@ -136,11 +137,11 @@ def check_tensors(
 
 
 def first_wrong_operation(fn: Callable[[], Tensor], tensor: Tensor, upstream: np.ndarray, rtol: float) -> str:
-    """Which operation's backward pass gives `tensor` a wrong gradient, `upstream` being that of fn's output.
+    """The name of the operation whose backward pass gives `tensor` a wrong gradient.
 
-    Every operation's result is shifted in a random direction, and the change of the output held against the
-    gradient that arrives there on the way back. The operation nearest to the output whose own gradient is wrong got
-    it from one that used its result.
+    `upstream` is the gradient of fn's output. This function shifts the result of every operation in a random direction and
+    compares the change of the output with the gradient that the walk back gave to that result. It starts at the output. The
+    first result with a wrong gradient got it from an operation that used the result; that operation is wrong.
     """
     trace = Trace()
     with watched(trace):
@@ -181,7 +182,7 @@ def _as_input(op: str, position: int, x: Any) -> Tensor:
     x = x.data if isinstance(x, Tensor) else np.asarray(x)
     if x.dtype.kind == "f" and x.dtype != np.float64:
         raise TypeError(f"gradcheck of {op}: input {position} must be float64 (finite differences need it), got {x.dtype}")
-    return Tensor(x.copy(order="K"), requires_grad=x.dtype == np.float64)  # in the layout it came in
+    return Tensor(x.copy(order="K"), requires_grad=x.dtype == np.float64)  # order K keeps the memory layout
 
 
 def _check_one(
@@ -195,7 +196,7 @@ def _check_one(
     max_elements: int | None,
     max_kinks: float,
 ) -> InputReport:
-    probes: list[tuple[str, Any]] = []  # a label and the unit vector or direction to move along
+    probes: list[tuple[str, Any]] = []  # (label; the index of an element, or a direction, to move along)
     chosen = np.arange(tensor.size)
     if max_elements is not None and tensor.size > max_elements:
         chosen = np.sort(rng.choice(tensor.size, max_elements, replace=False))
@@ -214,7 +215,7 @@ def _check_one(
             analytic[i] = np.sum(gradient * probe)
         numeric[i], uncertainty[i] = _derivative(tensor, probe, output)
 
-    # A derivative far below the largest, or below the output itself, has no digits that differences can see.
+    # Finite differences cannot resolve a derivative far below the largest one, or far below the output.
     largest = max(np.abs(numeric[np.isfinite(uncertainty)]).max(initial=0.0), np.abs(output()).max(initial=0.0))
     floor = max(1e-3 * float(largest), np.finfo(np.float64).tiny)
     scale = np.maximum(np.maximum(np.abs(analytic), np.abs(numeric)), floor)
@@ -229,8 +230,8 @@ def _check_one(
     kinks = int((~smooth).sum())
     if kinks > max_kinks * len(probes):
         raise NotSmoothError(
-            f"{op}: {kinks} of {len(probes)} derivatives of {name} could not be measured, {max_kinks:.0%} may be: the function "
-            "is not smooth there, or not finite"
+            f"{op}: {kinks} of {len(probes)} derivatives of {name} could not be measured, at most {max_kinks:.0%} are allowed: "
+            "the function is not smooth there, or not finite"
         )
     return InputReport(
         name,
@@ -242,9 +243,7 @@ def _check_one(
 
 
 def _derivative(tensor: Tensor, probe: Any, output: Callable[[], np.ndarray]) -> tuple[float, float]:
-    """The derivative of the weighted `output` along a unit vector (an index) or a direction (an array), and a
-    bound on its error. Large steps are the most precise, small ones the least likely to run into a kink, so
-    the step is reduced only while the extrapolation does not settle."""
+    """(derivative, bound on its error) of the weighted `output` along an element (probe: its index) or a direction (array)."""
     there, base = tensor.data, to_numpy(tensor.data)
     size = abs(base.flat[probe]) if isinstance(probe, int) else np.abs(base).max(initial=0.0)
 
@@ -266,25 +265,31 @@ def _derivative(tensor: Tensor, probe: Any, output: Callable[[], np.ndarray]) ->
 
 
 def _best_extrapolation(at: Callable[[float], np.ndarray], size: float) -> tuple[float, float]:
-    """(derivative, a bound on its error) of the sum of at(offset) at 0."""
+    """(derivative, bound on its error) of the sum of at(offset), at offset 0.
+
+    Large steps are the most precise. Small steps are the least likely to reach a kink. So the step size is reduced only
+    while the extrapolation does not converge.
+    """
     best = (math.nan, math.inf)
     for step in STEPS:
         value, uncertainty = _extrapolate(at, step * size)
         if uncertainty < best[1]:
             best = value, uncertainty
-        if best[1] <= SETTLED * max(1.0, abs(best[0])):
+        if best[1] <= CONVERGED * max(1.0, abs(best[0])):
             break
     return best
 
 
 def _extrapolate(at: Callable[[float], np.ndarray], h: float) -> tuple[float, float]:
-    """(derivative, uncertainty): the Romberg table of central differences with steps h, h/2, ... The first
-    column's error is a series in the square of the step; each further column cancels a term. The uncertainty
-    is what the last level changed, or infinity where the slopes on either side do not meet."""
+    """(derivative, uncertainty) from the Romberg table of central differences with steps h, h/2, h/4, ...
+
+    The error of the first column is a series in the square of the step. Each further column removes one term of it. The
+    uncertainty is the change by the last level. It is infinite if the slopes on the two sides do not approach each other.
+    """
     centre = at(0.0)
     table: list[float] = []
     before: list[float] = []
-    bends = []  # forward minus backward difference: shrinks with the step, unless the slope jumps here
+    bends = []  # forward minus backward difference; it shrinks with the step, except at a kink
     for level in range(LEVELS):
         step = h / 2**level
         ahead, behind = at(step), at(-step)

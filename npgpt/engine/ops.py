@@ -1,7 +1,7 @@
-"""The neural operations on Tensors: each checks its request, calls a kernel pair and records the way back.
+"""The neural operations on Tensors. Each one checks its arguments, calls a forward kernel and records its backward kernel.
 
-There is no arithmetic here (it is in kernels/) and there are no parameters (they are in nn.py).
-Composite operations of the engine itself, such as sums and products, are methods of Tensor.
+There is no arithmetic here (it is in kernels/), and there are no parameters (they are in model/). Sums, products and other
+general operations are methods of Tensor.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from npgpt.kernels.reference import Array, Kernels
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x @ weight + bias: x (..., in), weight (in, out), bias (out,) -> (..., out).
 
-    Raises ValueError when the sizes do not fit.
+    Raises ValueError if the shapes do not fit together.
     """
     if weight.ndim != 2 or x.ndim < 1 or x.shape[-1] != weight.shape[0]:
         raise ValueError(f"linear: x (..., in) and weight (in, out) must agree, got {x.shape} and {weight.shape}")
@@ -32,14 +32,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def softmax(x: Tensor, axis: int = -1) -> Tensor:
-    """exp(x) normalised to sum to one along `axis`; same shape as x. A slice that is -inf throughout gives zeros."""
+    """exp(x), normalised to sum to one along `axis`; in the shape of x. A slice of -inf only gives zeros."""
     kernels = _kernels("softmax", x)
     y, saved = kernels.softmax_forward(x.data, axis)
     return record(y, (x,), lambda dy: (kernels.softmax_backward(dy, saved),))
 
 
 def masked_fill(x: Tensor, mask: Any, value: float) -> Tensor:
-    """x with `value` wherever the boolean `mask` (broadcast against x) is true; no gradient passes there."""
+    """`value` where the boolean `mask` (broadcast against x) is true, x elsewhere. No gradient passes where it is true.
+
+    Raises TypeError if the mask is not boolean.
+    """
     mask_data = mask.data if isinstance(mask, Tensor) else x.backend.asarray(mask)
     if mask_data.dtype != np.bool_:
         raise TypeError(f"masked_fill: the mask must be boolean, got dtype {mask_data.dtype}")
@@ -49,11 +52,11 @@ def masked_fill(x: Tensor, mask: Any, value: float) -> Tensor:
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, rng: Any = None) -> Tensor:
-    """Scaled dot-product attention in which no position sees a later one (Vaswani et al., 2017, section 3.2.1).
+    """Scaled dot-product attention (Vaswani et al., 2017, section 3.2.1). No position sees a later one.
 
-    q is (B, H, T, head_dim), k and v are (B, H, S, head_dim) with S >= T -> (B, H, T, head_dim). The
-    queries are the last T of the S positions. `dropout` acts on the attention probabilities, with draws
-    from the generator `rng`; with rng None there is no dropout.
+    q (B, H, T, head_dim), k and v (B, H, S, head_dim) with S >= T -> (B, H, T, head_dim). The queries are the last T of the
+    S positions. `dropout` acts on the attention probabilities, drawn from the generator `rng`; with rng None there is no
+    dropout. Raises ValueError if the shapes do not fit together.
     """
     same = q.ndim == k.ndim == 4 and k.shape == v.shape
     if not same or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or q.shape[2] > k.shape[2]:
@@ -70,7 +73,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, rng:
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias over the last axis (Ba et al., 2016).
 
-    x (..., C), weight and bias (C,) -> (..., C).
+    x (..., C), weight and bias (C,) -> (..., C). Raises ValueError if the shapes do not fit together.
     """
     inputs = (x, weight) if bias is None else (x, weight, bias)
     if any(t.shape != x.shape[-1:] for t in inputs[1:]):
@@ -81,23 +84,23 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
 
 
 def gelu(x: Tensor) -> Tensor:
-    """GPT-2's GELU, the tanh form (Hendrycks and Gimpel, 2016); same shape as x."""
+    """GELU in the tanh form of GPT-2 (Hendrycks and Gimpel, 2016); in the shape of x."""
     kernels = _kernels("gelu", x)
     y, saved = kernels.gelu_forward(x.data)
     return record(y, (x,), lambda dy: (kernels.gelu_backward(dy, saved),))
 
 
 def relu(x: Tensor) -> Tensor:
-    """max(x, 0), with gradient 0 at 0; same shape as x."""
+    """max(x, 0), with gradient 0 at 0; in the shape of x."""
     kernels = _kernels("relu", x)
     y, saved = kernels.relu_forward(x.data)
     return record(y, (x,), lambda dy: (kernels.relu_backward(dy, saved),))
 
 
 def dropout(x: Tensor, p: float, rng: Any) -> Tensor:
-    """Each element zero with probability p, else scaled by 1 / (1 - p) (Srivastava et al., 2014).
+    """Set each element to zero with probability p, and scale the others by 1 / (1 - p) (Srivastava et al., 2014).
 
-    `rng` is a generator of the tensor's device; None means not training, and x comes back as it is.
+    `rng` is a generator for the tensor's device, from `Backend.generator`. With rng None, as outside training, x is returned.
     """
     _check_probability("dropout", p)
     if p == 0 or rng is None:
@@ -108,7 +111,7 @@ def dropout(x: Tensor, p: float, rng: Any) -> Tensor:
 
 
 def residual(x: Tensor, branch: Tensor, p: float = 0.0, rng: Any = None) -> Tensor:
-    """x + dropout(branch, p, rng), of one shape: the end of a branch of a transformer."""
+    """x + dropout(branch, p, rng), for x and branch of the same shape: a residual connection."""
     if x.shape != branch.shape:
         raise ValueError(f"residual: expected x and branch of one shape, got {x.shape} and {branch.shape}")
     _check_probability("residual", p)
@@ -122,8 +125,8 @@ def residual(x: Tensor, branch: Tensor, p: float = 0.0, rng: Any = None) -> Tens
 def embedding(weight: Tensor, ids: Any) -> Tensor:
     """Rows of a table: weight (V, C), integer ids (...) in [0, V) -> (..., C).
 
-    Raises IndexError for an id outside the table. Ids that are on a GPU already are not looked at: one outside it reads and,
-    on the way back, writes somewhere else.
+    Raises IndexError for an id outside the table. Ids already on a GPU are not checked: an out-of-range id reads, and in
+    backward writes, out of bounds.
     """
     ids_data = _integers("embedding", ids, weight, weight.shape[0])
     kernels = backend_of(weight.data, ids_data).kernels
@@ -134,9 +137,8 @@ def embedding(weight: Tensor, ids: Any) -> Tensor:
 def cross_entropy(logits: Tensor, targets: Any, reduction: str = "mean") -> Tensor:
     """-log softmax(logits)[target], in nats: logits (..., V), integer targets (...) in [0, V).
 
-    `reduction` is "mean" (over all positions, a scalar) or "none" (one loss per position).
-    Raises IndexError for a target outside [0, V). Targets that are on a GPU already are not looked at: one outside it reads
-    somewhere else.
+    `reduction` is "mean" (over all positions -> ()) or "none" (one loss for each position -> (...)). Raises IndexError for a
+    target outside [0, V). Targets already on a GPU are not checked: an out-of-range target reads out of bounds.
     """
     if reduction not in ("mean", "none"):
         raise ValueError(f"cross_entropy: reduction must be 'mean' or 'none', got {reduction!r}")
@@ -150,7 +152,7 @@ def cross_entropy(logits: Tensor, targets: Any, reduction: str = "mean") -> Tens
 
 
 def _kernels(op: str, *tensors: Tensor) -> Kernels:
-    """The kernels of the device the tensors share. Raises TypeError when one is not of a float dtype."""
+    """The kernels of the tensors' device. Raises TypeError if a tensor is not float."""
     for t in tensors:
         if not is_float(t.dtype):
             raise TypeError(f"{op}: expected a float tensor, got dtype {t.dtype}")
@@ -158,9 +160,12 @@ def _kernels(op: str, *tensors: Tensor) -> Kernels:
 
 
 def _integers(op: str, ids: Any, like: Tensor, n: int) -> Array:
-    """ids as integers on the device of `like`; raises TypeError for anything else, IndexError for one outside 0..n - 1: a
-    negative id would silently count from the end. To look at ids on a GPU the processor would have to wait for it, so they
-    are checked on their way there."""
+    """The ids as an integer array on the device of `like`.
+
+    Raises TypeError if they are not integers, and IndexError if one lies outside 0..n - 1 (NumPy would count a negative id
+    from the end). The check happens before the ids go to a GPU. Ids already there are not checked, because the host would
+    have to wait for the GPU.
+    """
     data = ids.data if isinstance(ids, Tensor) else ids
     if not hasattr(data, "dtype") or isinstance(data, np.generic):
         data = np.asarray(data)

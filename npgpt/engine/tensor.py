@@ -1,127 +1,40 @@
-"""Tensor and reverse-mode automatic differentiation: the engine under every model.
+"""Tensor: an array that knows its gradient.
 
-A Tensor is an array with a gradient. An operation computes its output array and, through `record`,
-remembers one function: given the gradient of the output, return the gradients of the inputs.
-`Tensor.backward` calls these functions from the last operation to the first. Arithmetic, products,
-reductions and changes of shape are here, each with its derivative beside it; neural operations are in
-ops.py, and their arithmetic in kernels/.
-
-The backward functions close over arrays, never over Tensors, and the graph points only backwards (from
-an output to its inputs). So there are no reference cycles, and memory is freed the moment the last
-reference goes, without waiting for the garbage collector.
+An operation computes its output array and calls `record`, with a backward function from the gradient of the output to the
+gradients of the inputs. `Tensor.backward` walks back through all recorded operations (graph.py). This file has
+arithmetic, matrix products, reductions and changes of shape, each with its derivative beside it. The neural operations
+are in ops.py, and their arithmetic is in kernels/.
 """
 
 from __future__ import annotations
 
-import heapq
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
 from npgpt.engine.backend import Backend, backend_of, is_float, to_numpy
+from npgpt.engine.graph import Backward, Node, SliceGradient, add_to_leaf, current_watch, is_recording, walk_back
 from npgpt.kernels.reference import Array
 
 Scalar = int | float
-Backward = Callable[[Array], Sequence["Array | Part | None"]]
-
-# Per thread and per task, so that a worker evaluating under no_grad does not switch off another's graph.
-_recording: ContextVar[bool] = ContextVar("recording", default=True)
-
-
-@contextmanager
-def no_grad() -> Iterator[None]:
-    """Within `with no_grad():` (or a function decorated `@no_grad()`) no graph is recorded."""
-    before = _recording.set(False)
-    try:
-        yield
-    finally:
-        _recording.reset(before)
-
-
-class Watch:
-    """Looks on as a graph is made and walked back, inside `with watched(watch):`. See watch.py for the uses."""
-
-    def result(self, backward: Backward, data: Array, inputs: tuple[Tensor, ...]) -> Array:
-        """An operation has computed `data`; what is returned takes its place."""
-        return data
-
-    def recorded(self, node: Node) -> None:
-        """The operation just seen is in the graph."""
-
-    def arrived(self, node: Node, dy: Array) -> None:
-        """On the way back, the gradient of a node's output is complete."""
-
-    def gradient(self, node: Node, backward: Backward, dx: Array | Part, inputs: Sequence[Node | Tensor | None]) -> None:
-        """A node's backward function has given the gradient of one of its inputs."""
-
-
-_watch: ContextVar[Watch | None] = ContextVar("watch", default=None)
-
-
-@contextmanager
-def watched(watch: Watch) -> Iterator[None]:
-    """Let `watch` look on, in this thread."""
-    before = _watch.set(watch)
-    try:
-        yield
-    finally:
-        _watch.reset(before)
-
-
-class Node:
-    """One recorded operation: where its inputs came from and how to go back through it.
-
-    It keeps the shape and dtype of its output but not the output itself: an array lives only as long
-    as a caller or a backward function that needs it.
-    """
-
-    __slots__ = ("backward", "depth", "dtype", "inputs", "shape")
-
-    def __init__(self, output: Array, inputs: tuple[Node | Tensor | None, ...], backward: Backward) -> None:
-        self.shape = output.shape
-        self.dtype = output.dtype
-        self.inputs = inputs  # a Node, a leaf Tensor, or None where no gradient is wanted
-        self.backward = backward
-        # One more than the deepest input: going from deep to shallow is a topological order.
-        self.depth: int = 1 + max((n.depth for n in inputs if isinstance(n, Node)), default=0)
-
-
-class Part:
-    """The gradient of an input of which only the slice at `index` was used: `values` there, zero elsewhere.
-
-    Gradients of several slices of one array are written into one array, instead of being filled up with
-    zeros and added.
-    """
-
-    __slots__ = ("index", "values")
-
-    def __init__(self, index: Any, values: Array) -> None:
-        self.index, self.values = index, values
-
-    def whole(self, source: Node | Tensor) -> Array:
-        """As an array of the input's shape."""
-        array = backend_of(self.values).xp.zeros(source.shape, dtype=source.dtype)
-        array[self.index] = self.values
-        return array
 
 
 def record(data: Array, inputs: tuple[Tensor, ...], backward: Backward) -> Tensor:
-    """Wrap an operation's output array and remember how to go back through it.
+    """Make a Tensor of an operation's output array `data`, and record how to go back through the operation.
 
-    `backward(dy)` gets dL/d(output), of the output's shape, which it must not write to. It returns one
-    gradient per input, in order; None where there is none. A gradient may have the shape the input was
-    broadcast to, it is summed back; or be a Part. Nothing is remembered under `no_grad` or when no input requires a
-    gradient; `backward` is then dropped with all it holds.
+    `backward(dy)` gets dL/d(output), in the shape of the output. It must not write to dy. It returns a sequence with one
+    gradient for each input, in order; None stands for no gradient. A gradient may have the shape that its input was
+    broadcast to: it is then summed back. It may also be a SliceGradient.
+
+    Under `no_grad`, or when no input requires a gradient, nothing is recorded and `backward` is dropped.
     """
-    watch = _watch.get()
+    watch = current_watch()
     if watch:
         data = watch.result(backward, data, inputs)
     output = Tensor(data)
-    if _recording.get() and any(t.requires_grad for t in inputs):
+    if is_recording() and any(t.requires_grad for t in inputs):
         edges = tuple((t._node or t) if t.requires_grad else None for t in inputs)
         output.requires_grad = True
         output._node = Node(output.data, edges, backward)
@@ -133,9 +46,10 @@ def record(data: Array, inputs: tuple[Tensor, ...], backward: Backward) -> Tenso
 class Tensor:
     """An array that can take part in differentiation.
 
-    `data` is an array (kept, not copied), or numbers in nested lists, which become float32. With
-    `requires_grad=True` it is a leaf: after `loss.backward()`, `.grad` holds dloss/dtensor as an array
-    of the same shape and dtype, added to what was there before. Results of operations get no `.grad`.
+    `data` is an array, a number or nested lists of numbers. An array is kept as it is, without a copy; float numbers become
+    float32. A Tensor made with `requires_grad=True` is a leaf: `loss.backward()` adds dloss/dtensor to its `.grad`, an array
+    of the same shape and dtype. Results of operations get no `.grad`. Raises TypeError if `requires_grad` is true for
+    data that is not float.
     """
 
     __slots__ = ("__weakref__", "_node", "data", "grad", "requires_grad")
@@ -157,7 +71,7 @@ class Tensor:
         self.requires_grad = requires_grad
         self._node: Node | None = None
 
-    # ---------------------------------------------------------------- facts
+    # ---------------------------------------------------------------- properties and conversions
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -180,15 +94,15 @@ class Tensor:
         return backend_of(self.data)
 
     def numpy(self) -> np.ndarray:
-        """The values in host memory; on the CPU this is the tensor's own array, not a copy."""
+        """The values in host memory. On the CPU this is the tensor's own array, not a copy."""
         return to_numpy(self.data)
 
     def item(self) -> float:
-        """The value of a tensor of one element, as a Python number."""
+        """The value of a tensor with one element, as a Python number."""
         return self.data.item()
 
     def detach(self) -> Tensor:
-        """The same array without its history: gradients stop here."""
+        """A Tensor of the same array without its graph: no gradient flows back from it."""
         return Tensor(self.data)
 
     def __repr__(self) -> str:
@@ -203,16 +117,17 @@ class Tensor:
             raise TypeError("a tensor of no dimensions cannot be iterated over")
         return (self[i] for i in range(self.shape[0]))
 
-    # ---------------------------------------------------------------- going back
+    # ---------------------------------------------------------------- backward
 
     def backward(self, gradient: Array | None = None) -> None:
-        """Add dself/dleaf to `.grad` of every leaf that this tensor was computed from.
+        """Add dL/dleaf to `.grad` of every leaf that this tensor was computed from.
 
-        `gradient` is dL/dself; it may be left out when self has one element, and is then 1. The graph
-        is used up on the way, each operation's saved arrays freed as soon as it is passed: a second
-        call needs a second forward pass. There are no gradients of gradients.
+        `gradient` is dL/dself, in the shape of self. If self has one element, it may be left out and is 1, so that L is self.
+        The walk back frees the graph and the arrays it saved, so a second call needs a second forward pass. There are no
+        gradients of gradients.
 
-        Raises RuntimeError when there is nothing to differentiate or the graph was used before.
+        Raises RuntimeError if self does not require a gradient or the graph was used before, and ValueError if `gradient`
+        has another shape.
         """
         if not self.requires_grad:
             raise RuntimeError("backward() needs a tensor computed from one with requires_grad=True (outside no_grad)")
@@ -230,14 +145,14 @@ class Tensor:
         if gradient.shape != self.shape:
             raise ValueError(f"the gradient must have the tensor's shape {self.shape}, got {gradient.shape}")
         if self._node is None:
-            _add_to_leaf(self, gradient)
+            add_to_leaf(self, gradient)
         else:
-            _walk_back(self._node, gradient)
+            walk_back(self._node, gradient)
 
     # ---------------------------------------------------------------- arithmetic
     #
-    # `other` may be a number, an array or a Tensor. A number stays a Python number, so that it never
-    # widens the dtype. Shapes broadcast as in NumPy; the engine sums gradients back.
+    # `other` may be a number, an array or a Tensor. A number stays a Python number, so it never widens
+    # the dtype. Shapes broadcast as in NumPy, and the walk back sums gradients over the copies.
 
     def __add__(self, other: Any) -> Tensor:
         b, b_data = _operand(self, other)
@@ -278,13 +193,13 @@ class Tensor:
         b, b_data = _operand(self, exponent)
         y = a_data**b_data
 
-        def da(dy: Array) -> Array:  # where b = 0 the power is constant, also at a = 0
+        def da(dy: Array) -> Array:  # where b = 0 the power is constant in a, also at a = 0
             return dy * xp.where(b_data == 0, 0, b_data * a_data ** xp.where(b_data == 0, 1, b_data - 1))
 
         def db(dy: Array) -> Array:  # where a = 0 and b > 0 the power is constant in b
             return dy * y * xp.log(xp.where(a_data == 0, 1, a_data))
 
-        if b is None:  # the common case, a fixed number
+        if b is None:  # the common case: the exponent is a number
             return record(y, (self,), lambda dy: (dy * (b_data * a_data ** (b_data - 1) if b_data != 0 else 0.0),))
         return _binary(y, self, b, da, db)
 
@@ -296,7 +211,7 @@ class Tensor:
         return record(-self.data, (self,), lambda dy: (-dy,))
 
     def __matmul__(self, other: Any) -> Tensor:
-        """The matrix product of the last two axes, the others broadcast: (..., n, k) @ (..., k, m)."""
+        """The matrix product over the last two axes; the other axes broadcast: (..., n, k) @ (..., k, m) -> (..., n, m)."""
         a_data = self.data
         b, b_data = _operand(self, other)
         if b is None or self.ndim == 0 or b.ndim == 0:
@@ -346,7 +261,7 @@ class Tensor:
     # ---------------------------------------------------------------- shape
 
     def astype(self, dtype: Any) -> Tensor:
-        """The values rounded to another float dtype; the gradient comes back in this one."""
+        """The values in another float dtype. The gradient comes back in this tensor's dtype."""
         if self.dtype == dtype:
             return self
         if not is_float(np.dtype(dtype)):
@@ -359,7 +274,7 @@ class Tensor:
         return record(self.data.reshape(*shape), (self,), lambda dy: (dy.reshape(before),))
 
     def transpose(self, *axes: Any) -> Tensor:
-        """Axes in a new order, as `numpy.transpose`: all of them, or none for the reverse order."""
+        """The axes in the given order, as in `numpy.transpose`. Without arguments the order is reversed."""
         y = self.data.transpose(*axes)
         order = axes[0] if len(axes) == 1 and not isinstance(axes[0], int) else axes
         back = tuple(np.argsort([axis % self.ndim for axis in order]).tolist()) if order else None
@@ -373,13 +288,13 @@ class Tensor:
         return self.transpose()
 
     def __getitem__(self, index: Any) -> Tensor:
-        """NumPy's indexing, with slices, integers and arrays; an element picked twice collects both gradients."""
+        """Indexing as in NumPy, with slices, integers and arrays. An element that is picked twice gets both gradients."""
         index = _raw_index(index, self.backend)
         xp, shape, dtype = self.backend.xp, self.shape, self.dtype
 
-        def backward(dy: Array) -> tuple[Array | Part]:
+        def backward(dy: Array) -> tuple[Array | SliceGradient]:
             if _is_basic(index):
-                return (Part(index, xp.asarray(dy)),)  # each element picked once
+                return (SliceGradient(index, xp.asarray(dy)),)  # no element is picked twice
             dx = xp.zeros(shape, dtype=dtype)
             xp.add.at(dx, index, dy)
             return (dx,)
@@ -387,108 +302,11 @@ class Tensor:
         return record(xp.asarray(self.data[index]), (self,), backward)
 
 
-# ---------------------------------------------------------------- the walk back
-
-
-def _used_up(dy: Array) -> Sequence[Array | None]:
-    raise RuntimeError(
-        "backward() has already gone through this graph and freed it; run the forward pass again. "
-        "(Gradients of gradients are not supported.)"
-    )
-
-
-def _walk_back(root: Node, gradient: Array) -> None:
-    """Run backward functions from `root` to the leaves, without recursion."""
-    pending = _Pending()
-    pending.add(root, gradient)
-    watch = _watch.get()
-    while pending:
-        node, dy = pending.pop()
-        if watch:
-            watch.arrived(node, dy)
-        inputs, backward = node.inputs, node.backward
-        node.inputs, node.backward = (), _used_up
-        for source, dx in zip(inputs, backward(dy), strict=True):
-            if source is None or dx is None:
-                continue
-            if watch:
-                watch.gradient(node, backward, dx, inputs)
-            if isinstance(source, Tensor):
-                _add_to_leaf(source, dx)
-            else:
-                pending.add(source, dx)
-
-
-class _Pending:
-    """The nodes on the way back whose gradients are being collected.
-
-    They are taken deepest first: everything that used a node's output is deeper than the node, so its
-    gradient is complete when its turn comes.
-    """
-
-    def __init__(self) -> None:
-        self._gradients: dict[Node, Array] = {}
-        self._own: set[Node] = set()  # nodes whose gradient is an array made here, free to be added to
-        self._queue: list[tuple[int, int, Node]] = []
-        self._found = 0  # breaks ties between equal depths in order of discovery: the same order on every run
-
-    def __bool__(self) -> bool:
-        return bool(self._queue)
-
-    def add(self, node: Node, dx: Array | Part) -> None:
-        if node not in self._gradients:
-            heapq.heappush(self._queue, (-node.depth, self._found, node))
-            self._found += 1
-            if isinstance(dx, Part):
-                self._gradients[node] = dx.whole(node)
-                self._own.add(node)
-            else:
-                self._gradients[node] = _fit(dx, node)  # borrowed: another node's array, or a read-only view
-        elif isinstance(dx, Part):
-            if node not in self._own:
-                self._gradients[node] = backend_of(dx.values).xp.array(self._gradients[node])
-                self._own.add(node)
-            self._gradients[node][dx.index] += dx.values
-        elif node in self._own:
-            self._gradients[node] += _fit(dx, node)
-        else:
-            total = self._gradients[node] + _fit(dx, node)
-            self._gradients[node] = np.asarray(total) if isinstance(total, np.generic) else total  # of no dimensions
-            self._own.add(node)
-
-    def pop(self) -> tuple[Node, Array]:
-        _, _, node = heapq.heappop(self._queue)
-        self._own.discard(node)
-        return node, self._gradients.pop(node)
-
-
-def _add_to_leaf(leaf: Tensor, gradient: Array | Part) -> None:
-    gradient = gradient.whole(leaf) if isinstance(gradient, Part) else _fit(gradient, leaf)
-    if leaf.grad is None:
-        leaf.grad = leaf.backend.xp.array(gradient)  # a copy: the leaf owns its gradient
-    else:
-        leaf.grad += gradient  # in place: parameters' gradients are views into one flat array
-
-
-def _fit(gradient: Array, source: Node | Tensor) -> Array:
-    """The gradient in the shape and dtype of what it is the gradient of: broadcasting copied the input
-    along some axes, so the copies' gradients are added up."""
-    shape = source.shape
-    if gradient.shape != shape:
-        extra = gradient.ndim - len(shape)
-        gradient = gradient.sum(axis=tuple(range(extra))) if extra > 0 else gradient
-        stretched = tuple(i for i, n in enumerate(shape[: gradient.ndim]) if n == 1 and gradient.shape[i] != 1)
-        gradient = gradient.sum(axis=stretched, keepdims=True) if stretched else gradient
-    if gradient.shape != shape:
-        raise RuntimeError(f"a backward function returned a gradient of shape {gradient.shape} for an input of shape {shape}")
-    return gradient if gradient.dtype == source.dtype else gradient.astype(source.dtype)
-
-
 # ---------------------------------------------------------------- helpers of the operations
 
 
 def _operand(like: Tensor, other: Any) -> tuple[Tensor | None, Any]:
-    """The other side of a binary operation: its Tensor (None for a number) and its raw value."""
+    """The other operand of a binary operation: (its Tensor, or None for a number; its array or number)."""
     if isinstance(other, int | float | np.generic):
         return None, other.item() if isinstance(other, np.generic) else other
     if not isinstance(other, Tensor):
@@ -498,8 +316,11 @@ def _operand(like: Tensor, other: Any) -> tuple[Tensor | None, Any]:
 
 
 def _binary(data: Array, a: Tensor, b: Tensor | None, da: Callable[[Array], Array], db: Callable[[Array], Array]) -> Tensor:
-    """Record an operation of two inputs, keeping only the derivatives that will be asked for, so that an
-    input without gradient costs neither time nor the arrays its derivative would hold."""
+    """Record an operation of two inputs, with their derivatives da and db.
+
+    Only the derivatives that will be needed are kept. So an input that requires no gradient costs no time, and the arrays
+    that its derivative would hold are freed.
+    """
     if b is None or not b.requires_grad:
         return record(data, (a,), lambda dy: (da(dy),))
     if not a.requires_grad:
@@ -508,7 +329,7 @@ def _binary(data: Array, a: Tensor, b: Tensor | None, da: Callable[[Array], Arra
 
 
 def _raw_index(index: Any, backend: Backend) -> Any:
-    """An index of arrays of the device, and of numbers and slices."""
+    """The index with its Tensors and lists turned into arrays of the device."""
     if isinstance(index, tuple):
         return tuple(_raw_index(i, backend) for i in index)
     index = index.data if isinstance(index, Tensor) else index
@@ -516,6 +337,6 @@ def _raw_index(index: Any, backend: Backend) -> Any:
 
 
 def _is_basic(index: Any) -> bool:
-    """Whether an index is of slices and integers alone, and so picks no element twice."""
+    """Whether an index consists of slices and integers only. Such an index picks no element twice."""
     parts = index if isinstance(index, tuple) else (index,)
     return all(p is None or p is Ellipsis or isinstance(p, int | np.integer | slice) for p in parts)

@@ -11,9 +11,9 @@ import numpy as np
 
 from npgpt.config.fields import RequestError
 from npgpt.engine import ops
-from npgpt.engine.tensor import no_grad
+from npgpt.engine.graph import no_grad
 from npgpt.model.gpt import GPT
-from npgpt.parallel.step import Workers
+from npgpt.parallel.workers import Workers
 from npgpt.text.dataset import window_starts, windows_at
 
 TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 16_384}  # what a worker evaluates at a time; a GPU is one worker

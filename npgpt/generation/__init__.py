@@ -1,1 +1,1 @@
-"""From a model to text. No training."""
+"""From a model to text: next-token logits, sampling, stop texts. No training."""

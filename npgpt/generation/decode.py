@@ -1,106 +1,67 @@
-"""One more token for each sequence, on plain arrays: the forward pass of gpt.py without a graph, for drawing text.
+"""The logits of the next token of texts that grow by one token at a time. Which token is chosen is in sampling.py.
 
-A token of one sequence is a few dozen products of a vector with a matrix, so the time is what it takes to read the
-weights, and whatever stands around the products shows: Tensors, checks and kernels made for thousands of rows would
-take more than half of it. These are the same formulas on arrays of one row a sequence. A test holds them against
-the model's at every position; nothing here is differentiated, and the keys and values are those of a KVCache.
+While a text fits into block_size, a KV cache makes each token cost one position. Past block_size this no longer works,
+because positions are learned: when the oldest token leaves the window, every other token gets a new position, and every
+key changes. The setting `window` says what happens then:
+
+    exact    each token is computed from the last block_size tokens, without a cache
+    half     when the window is full, the older half of it is dropped, and the cache starts again with the rest
 """
 
 from __future__ import annotations
 
-from math import sqrt
-
 import numpy as np
 
-from npgpt.kernels.reference import GELU_CUBIC, GELU_SCALE, Array
-from npgpt.model.gpt import GPT, KVCache
-from npgpt.model.module import LayerNorm, Linear
-
-EPS = 1e-5  # of layer norms, as in ops.layer_norm
-FEW_ROWS = 32  # up to here a product goes in pieces
-FEW_ROWS_OF_THREADS = 8  # the same where the BLAS has threads, among which it divides no small product
-PIECE = 128  # columns
-SMALL_PRODUCT = 1_000_000  # multiplications, above which OpenBLAS copies its operands
+from npgpt.engine.graph import no_grad
+from npgpt.model.cache import KVCache
+from npgpt.model.gpt import GPT
+from npgpt.parallel.machine import blas_threads
 
 
-class Decoder:
-    """logits = decoder(ids): ids (B,), the token that follows what the cache has seen of each sequence -> (B, V)."""
+class NextLogits:
+    """The logits of the next token of each of some texts. Call it again each time all texts have grown by one token."""
 
-    def __init__(self, model: GPT, cache: KVCache, threads: int = 1) -> None:
-        """For a model on the CPU, whose weights may change in between. threads: the BLAS's, while this is called."""
-        self._model, self._cache = model, cache
-        self._few_rows = FEW_ROWS if threads == 1 else FEW_ROWS_OF_THREADS
-        config = model.config
-        self._mean = np.full(config.n_embd, 1 / config.n_embd, dtype=model.wte.weight.dtype)
-        self._scale = model.wte.weight.dtype.type(1 / sqrt(config.n_embd // config.n_head))
+    def __init__(self, model: GPT, window: str, threads: int) -> None:
+        """window: "exact" or "half". threads: the number of BLAS threads."""
+        self._model, self._window, self._threads = model, window, threads
+        self._cache: KVCache | None = None
 
-    def __call__(self, ids: Array) -> Array:
-        model, cache, config = self._model, self._cache, self._model.config
-        b, c, heads = len(ids), config.n_embd, config.n_head
-        at = cache.length
-        x = model.wte.weight.data[ids] + model.wpe.weight.data[at]
-        for layer, block in enumerate(model.blocks):
-            qkv = self._linear(self._norm(x, block.ln_1), block.attn.qkv).reshape(b, 3, heads, c // heads)
-            keys, values = cache.room[layer]
-            keys[:, :, at], values[:, :, at] = qkv[:, 1], qkv[:, 2]
-            q = (qkv[:, 0] * self._scale)[..., None]
-            e = keys[:, :, : at + 1] @ q  # (B, n_head, at + 1, 1)
-            e -= e.max(axis=2, keepdims=True)
-            np.exp(e, out=e)
-            total = e.sum(axis=2)
-            y = (e.swapaxes(2, 3) @ values[:, :, : at + 1])[:, :, 0]
-            y /= total
-            x += self._linear(y.reshape(b, c), block.attn.out)
-            hidden = self._linear(self._norm(x, block.ln_2), block.mlp.fc)
-            hidden = _gelu(hidden) if config.activation == "gelu" else np.maximum(hidden, 0, out=hidden)
-            x += self._linear(hidden, block.mlp.proj)
-        cache.length += 1
-        x = self._norm(x, model.ln_f)
-        return x @ model.wte.weight.data.T if config.tie_weights else self._linear(x, model.lm_head)
+    def select(self, rows: list[int]) -> None:
+        """Go on with these texts only, given by their numbers."""
+        if self._cache:
+            self._cache.select(rows)
 
-    def _linear(self, x: Array, linear: Linear) -> Array:
-        y = few_rows_product(x, linear.weight.data, self._few_rows)
-        if linear.bias is not None:
-            y += linear.bias.data
-        return y
+    @no_grad()
+    def __call__(self, texts: list[list[int]]) -> np.ndarray:
+        """texts: B lists of ids, all of the same length -> (B, V), float64.
 
-    def _norm(self, x: Array, norm: LayerNorm) -> Array:
-        y = x - (x @ self._mean)[:, None]
-        variance = (y * y) @ self._mean
-        y *= (1 / np.sqrt(variance + x.dtype.type(EPS)))[:, None]
-        y *= norm.weight.data
-        if norm.bias is not None:
-            y += norm.bias.data
-        return y
+        Raises FloatingPointError if the logits are not finite.
+        """
+        model = self._model
+        with blas_threads(self._threads), np.errstate(over="ignore", invalid="ignore"):  # checked below
+            if self._cache is None or self._cache.length == model.config.block_size:
+                logits = self._start(texts)
+            elif model.backend.is_cpu:
+                logits = model.decode(np.array([ids[-1] for ids in texts]), self._cache, self._threads)
+            else:
+                logits = model(np.array([ids[-1:] for ids in texts]), cache=self._cache)[0].numpy()[:, 0]
+        logits = logits.astype(np.float64)
+        if not np.isfinite(logits).all():
+            raise FloatingPointError("the model's logits are not finite: its weights are damaged, or training diverged")
+        return logits
 
-
-def few_rows_product(x: Array, weight: Array, few_rows: int = FEW_ROWS) -> Array:
-    """x (B, n) @ weight (n, m), for 2 to `few_rows` rows in pieces small enough that OpenBLAS, with its AVX-512 kernels,
-    reads the weights where they are. Of a larger product it copies them into another order first, which takes longer
-    than all the rest; so a token of each of four sequences takes hardly longer than that of one."""
-    (rows, n), m = x.shape, weight.shape[1]
-    if not 1 < rows <= few_rows or m % PIECE:
-        return x @ weight
-
-    def pieces(a: Array) -> Array:
-        """(k, m) -> (m / PIECE, k, PIECE)."""
-        return a.reshape(len(a), m // PIECE, PIECE).swapaxes(0, 1)
-
-    y = np.zeros((rows, m), dtype=x.dtype)
-    out, parts = pieces(y), -(-rows * n * PIECE // SMALL_PRODUCT)
-    for i in range(parts):
-        at = slice(n * i // parts, n * (i + 1) // parts)
-        out += x[:, at] @ pieces(weight[at])
-    return y
-
-
-def _gelu(x: Array) -> Array:
-    g = x * x
-    g *= GELU_SCALE * GELU_CUBIC
-    g += GELU_SCALE
-    g *= x
-    np.tanh(g, out=g)
-    g += 1
-    g *= x
-    g *= 0.5
-    return g
+    def _start(self, texts: list[list[int]]) -> np.ndarray:
+        """Compute the logits from a whole window, and fill a new cache with it if a later token can use it."""
+        model, block_size = self._model, self._model.config.block_size
+        past_window = len(texts[0]) > block_size
+        length = max(1, block_size // 2) if past_window and self._window == "half" else block_size
+        windows = [ids[-length:] for ids in texts]
+        same = all(ids == windows[0] for ids in windows)  # at first, when each text is the prompt
+        if same:
+            windows = windows[:1]
+        self._cache = None if past_window and self._window == "exact" else model.new_cache(len(windows))
+        logits, _ = model(np.array(windows), cache=self._cache, last_only=True)
+        rows = [0] * len(texts) if same else list(range(len(texts)))
+        if self._cache and same:
+            self._cache.select(rows)
+        return logits.numpy()[rows, 0]

@@ -1,12 +1,12 @@
-"""The operations that pay for a faster version on a CPU: same meaning as reference.py, same gradients.
+"""Faster versions of some operations for a CPU. They compute what reference.py defines.
 
-Every override is tested for equality with the reference and has its row in the kernel benchmark. What
-they have in common:
+The tests compare every override with the reference, and the kernel benchmark has a row for each. An operation that gains
+nothing from an override is not here. The overrides use three techniques:
 
-- Work goes in blocks of rows that stay in a core's cache, with results written in place.
-- Sums over the last axis are products with a vector, which the BLAS does several times faster.
-- What the backward pass needs is kept in the cheapest form: GELU keeps its derivative, attention keeps
-  exponentials and divides results of size T x head_dim instead of T x T probabilities.
+- They work on blocks of rows that stay in a core's cache, and write results in place.
+- They compute sums over the last axis as products with a vector, which the BLAS does several times faster.
+- They save for the backward pass what is cheapest there: GELU saves its derivative; attention saves exponentials and
+  divides results of size T x head_dim instead of probabilities of size T x T.
 """
 
 from __future__ import annotations
@@ -17,15 +17,21 @@ from typing import Any
 
 import numpy as np
 
-from npgpt.kernels.reference import GELU_CUBIC, GELU_SCALE, Array, Kernels, Saved
+from npgpt.kernels.reference import GELU_CUBIC, GELU_SCALE, AdamWStep, Array, Kernels, Saved
 
-BLOCK = 65_536  # elements: 256 KiB of float32, so that a few arrays fit a second-level cache
-QUERY_BLOCK = 64  # rows of queries that share a range of keys
-SAFE_SCORE = 40.0  # exp of it, summed over any context, is far from overflowing
+BLOCK = 65_536  # elements in a block: 256 KiB of float32, so a few blocks fit into a second-level cache
+QUERY_BLOCK = 64  # queries in a block of attention; they share a range of keys
+SAFE_SCORE = 40.0  # exp(40), summed over any context, is far below the largest float32
+
+# For few_rows_product.
+FEW_ROWS = 32  # the most rows that are multiplied in pieces
+FEW_ROWS_WITH_BLAS_THREADS = 8  # the same with a BLAS that runs threads: it does not divide small products among them
+COLUMNS = 128  # columns of a piece
+SMALL_PRODUCT = 1_000_000  # multiplications; OpenBLAS copies the operands of larger products
 
 
 def _blocks(n: int, width: int) -> Iterator[slice]:
-    """Slices that cut n rows of `width` elements into cache-sized blocks."""
+    """Slices that cut n rows of `width` elements into blocks of the size of the cache."""
     rows = max(1, BLOCK // max(1, width))
     for start in range(0, n, rows):
         yield slice(start, min(start + rows, n))
@@ -37,33 +43,57 @@ def _as_rows(x: Array) -> Array:
 
 
 def _column_sums(x: Array) -> Array:
-    """Sum over the first axis of (N, C), as a product."""
+    """The sum over the first axis of x (N, C), as a product."""
     return np.ones(len(x), dtype=x.dtype) @ x
 
 
+def few_rows_product(x: Array, weight: Array, blas_threads: int = 1) -> Array:
+    """x (B, n) @ weight (n, m), faster than `@` for 2 to 32 rows.
+
+    OpenBLAS copies the weights of a large product into another order before it multiplies. For a few rows, that copy
+    takes longer than the product itself. With its AVX-512 kernels, OpenBLAS reads the weights of a small product where
+    they are. So this function cuts the product into small ones.
+    """
+    (rows, n), m = x.shape, weight.shape[1]
+    if not 1 < rows <= (FEW_ROWS if blas_threads == 1 else FEW_ROWS_WITH_BLAS_THREADS) or m % COLUMNS:
+        return x @ weight
+
+    def pieces(a: Array) -> Array:
+        """(k, m) -> (m / COLUMNS, k, COLUMNS)."""
+        return a.reshape(len(a), m // COLUMNS, COLUMNS).swapaxes(0, 1)
+
+    y = np.zeros((rows, m), dtype=x.dtype)
+    out, parts = pieces(y), -(-rows * n * COLUMNS // SMALL_PRODUCT)
+    for i in range(parts):
+        at = slice(n * i // parts, n * (i + 1) // parts)
+        out += x[:, at] @ pieces(weight[at])
+    return y
+
+
 class CpuKernels(Kernels):
-    """The reference kernels with faster versions for NumPy."""
+    """The reference kernels, with overrides that are faster in NumPy."""
 
     def __init__(self) -> None:
         super().__init__(np)
 
     # ---------------------------------------------------------------- causal attention
     #
-    # A block of queries meets only the keys up to its end, so little above the diagonal is computed.
-    # With e = exp(scores) and total its row sums, the probabilities e / total are never formed:
+    # A block of queries is multiplied only with the keys up to its own end. So little above the
+    # diagonal is computed. Let e = exp(scores), and let total be its row sums. The probabilities
+    # e / total are never formed:
     #
     #   out = (keep * e) @ v * f,   f = 1 / (total (1 - dropout)),   a factor per query
     #
-    # The softmax rule's row term sum_j dp_j p_j equals sum_d dout_d out_d, again one number per query.
-    # With g = f dout and D = that row term / total:
+    # The row term of the softmax rule, sum_j dp_j p_j, equals sum_d dout_d out_d: one number per
+    # query. With g = f dout and D = row term / total:
     #
     #   dv = (keep * e)^T @ g,   dscores = (keep * e) * (g @ v^T) - e * D
     #
-    # Where all scores are small, as they nearly always are, exp cannot overflow and the maximum of each row
-    # need not be found.
+    # Nearly always all scores are small. Then exp cannot overflow, and the maximum of each row is
+    # not needed.
     #
-    # The heads come as views into the projection's output: contiguous copies cost less than the BLAS loses on
-    # strided operands this small.
+    # The heads arrive as views into the output of the projection. Contiguous copies of them cost
+    # less than the BLAS loses on such small strided operands.
 
     def causal_attention_forward(
         self, q: Array, k: Array, v: Array, dropout: float = 0.0, rng: Any = None
@@ -78,7 +108,7 @@ class CpuKernels(Kernels):
             draws, threshold = self.dropout_draws((b, h, n_query, n_key), dropout, rng)
         keep = 1 - dropout if draws is not None else 1.0
 
-        # Laid out so that putting the heads side by side afterwards needs no copy.
+        # In this memory layout, joining the heads afterwards needs no copy.
         out = np.empty((b, n_query, h, head_dim), dtype=q.dtype).transpose(0, 2, 1, 3)
         factor = np.empty((b, h, n_query, 1), dtype=q.dtype)
         blocks = []
@@ -86,13 +116,13 @@ class CpuKernels(Kernels):
             rows = slice(start, min(start + QUERY_BLOCK, n_query))
             n_rows, seen = rows.stop - start, past + rows.stop
             e = q[:, :, rows] @ k[:, :, :seen].swapaxes(-1, -2)  # (B, H, n_rows, seen)
-            corner = e[..., seen - n_rows :]  # the square on the diagonal: the only place with a future in it
+            corner = e[..., seen - n_rows :]  # the square on the diagonal, the only part with future keys
             if q.dtype.itemsize >= 4 and e.min(initial=0) >= -SAFE_SCORE and e.max(initial=0) <= SAFE_SCORE:
                 np.exp(e, out=e)
                 corner *= np.tri(n_rows, dtype=e.dtype)
             else:
                 np.copyto(corner, -np.inf, where=~np.tri(n_rows, dtype=bool))
-                with np.errstate(over="ignore"):  # see softmax_forward in reference.py
+                with np.errstate(over="ignore"):  # as in softmax_forward of reference.py
                     e -= e.max(axis=-1, keepdims=True)
                 np.exp(e, out=e)
             total = (e @ np.ones(seen, dtype=e.dtype))[..., None]
@@ -110,10 +140,10 @@ class CpuKernels(Kernels):
         g = np.multiply(dy, factor, out=np.empty(q.shape, dtype=q.dtype))
         row_term = np.einsum("bhtd,bhtd->bht", dy, out)[..., None] * factor * q.dtype.type(keep)
         scale = q.dtype.type(1 / sqrt(q.shape[-1]))
-        new = np.empty if blocks else np.zeros  # without queries, keys and values have no gradient
+        new = np.empty if blocks else np.zeros  # without queries, the gradients of keys and values are zero
         dq, dk, dv = new(q.shape, dtype=q.dtype), new(k.shape, dtype=k.dtype), new(v.shape, dtype=v.dtype)
         written = False
-        while blocks:  # from the last, which sees every key, and freeing each as it goes
+        while blocks:  # from the last block, which sees every key; each block's memory is freed after its turn
             rows, seen, e, kept = blocks.pop()
             dv_part = kept.swapaxes(-1, -2) @ g[:, :, rows]
             ds = g[:, :, rows] @ v[:, :, :seen].swapaxes(-1, -2)
@@ -136,8 +166,8 @@ class CpuKernels(Kernels):
 
     # ---------------------------------------------------------------- layer norm
     #
-    # The backward pass needs mean(g) and mean(g * xhat) with g = dy * weight: the products dy @ weight / C
-    # and (dy * xhat) @ weight / C, so g itself is formed only once, in place.
+    # The backward pass needs mean(g) and mean(g * xhat) with g = dy * weight. They are the products
+    # dy @ weight / C and (dy * xhat) @ weight / C, so g is formed only once, in place.
 
     def layer_norm_forward(self, x: Array, weight: Array, bias: Array | None, eps: float = 1e-5) -> tuple[Array, Saved]:
         shape, c = x.shape, x.shape[-1]
@@ -176,11 +206,12 @@ class CpuKernels(Kernels):
 
     # ---------------------------------------------------------------- GELU
     #
-    # With u = c x (1 + a x^2) and g = (1 + tanh u) / 2, y = x g and, since dg/du = 2 g (1 - g),
+    # With u = c x (1 + a x^2) and g = (1 + tanh u) / 2, the output is y = x g. Since dg/du = 2 g (1 - g),
     #
     #   dy/dx = g + y (1 - g) 2 du/dx,   2 du/dx = 2 c + 6 a c x^2
     #
-    # It is computed while x and g are in the cache and kept, so the backward pass is a single product.
+    # The forward pass computes this derivative while x and g are in the cache, and saves it. The
+    # backward pass is then a single product.
 
     def gelu_forward(self, x: Array) -> tuple[Array, Saved]:
         shape = x.shape
@@ -214,7 +245,7 @@ class CpuKernels(Kernels):
     # ---------------------------------------------------------------- embedding
 
     def embedding_backward(self, dy: Array, saved: Saved) -> Array:
-        """Sorted by id, equal ids stand together and are summed run by run."""
+        """Sort the rows by id. Rows of equal id are then neighbours, and each run of them is summed at once."""
         shape, ids = saved
         dweight = np.zeros(shape, dtype=dy.dtype)
         if ids.size:
@@ -227,28 +258,13 @@ class CpuKernels(Kernels):
 
     # ---------------------------------------------------------------- AdamW
 
-    def adamw(
-        self,
-        parameter: Array,
-        gradient: Array,
-        exp_avg: Array,
-        exp_avg_sq: Array,
-        *,
-        step: int,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-        n_decay: int | None = None,
-        scale: Array | None = None,
-    ) -> None:
-        """The reference's operations in its order, a block at a time."""
+    def adamw(self, parameter: Array, gradient: Array, exp_avg: Array, exp_avg_sq: Array, numbers: AdamWStep) -> None:
+        """The operations of the reference in the same order, one block at a time."""
         arrays = (parameter, gradient, exp_avg, exp_avg_sq)
+        step, lr, (beta1, beta2), eps, weight_decay, n_decay, scale = numbers
         if scale is not None or not all(a.flags.c_contiguous for a in arrays):
-            settings: dict[str, Any] = {"step": step, "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-            super().adamw(*arrays, **settings, n_decay=n_decay, scale=scale)
+            super().adamw(*arrays, numbers)
             return
-        beta1, beta2 = betas
         p, g, m, v = (a.reshape(-1) for a in arrays)
         scratch, update = np.empty(min(BLOCK, p.size), dtype=p.dtype), np.empty(min(BLOCK, p.size), dtype=p.dtype)
         for s in _blocks(p.size, 1):

@@ -1,42 +1,53 @@
-"""What every neural operation means: a forward and a backward pass on plain arrays.
+"""The definition of every neural operation: a forward and a backward pass on plain arrays.
 
-This file is the definition. Each operation is a pair
+Each operation is a pair of methods:
 
-    y, saved = x_forward(inputs...)        saved: what the way back will need
-    gradients = x_backward(dy, saved)      dy: the gradient of the loss with respect to y
+    y, saved = x_forward(inputs...)        saved: what the backward pass needs
+    gradients = x_backward(dy, saved)      dy: the gradient of the loss L with respect to y, in the shape of y
 
-written once against `xp`, which is NumPy or CuPy, for any float dtype. It is meant to be read; a
-faster version of an operation belongs in a subclass and is tested for equality with this one. There
-is no Tensor here, no test of which device an array is on, and no trick. Arguments are arrays and are
-never written to; `dy` may be a read-only broadcast view.
+Every method is written once, against `xp`, which is NumPy or CuPy, and for any float dtype. This file is meant to be
+read. A faster version of an operation belongs in a subclass, and the tests compare it with the version here. There are
+no Tensors here, no checks for devices and no tricks.
 
-Notation: `dy` stands for dL/dy, the gradient of the loss L with respect to y; it has the shape of y.
+No method writes to its arguments, except where its docstring says so. `dy` may be a read-only broadcast view.
 """
 
 from __future__ import annotations
 
 from math import pi, prod, sqrt
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 Array = Any  # numpy.ndarray or cupy.ndarray
-Saved = Any  # whatever the forward pass hands to its own backward pass
+Saved = Any  # what a forward pass keeps for its own backward pass
 
 GELU_SCALE = sqrt(2 / pi)
 GELU_CUBIC = 0.044715
 
 
+class AdamWStep(NamedTuple):
+    """The numbers of one AdamW step, the same for all parameters."""
+
+    step: int  # counts from 1
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    n_decay: int | None = None  # weight decay acts on the first n_decay elements; None: on all
+    scale: Array | None = None  # array of shape (): multiplies the gradient; if negative, nothing is updated
+
+
 class Kernels:
-    """Every operation on arrays of the module `xp` (`numpy` or `cupy`)."""
+    """Every operation, on arrays of the module `xp` (`numpy` or `cupy`)."""
 
     def __init__(self, xp: Any = np) -> None:
         self.xp = xp
 
     # ---------------------------------------------------------------- linear
     #
-    # y = x @ weight + bias over the last axis. All leading axes are flattened first, so that the
-    # whole batch is one matrix product of N rows. Then, with matrices x (N, in), dy (N, out):
+    # y = x @ weight + bias over the last axis. All leading axes are flattened first, so the whole
+    # batch is one matrix product of N rows. With the matrices x (N, in) and dy (N, out):
     #
     #   y[n, j] = sum_i x[n, i] weight[i, j] + bias[j]
     #   dx = dy @ weight^T          every output j sends its gradient back along weight[:, j]
@@ -54,7 +65,7 @@ class Kernels:
     def linear_backward(
         self, dy: Array, saved: Saved, needs: tuple[bool, bool, bool] = (True, True, True)
     ) -> tuple[Array | None, Array | None, Array | None]:
-        """-> dx, dweight, dbias; `needs` says which are wanted, the others are None."""
+        """-> dx, dweight, dbias. `needs` says which of them are wanted; the others are None."""
         rows, weight, x_shape = saved
         dy = dy.reshape(len(rows), weight.shape[-1])
         dx = (dy @ weight.T).reshape(x_shape) if needs[0] else None
@@ -64,20 +75,20 @@ class Kernels:
 
     # ---------------------------------------------------------------- softmax
     #
-    # p_i = exp(x_i) / sum_j exp(x_j) along one axis. Subtracting the maximum changes nothing in the
-    # quotient and keeps exp from overflowing. Since dp_i/dx_j = p_i (1[i = j] - p_j),
+    # p_i = exp(x_i) / sum_j exp(x_j) along one axis. Subtracting the maximum from x leaves the
+    # quotient unchanged and keeps exp from overflowing. With dp_i/dx_j = p_i (1[i = j] - p_j):
     #
     #   dx_j = sum_i dp_i p_i (1[i = j] - p_j) = p_j (dp_j - sum_i dp_i p_i)
     #
-    # A row that is -inf throughout (nothing may be attended to) has no distribution; its
-    # probabilities are zeros, and so is its gradient.
+    # A row of -inf only (a query that may attend to nothing) has no distribution. Its probabilities
+    # are zeros, and so is its gradient.
 
     def softmax_forward(self, x: Array, axis: int = -1) -> tuple[Array, Saved]:
-        """x -> probabilities of x's shape that sum to one along `axis`."""
+        """x -> probabilities of the shape of x; they sum to one along `axis`."""
         xp = self.xp
         top = x.max(axis=axis, keepdims=True)
         top = xp.where(xp.isneginf(top), 0, top).astype(x.dtype, copy=False)
-        with np.errstate(over="ignore"):  # a difference beyond the dtype is -inf, and exp of it is 0
+        with np.errstate(over="ignore"):  # a difference below the dtype's range becomes -inf, and exp(-inf) is 0
             p = xp.exp(x - top)
         total = p.sum(axis=axis, keepdims=True)
         p /= total + (total == 0)
@@ -90,10 +101,10 @@ class Kernels:
 
     # ---------------------------------------------------------------- masked fill
     #
-    # Where the mask is true the output is a constant: no gradient passes.
+    # Where the mask is true, the output is a constant. No gradient passes there.
 
     def masked_fill_forward(self, x: Array, mask: Array, value: float) -> tuple[Array, Saved]:
-        """y = value where mask (broadcast against x) is true, else x."""
+        """y = value where mask (broadcast against x) is true; y = x elsewhere."""
         return self.xp.where(mask, self.xp.asarray(value, dtype=x.dtype), x), mask
 
     def masked_fill_backward(self, dy: Array, saved: Saved) -> Array:
@@ -104,34 +115,34 @@ class Kernels:
     # ---------------------------------------------------------------- dropout
     #
     # "Dropout: A Simple Way to Prevent Neural Networks from Overfitting" (Srivastava et al., 2014),
-    # inverted: what is kept is scaled by 1 / (1 - p), so that the expectation stays x and nothing
-    # has to change when dropout is off.
+    # in the inverted form: the elements that stay are scaled by 1 / (1 - p). The expectation is
+    # then x, and nothing has to change when dropout is off.
 
     def dropout_draws(self, shape: tuple[int, ...], p: float, rng: Any) -> tuple[Array, int]:
-        """-> (draws, threshold): an element is kept where draws >= threshold.
+        """-> (draws, threshold). An element stays where draws >= threshold.
 
-        A draw is one of 65,536 equally likely integers, a quarter of a 64-bit random number, which is several
-        times faster than a float each; so p acts rounded to a multiple of 1/65536.
+        A draw is one of 65,536 equally likely integers, so p is rounded to a multiple of 1/65536. Each 64-bit random
+        number gives four draws. This is several times faster than drawing one float for each element.
         """
         n = prod(shape)
         bits = rng.integers(0, 2**64, size=(n + 3) // 4, dtype=np.uint64)
         return bits.view(np.uint16)[:n].reshape(shape), round(p * 65536)
 
     def dropout_forward(self, x: Array, p: float, rng: Any) -> tuple[Array, Saved]:
-        """Zero each element with probability p, 0 <= p <= 1, drawn from the generator `rng`."""
+        """Set each element to zero with probability p, 0 <= p <= 1. `rng` is the random generator."""
         draws, threshold = self.dropout_draws(x.shape, p, rng)
         scaled_mask = (draws >= threshold) * x.dtype.type(1 / (1 - p) if p < 1 else 0)
         return x * scaled_mask, scaled_mask
 
     def dropout_backward(self, dy: Array, saved: Saved) -> Array:
-        """-> dx: the same mask and scale."""
+        """-> dx: dy with the same mask and scale."""
         scaled_mask = saved
         return dy * scaled_mask
 
-    # The end of every branch of a transformer: its result, thinned out, is added to the stream, x + dropout(branch).
+    # Every branch of a transformer block ends with a residual connection: x + dropout(branch).
 
     def residual_forward(self, x: Array, branch: Array, p: float, rng: Any) -> tuple[Array, Saved]:
-        """x and branch of one shape -> y."""
+        """x and branch, of the same shape -> y = x + dropout(branch)."""
         y, saved = self.dropout_forward(branch, p, rng)
         y += x
         return y, saved
@@ -142,22 +153,22 @@ class Kernels:
 
     # ---------------------------------------------------------------- causal attention
     #
-    # "Attention Is All You Need" (Vaswani et al., 2017), section 3.2.1, with the mask of a decoder:
+    # "Attention Is All You Need" (Vaswani et al., 2017), section 3.2.1, with a decoder's mask:
     #
     #   scores = q @ k^T / sqrt(head_dim);  p = softmax(scores, where not in the future)
     #   out = dropout(p) @ v
     #
-    # The way back is each of these steps in reverse: dv = dropout(p)^T @ dout, dp = dout @ v^T
-    # through the dropout mask, then the softmax rule, then the two factors of the product q @ k^T.
-    # Masked scores have p = 0, so the softmax rule already gives them no gradient.
+    # The backward pass takes these steps in reverse: dv = dropout(p)^T @ dout; dp = dout @ v^T, with
+    # the dropout mask applied; then the softmax rule; then the two factors of the product q @ k^T.
+    # Masked scores have p = 0, so the softmax rule gives them no gradient.
 
     def causal_attention_forward(
         self, q: Array, k: Array, v: Array, dropout: float = 0.0, rng: Any = None
     ) -> tuple[Array, Saved]:
         """q (B, H, T, head_dim); k and v (B, H, S, head_dim), S >= T -> out (B, H, T, head_dim).
 
-        The T queries are the last T of the S positions: query t sees keys 0 .. S - T + t. With
-        S = T this is the usual lower triangle. `rng` None means no dropout.
+        The T queries are the last T of the S positions: query t sees the keys 0 .. S - T + t. With
+        S = T the mask is the usual lower triangle. With `rng` None there is no dropout.
         """
         xp = self.xp
         n_query, n_key = q.shape[-2], k.shape[-2]
@@ -189,10 +200,11 @@ class Kernels:
     #
     #   xhat = (x - mean) * rstd,  rstd = 1 / sqrt(var + eps);   y = xhat * weight + bias
     #
-    # With g = dy * weight the gradient at xhat, three paths lead back to x: the element itself, the
-    # mean (it moves every element by -1/C) and the variance (it scales every element; its derivative
-    # brings in xhat). Collected, they are a projection: g without its component along the constant
-    # vector and without its component along xhat, the two directions normalisation cannot see:
+    # The gradient at xhat is g = dy * weight. Three paths lead from xhat back to x: the element
+    # itself; the mean, which moves every element by -1/C; and the variance, which scales every
+    # element and whose derivative contains xhat. Their sum is a projection of g. It removes the
+    # component of g along the constant vector and the component along xhat: moving x in either
+    # direction leaves xhat as it is, so x can have no gradient there.
     #
     #   dx = rstd * (g - mean(g) - xhat * mean(g * xhat))
 
@@ -219,13 +231,13 @@ class Kernels:
 
     # ---------------------------------------------------------------- activations
     #
-    # GELU in GPT-2's form, "Gaussian Error Linear Units" (Hendrycks, Gimpel, 2016), section 2:
+    # GELU in the tanh form of GPT-2, "Gaussian Error Linear Units" (Hendrycks, Gimpel, 2016), section 2:
     #
     #   y = x/2 (1 + t),  t = tanh(u),  u = sqrt(2/pi) (x + 0.044715 x^3)
     #   dy/dx = (1 + t)/2 + x/2 (1 - t^2) du/dx,  du/dx = sqrt(2/pi) (1 + 3 * 0.044715 x^2)
 
     def gelu_forward(self, x: Array) -> tuple[Array, Saved]:
-        """x -> y, element by element."""
+        """x -> y, elementwise."""
         t = self.xp.tanh(GELU_SCALE * (x + GELU_CUBIC * (x * x * x)))
         return 0.5 * x * (1 + t), (x, t)
 
@@ -240,14 +252,14 @@ class Kernels:
         return self.xp.maximum(x, 0), x > 0
 
     def relu_backward(self, dy: Array, saved: Saved) -> Array:
-        """-> dx; at the kink x = 0 the gradient is taken to be 0."""
+        """-> dx. At the kink x = 0 the gradient is defined as 0."""
         positive = saved
         return dy * positive
 
     # ---------------------------------------------------------------- embedding
     #
-    # y[n] = weight[ids[n]]: rows picked from a table. A row picked several times collects the sum of
-    # the gradients of its uses; one never picked has gradient zero.
+    # y[n] = weight[ids[n]]: rows picked from a table. The gradient of a row is the sum over all its
+    # uses. A row that is never picked has gradient zero.
 
     def embedding_forward(self, weight: Array, ids: Array) -> tuple[Array, Saved]:
         """weight (V, C), ids (...) integers in [0, V) -> y (..., C)."""
@@ -262,8 +274,8 @@ class Kernels:
 
     # ---------------------------------------------------------------- cross-entropy
     #
-    # The loss of one position is -log softmax(logits)[target] = logsumexp(logits) - logits[target].
-    # The derivative of logsumexp is the softmax itself, hence
+    # The loss at one position is -log softmax(logits)[target] = logsumexp(logits) - logits[target].
+    # The derivative of logsumexp is the softmax p, so
     #
     #   dlogits = dy * (p - onehot(target))
 
@@ -271,7 +283,7 @@ class Kernels:
         """logits (..., V), targets (...) integers in [0, V) -> losses (...) in nats."""
         xp = self.xp
         top = logits.max(axis=-1, keepdims=True)
-        with np.errstate(over="ignore"):  # see softmax_forward
+        with np.errstate(over="ignore"):  # as in softmax_forward
             shifted = logits - top
         p = xp.exp(shifted)
         total = p.sum(axis=-1, keepdims=True)
@@ -290,12 +302,15 @@ class Kernels:
 
     # ---------------------------------------------------------------- clipping by the norm
     #
-    # "On the difficulty of training recurrent neural networks" (Pascanu et al., 2013). What the gradient is to be multiplied
-    # by is left in an array, so that on a GPU a step need not wait for a number to come back.
+    # "On the difficulty of training recurrent neural networks" (Pascanu et al., 2013). The factor for the gradient stays in an
+    # array, so on a GPU a step never waits for a number to arrive on the host.
 
     def clip(self, gradient: Array, loss: Array, max_norm: float, scale: Array) -> Array:
-        """gradient (n,), loss () -> the loss and the gradient's norm, (2,). Leaves in `scale` () what makes the norm at most
-        max_norm; or -1, for good, from the first loss or norm on that is no finite number."""
+        """gradient (n,), loss () -> array (2,) of the loss and the gradient's norm.
+
+        Writes to `scale` () the factor that makes the norm at most max_norm. Writes -1 if the loss or the norm is not
+        finite, or if scale was already negative.
+        """
         xp = self.xp
         with np.errstate(over="ignore", invalid="ignore"):
             norm = xp.sqrt((gradient * gradient).sum())
@@ -305,32 +320,18 @@ class Kernels:
 
     # ---------------------------------------------------------------- AdamW
     #
-    # "Decoupled Weight Decay Regularization" (Loshchilov, Hutter, 2019), algorithm 2: running means
-    # of the gradient and of its square, each divided by what is missing of its weights since it
-    # started at zero; the decay acts on the parameter itself, not through the gradient.
+    # "Decoupled Weight Decay Regularization" (Loshchilov, Hutter, 2019), algorithm 2. exp_avg and
+    # exp_avg_sq are running means of the gradient and of its square. They start at zero, so after t
+    # steps their weights add up to only 1 - beta^t; dividing by that corrects the bias. Weight decay
+    # acts on the parameter itself, not through the gradient.
 
-    def adamw(
-        self,
-        parameter: Array,
-        gradient: Array,
-        exp_avg: Array,
-        exp_avg_sq: Array,
-        *,
-        step: int,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        weight_decay: float,
-        n_decay: int | None = None,
-        scale: Array | None = None,
-    ) -> None:
-        """Update `parameter`, `exp_avg` and `exp_avg_sq` in place; `step` counts from 1. Of a vector, weight decay acts on the
-        first n_decay elements. The gradient is multiplied by `scale` first; where that is negative nothing is updated."""
+    def adamw(self, parameter: Array, gradient: Array, exp_avg: Array, exp_avg_sq: Array, numbers: AdamWStep) -> None:
+        """Update `parameter`, `exp_avg` and `exp_avg_sq` in place. All four arrays have one shape."""
+        step, lr, (beta1, beta2), eps, weight_decay, n_decay, scale = numbers
         if scale is not None:
             if scale < 0:
                 return
             gradient = gradient * scale
-        beta1, beta2 = betas
         exp_avg *= beta1
         exp_avg += (1 - beta1) * gradient
         exp_avg_sq *= beta2

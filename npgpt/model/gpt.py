@@ -1,57 +1,33 @@
-"""The GPT: a decoder-only transformer, from the attention head to the logits, on one page.
+"""The GPT: a decoder-only transformer, from the attention heads to the logits, on one page.
 
-The shape is GPT-2's ("Language Models are Unsupervised Multitask Learners", Radford et al., 2019):
-layer norms before attention and feed-forward, learned positions, a last layer norm. There is no backward
-code here, since every operation knows its own way back; training and sampling are elsewhere.
+The architecture is GPT-2's ("Language Models are Unsupervised Multitask Learners", Radford et al., 2019): layer norms before
+attention and before the feed-forward network, learned positions, a last layer norm. There is no backward code here, because
+every operation knows its own. Training and sampling are in other rooms.
 
-Shapes: B sequences, T tokens each, C = n_embd channels, V = vocab_size.
+Each class has two forward passes side by side: `__call__` on Tensors, and `decode` on NumPy arrays for one more token of
+each sequence (see layers.py). Shapes: B sequences, T tokens, C = n_embd channels, V = vocab_size.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from npgpt.config.settings import GPTConfig
 from npgpt.engine import ops
-from npgpt.engine.backend import CPU, Backend, Stream, generator
+from npgpt.engine.backend import CPU, Backend
+from npgpt.engine.streams import Stream, generator
 from npgpt.engine.tensor import Tensor
 from npgpt.kernels.reference import Array
-from npgpt.model.module import Dropout, Embedding, LayerNorm, Linear, Module, Residual
-
-
-class KVCache:
-    """Keys and values of the tokens a model has already seen, so that the next one costs one position instead of all.
-
-    For `batch` sequences of up to block_size tokens; `length` of them have been seen. `model(ids, cache=cache)` takes
-    the tokens that follow, and no gradient flows through what is kept.
-    """
-
-    def __init__(self, model: GPT, batch: int = 1) -> None:
-        c = model.config
-        # For each block keys and values, (B, n_head, block_size, head_dim).
-        shape = (c.n_layer, 2, batch, c.n_head, c.block_size, c.n_embd // c.n_head)
-        self.room: Array = model.backend.xp.empty(shape, dtype=model.wte.weight.dtype)
-        self.length = 0
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep the keys and values (B, n_head, T, head_dim) of one block for the tokens after the first `length`;
-        returns those of all tokens up to here, (B, n_head, length + T, head_dim)."""
-        stop = self.length + k.shape[2]
-        kept = self.room[layer, :, :, :, :stop]
-        kept[0, :, :, self.length :], kept[1, :, :, self.length :] = k.data, v.data
-        return Tensor(kept[0]), Tensor(kept[1])
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these sequences alone."""
-        self.room = self.room[:, :, rows]
+from npgpt.model.cache import KVCache
+from npgpt.model.layers import ACTIVATIONS, Dropout, Embedding, LayerNorm, Linear, Residual
+from npgpt.model.module import Module
 
 
 class MultiHeadSelfAttention(Module):
-    """Every position gathers from itself and the positions before it, in n_head ways at once."""
+    """Each position gathers information from itself and from earlier positions, in n_head heads side by side."""
 
     def __init__(self, config: GPTConfig, layer: int, backend: Backend, dtype: Any):
         c = config.n_embd
@@ -59,36 +35,51 @@ class MultiHeadSelfAttention(Module):
         self.attn_dropout = config.dropout
         self.qkv = Linear(c, 3 * c, config.bias, backend, dtype)
         self.out = Linear(c, c, config.bias, backend, dtype)
+        self._scale = np.dtype(dtype).type(1 / math.sqrt(c // config.n_head))
 
-    def __call__(self, x: Tensor, rng: Any, cache: KVCache | None, last: bool) -> Tensor:
+    def __call__(self, x: Tensor, rng: Any, cache: KVCache | None, last_only: bool) -> Tensor:
         b, t, c = x.shape
         qkv = self.qkv(x).reshape(b, t, 3, self.n_head, c // self.n_head)
         q, k, v = (qkv[:, :, i].transpose(0, 2, 1, 3) for i in range(3))  # (B, n_head, T, head_dim) each
         if cache:
-            k, v = cache.extend(self.layer, k, v)
-        if last:
+            k, v = map(Tensor, cache.extend(self.layer, k.data, v.data))
+        if last_only:
             q = q[:, :, -1:]
         y = ops.causal_attention(q, k, v, self.attn_dropout, rng)
-        y = y.transpose(0, 2, 1, 3).reshape(b, y.shape[2], c)  # heads side by side again
+        y = y.transpose(0, 2, 1, 3).reshape(b, y.shape[2], c)  # join the heads
         return self.out(y)
+
+    def decode(self, x: Array, cache: KVCache, blas_threads: int) -> Array:
+        b, c = x.shape
+        qkv = self.qkv.decode(x, blas_threads).reshape(b, 3, self.n_head, 1, c // self.n_head)
+        k, v = cache.extend(self.layer, qkv[:, 1], qkv[:, 2])  # (B, n_head, tokens so far, head_dim) each
+        e = k @ (qkv[:, 0] * self._scale).swapaxes(2, 3)  # the scores, (B, n_head, tokens so far, 1)
+        e -= e.max(axis=2, keepdims=True)
+        np.exp(e, out=e)
+        total = e.sum(axis=2)
+        y = (e.swapaxes(2, 3) @ v)[:, :, 0]
+        y /= total
+        return self.out.decode(y.reshape(b, c), blas_threads)
 
 
 class FeedForward(Module):
-    """The same small network at every position: widen to d_ff, bend, come back."""
+    """Two linear layers with an activation between them, the same for every position: C -> d_ff -> C."""
 
     def __init__(self, config: GPTConfig, backend: Backend, dtype: Any):
-        assert config.d_ff is not None  # filled in by GPTConfig
+        assert config.d_ff is not None  # GPTConfig fills it in
         self.fc = Linear(config.n_embd, config.d_ff, config.bias, backend, dtype)
-        self.activation = {"gelu": ops.gelu, "relu": ops.relu}[config.activation]
+        self.activation = ACTIVATIONS[config.activation]()
         self.proj = Linear(config.d_ff, config.n_embd, config.bias, backend, dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.proj(self.activation(self.fc(x)))
 
+    def decode(self, x: Array, blas_threads: int) -> Array:
+        return self.proj.decode(self.activation.decode(self.fc.decode(x, blas_threads)), blas_threads)
+
 
 class Block(Module):
-    """Attention, then feed-forward; each reads a normalised copy and adds its result to the stream. With `last`, what
-    comes out is the last position alone, which has looked at all of them."""
+    """A transformer block: attention, then feed-forward. Each reads a normalised copy of x and adds its result to x."""
 
     def __init__(self, config: GPTConfig, layer: int, backend: Backend, dtype: Any):
         self.ln_1 = LayerNorm(config.n_embd, config.bias, backend, dtype)
@@ -97,16 +88,23 @@ class Block(Module):
         self.mlp = FeedForward(config, backend, dtype)
         self.residual = Residual(config.dropout)
 
-    def __call__(self, x: Tensor, rng: Any, cache: KVCache | None, last: bool) -> Tensor:
-        x = self.residual(x[:, -1:] if last else x, self.attn(self.ln_1(x), rng, cache, last), rng)
+    def __call__(self, x: Tensor, rng: Any, cache: KVCache | None, last_only: bool) -> Tensor:
+        """x (B, T, C) -> (B, T, C); with `last_only` -> (B, 1, C), the last position."""
+        x = self.residual(x[:, -1:] if last_only else x, self.attn(self.ln_1(x), rng, cache, last_only), rng)
         return self.residual(x, self.mlp(self.ln_2(x)), rng)
+
+    def decode(self, x: Array, cache: KVCache, blas_threads: int) -> Array:
+        """x (B, C) -> (B, C), in place."""
+        x += self.attn.decode(self.ln_1.decode(x), cache, blas_threads)
+        x += self.mlp.decode(self.ln_2.decode(x), blas_threads)
+        return x
 
 
 class GPT(Module):
-    """logits, loss = model(ids, targets)
+    """The model: `logits, loss = model(ids, targets)`.
 
-    `seed` draws the weights (None: they are about to be loaded, and stay zero); `dtype` is float32, or
-    float64 to check gradients.
+    `seed` draws the weights; with None they stay zero, because they are about to be loaded. `dtype` is float32, or float64
+    to check gradients.
     """
 
     def __init__(self, config: GPTConfig, seed: int | None = 1337, backend: Backend = CPU, dtype: Any = np.float32):
@@ -128,35 +126,29 @@ class GPT(Module):
         targets: Any = None,
         rng: Any = None,
         cache: KVCache | None = None,
-        last: bool = False,
+        last_only: bool = False,
         dtype: Any = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """ids (B, T) integers, T <= block_size -> logits (B, T, V) and, with targets (B, T), the mean
-        cross-entropy in nats, else None.
+        """ids (B, T), integers, T <= block_size -> (logits (B, T, V), loss).
 
-        `rng` is the generator dropout draws from, `model.backend.generator(...)`; without one there is no
-        dropout. With a `cache` the ids are those that follow the ones it has seen. With `last`, logits (B, 1, V) and
-        the loss are of the last position alone, and targets are (B, 1). `dtype` is that of everything between the
-        embeddings and the loss: None, as the weights; on a GPU, and without a cache, also bfloat16. Raises ValueError when
-        ids has another shape or goes beyond block_size.
+        targets: integers (B, T). The loss is then the mean cross-entropy in nats, and None without targets.
+        rng: the generator for dropout, from `model.backend.generator(...)`. None: no dropout.
+        cache: the ids follow the tokens in this cache, and are added to it.
+        last_only: compute the logits (B, 1, V) and the loss of the last position only; targets are then (B, 1).
+        dtype: the dtype of everything between the embeddings and the loss. None means that of the weights. On a GPU, and
+        without a cache, it may be bfloat16.
+
+        Raises ValueError if ids has another shape or does not fit into block_size, and IndexError for an id outside [0, V).
         """
         ids = ids.data if isinstance(ids, Tensor) else ids if hasattr(ids, "ndim") else np.asarray(ids)
         seen = cache.length if cache else 0
-        own = self.wte.weight.dtype
-        if dtype is not None and np.dtype(dtype) != own:
-            if cache:
-                raise ValueError("a cache keeps keys and values in the weights' dtype; leave out `cache` or `dtype`")
-            if np.dtype(dtype).name != "bfloat16" or self.backend.name == "cpu":
-                raise ValueError(f"dtype must be None, {own.name}, or on a GPU bfloat16, got {np.dtype(dtype).name}")
-        if ids.ndim != 2 or not 1 <= ids.shape[1] <= self.config.block_size - seen:
-            room = f"{self.config.block_size} - {seen} in the cache" if seen else str(self.config.block_size)
-            raise ValueError(f"expected ids of shape (B, T) with 1 <= T <= block_size {room}, got {ids.shape}")
+        self._check(ids, seen, dtype, cache is not None)
         positions = self.backend.xp.arange(seen, seen + ids.shape[1])
         x = self.dropout(self.wte(ids) + self.wpe(positions), rng)  # (B, T, C)
         x = x.astype(dtype or x.dtype)
         for layer, block in enumerate(self.blocks):
-            # The other positions are of no use once the last block has their keys and values.
-            x = block(x, rng, cache, last and layer == len(self.blocks) - 1)
+            # The last block needs all positions for its keys and values, but only the last one for its output.
+            x = block(x, rng, cache, last_only and layer == len(self.blocks) - 1)
         if cache:
             cache.length += ids.shape[1]
         x = self.ln_f(x)
@@ -165,6 +157,18 @@ class GPT(Module):
             return logits, None
         return logits, ops.cross_entropy(logits, targets)
 
+    def decode(self, ids: Array, cache: KVCache, blas_threads: int = 1) -> Array:
+        """The logits after one more token of each sequence: ids (B,) -> (B, V). On a CPU, without a graph.
+
+        The cache must have room for one more token. blas_threads: the number of threads that the BLAS uses.
+        """
+        x = self.wte.decode(ids) + self.wpe.decode(cache.length)  # (B, C)
+        for block in self.blocks:
+            x = block.decode(x, cache, blas_threads)
+        cache.length += 1
+        x = self.ln_f.decode(x)
+        return x @ self.wte.weight.data.T if self.config.tie_weights else self.lm_head.decode(x, blas_threads)
+
     @property
     def backend(self) -> Backend:
         return self.wte.weight.backend
@@ -172,13 +176,31 @@ class GPT(Module):
     def num_parameters(self) -> int:
         return sum(p.size for p in self.parameters())
 
+    def new_cache(self, batch: int = 1) -> KVCache:
+        """An empty KV cache for `batch` sequences."""
+        return KVCache(self.config, batch, self.backend, self.wte.weight.dtype)
+
+    def _check(self, ids: Array, seen: int, dtype: Any, cached: bool) -> None:
+        own = self.wte.weight.dtype
+        if dtype is not None and np.dtype(dtype) != own:
+            if cached:
+                raise ValueError("a cache keeps keys and values in the weights' dtype; leave out `cache` or `dtype`")
+            if np.dtype(dtype).name != "bfloat16" or self.backend.is_cpu:
+                raise ValueError(f"dtype must be None, {own.name}, or on a GPU bfloat16, got {np.dtype(dtype).name}")
+        if ids.ndim != 2 or not 1 <= ids.shape[1] <= self.config.block_size - seen:
+            room = f"{self.config.block_size} - {seen} in the cache" if seen else str(self.config.block_size)
+            raise ValueError(f"expected ids of shape (B, T) with 1 <= T <= block_size {room}, got {ids.shape}")
+
     def _draw_weights(self, seed: int) -> None:
-        """GPT-2's initialisation: matrices and tables normal with deviation 0.02; the two projections that
-        write into the stream of each block smaller by sqrt(2 n_layer), so that the stream does not grow
-        with depth; biases 0 and layer-norm weights 1, as they are."""
+        """Initialise the weights as in GPT-2.
+
+        Matrices and tables are normal with standard deviation 0.02. The two projections of each block that add to x have a
+        standard deviation smaller by sqrt(2 n_layer), so that x does not grow with depth. Biases stay 0 and layer-norm
+        weights stay 1.
+        """
         rng = generator(seed, Stream.INIT)
         for name, p in self.named_parameters():
             if p.ndim >= 2:
-                into_stream = name.endswith(("attn.out.weight", "mlp.proj.weight"))
-                deviation = 0.02 / math.sqrt(2 * self.config.n_layer) if into_stream else 0.02
-                p.data[...] = self.backend.asarray(deviation * rng.standard_normal(p.shape), dtype=p.dtype)
+                adds_to_x = name.endswith(("attn.out.weight", "mlp.proj.weight"))
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) if adds_to_x else 0.02
+                p.data[...] = self.backend.asarray(std * rng.standard_normal(p.shape), dtype=p.dtype)

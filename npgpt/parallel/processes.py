@@ -1,10 +1,10 @@
-"""Worker processes: what worker threads do, without waiting for each other in Python.
+"""Worker processes: the same work as worker threads, without one Python lock for all.
 
-Threads share one interpreter, and each time an operation ends, its thread has to wait for the lock. With small
-models that is a third of the time, and more with more cores. A process has an interpreter of its own. Weights and
-gradients lie in memory all of them see; the batch goes down a pipe. Which micro-batches a worker takes, and in
-which order gradients are added up, is as with threads, so the numbers are the same to the last bit. When a process
-dies, the step is computed again by threads.
+Threads share one interpreter. When an operation ends, its thread has to wait for the interpreter's lock. With small models
+this waiting is a third of the time, and more with more cores. Each process has an interpreter of its own.
+
+Weights and gradients are in shared memory, and the batch goes through a pipe. The shares of the workers and the order of
+the sums are the same as with threads, so the results have the same bits. If a process dies, threads repeat the step.
 """
 
 from __future__ import annotations
@@ -24,45 +24,56 @@ import numpy as np
 
 from npgpt.config.settings import GPTConfig
 from npgpt.model.gpt import GPT
-from npgpt.parallel.step import Share, blas_threads, forward_backward_of, keep_freed_memory
+from npgpt.parallel.machine import blas_threads, keep_freed_memory
+from npgpt.parallel.step import Share, forward_backward
 
-# A worker imports what its parent would, whatever folder it was started in. Its standard output is for answers, so
-# whatever prints is sent elsewhere before anything else is imported.
+SECONDS_TO_PAY_OFF = 10.0  # starting processes takes a second or two, and must pay for that
+
+# The worker gets its parent's module path, so it imports the same modules in whatever folder it starts. It answers on its
+# standard output, so anything that prints is sent to standard error, before any other import.
 MAIN = (
     "import os, sys; answers = os.dup(1); os.dup2(2, 1); sys.path[:] = sys.argv[1:]; "
     "from npgpt.parallel.processes import work; work(answers)"
 )
 ONE_THREAD = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-PATIENCE = 5.0  # seconds in which a worker may end what it is at
+PATIENCE = 5.0  # seconds that a worker gets to finish its share when the processes are closed
+
+
+def processes_pay_off(seconds_left: float) -> bool:
+    """Whether worker processes are worth starting for a run with this much computing time left."""
+    return seconds_left > SECONDS_TO_PAY_OFF
 
 
 class SharedMemory:
-    """Bytes that this process and its children see. Except on Windows without a name, so that nothing is left behind."""
+    """Bytes that this process and its children share.
+
+    The memory has no name in the file system, except on Windows. So it is freed even if all processes are killed.
+    """
 
     def __init__(self, size: int) -> None:
-        """Raises OSError when there is no room."""
+        """Raises OSError if there is not enough memory."""
         self._path = None
         if hasattr(os, "memfd_create"):
             self.fd = os.memfd_create("npgpt")
         else:
             self.fd, path = tempfile.mkstemp(prefix="npgpt")
-            if sys.platform == "win32":  # where a file that is open keeps its name
+            if sys.platform == "win32":  # there an open file cannot be deleted
                 self._path = path
             else:
                 Path(path).unlink()
         try:
-            if hasattr(os, "posix_fallocate"):  # a full disk is to be found out now
+            if hasattr(os, "posix_fallocate"):  # raises now if the space is not there, instead of crashing later
                 os.posix_fallocate(self.fd, 0, size)
             else:
                 os.ftruncate(self.fd, size)
             self.bytes = mmap.mmap(self.fd, size)
         except OSError:
-            self._give_back()
+            self._release()
             raise
 
     @property
     def name(self) -> str | int:
-        """How a child finds it: a file descriptor to be passed on, or a file's path."""
+        """What a child needs to open the memory: a file descriptor to inherit, or a file's path."""
         return self._path or self.fd
 
     @staticmethod
@@ -74,25 +85,25 @@ class SharedMemory:
             os.close(fd)
 
     def close(self) -> None:
-        """Give it back; what still looks at it keeps it alive until then."""
+        """Release the memory. Arrays that are still views into it keep it alive until they go."""
         with contextlib.suppress(BufferError):
             self.bytes.close()
-        self._give_back()
+        self._release()
 
-    def _give_back(self) -> None:
+    def _release(self) -> None:
         os.close(self.fd)
         if self._path:
-            with contextlib.suppress(OSError):  # while something looks at it
+            with contextlib.suppress(OSError):  # if a view still uses the file
                 Path(self._path).unlink()
 
 
 class Processes:
-    """Worker processes for the steps of one model, whose weights and gradient are in shared memory until `close`."""
+    """Worker processes for the steps of one model. Its weights and its gradient are in shared memory until `close`."""
 
     def __init__(self, model: GPT, number: int) -> None:
-        """Raises OSError when they cannot be started."""
+        """Start `number` processes. Raises OSError if they cannot be started."""
         if not sys.executable:
-            raise OSError("it is not known which Python this is")
+            raise OSError("Python does not know the path of its own executable")
         self._model = model
         self._id_dtype = np.min_scalar_type(model.config.vocab_size - 1)
         flat = model.flat
@@ -115,26 +126,30 @@ class Processes:
         flat.move_to(arrays[0], arrays[1])
 
     def _start(self) -> subprocess.Popen[bytes]:
-        apart: dict[str, Any] = {"start_new_session": True}  # Ctrl-C is for this process, which ends them when it ends
+        # The worker gets a session of its own: Ctrl-C reaches only this process, which ends its workers itself.
+        options: dict[str, Any] = {"start_new_session": True}
         if sys.platform == "win32":
-            apart = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+            options = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
         elif isinstance(self._memory.name, int):
-            apart["pass_fds"] = [self._memory.name]
+            options["pass_fds"] = [self._memory.name]
         path = [str(Path(folder).absolute()) for folder in sys.path]
         command = [sys.executable, "-c", MAIN, *path]
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | ONE_THREAD, **apart)
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | ONE_THREAD, **options)
 
     def begin(self, worker: int, x: np.ndarray, y: np.ndarray, share: Share, seed: int, number: int) -> None:
-        """Have a worker put the gradient of these micro-batches of a step into its array. Raises OSError when it has ended."""
+        """Let a worker compute the gradient of its share of step `number`. Raises OSError if the worker has died."""
         self._send(worker, (x.astype(self._id_dtype), y.astype(self._id_dtype), share, seed, number))
 
     def loss(self, worker: int) -> float:
-        """What it has computed. Raises MemoryError when there was no memory for it, EOFError when it has ended."""
+        """Wait for the worker, and return its share of the loss.
+
+        Raises MemoryError if the worker ran out of memory, and EOFError if it has died.
+        """
         stdout = self._children[worker].stdout
         assert stdout is not None  # it is a pipe
         try:
             answer = pickle.load(stdout)
-        except pickle.UnpicklingError:  # ended in the middle of a word, or not by one of ours
+        except pickle.UnpicklingError:  # half an answer of a killed worker, or output of something else
             raise EOFError from None
         if isinstance(answer, MemoryError):
             raise answer
@@ -147,12 +162,12 @@ class Processes:
         stdin.flush()
 
     def close(self) -> None:
-        """End the processes; the model's weights and gradient are this process's alone again."""
+        """End the processes, and move the model's weights and gradient back to memory of this process."""
         self._stop()
         flat = self._model.flat
         self.gradients = []
         try:
-            with contextlib.suppress(MemoryError):  # then they stay where they are
+            with contextlib.suppress(MemoryError):  # then the arrays stay in the shared memory
                 flat.move_to(np.empty_like(flat.data), np.empty_like(flat.grad))
         finally:
             self._memory.close()
@@ -160,28 +175,28 @@ class Processes:
     def _stop(self) -> None:
         for child in self._children:
             for pipe in (child.stdin, child.stdout):
-                with contextlib.suppress(OSError):  # it may have died with something unread
+                with contextlib.suppress(OSError):  # the child may have died without reading its pipe
                     if pipe:
                         pipe.close()
         deadline = time.monotonic() + PATIENCE
         for child in self._children:
-            with contextlib.suppress(subprocess.TimeoutExpired):  # in the middle of a long step
+            with contextlib.suppress(subprocess.TimeoutExpired):  # the child is in the middle of a long step
                 child.wait(max(0.0, deadline - time.monotonic()))
             child.kill()
             child.wait()
 
 
 def work(answers_fd: int) -> None:
-    """What a worker process does until its parent goes away."""
+    """The loop of a worker process. It ends when its parent closes the pipe or dies."""
     answers, tasks = os.fdopen(answers_fd, "wb"), sys.stdin.buffer
     keep_freed_memory()
-    # The parent may end at any moment, and in the middle of a message; so does this then.
+    # The parent may end at any moment, even in the middle of a message. Then this process ends too.
     with blas_threads(1), contextlib.suppress(EOFError, BrokenPipeError, pickle.UnpicklingError):
         setup = pickle.load(tasks)
         memory = SharedMemory.open(setup["memory"], setup["size"])
         model = GPT(GPTConfig(**setup["config"]), seed=None, dtype=np.dtype(setup["dtype"]))
         flat = model.flat
-        flat.look_at(
+        flat.bind(
             np.frombuffer(memory, flat.data.dtype, flat.data.size),
             np.frombuffer(memory, flat.data.dtype, flat.data.size, setup["gradient"]),
         )
@@ -189,7 +204,7 @@ def work(answers_fd: int) -> None:
             x, y, share, seed, number = pickle.load(tasks)
             answer: float | MemoryError
             try:
-                answer = forward_backward_of(model, x.astype(np.int64), y.astype(np.int64), share, seed, number)
+                answer = forward_backward(model, x.astype(np.int64), y.astype(np.int64), share, seed, number)
             except MemoryError as error:
                 answer = MemoryError(*error.args)
             answers.write(pickle.dumps(answer))

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from npgpt.config.fields import RequestError
-from npgpt.engine.backend import CPU, Backend, Stream, backend_of, generator
+from npgpt.engine.backend import CPU, Backend, backend_of
+from npgpt.engine.streams import Stream, generator
 from npgpt.kernels.reference import Array
 from npgpt.text.characters import CharTokenizer
 

@@ -9,7 +9,8 @@ import os
 from npgpt.config.fields import RequestError
 from npgpt.config.settings import GPTConfig, TrainConfig
 from npgpt.kernels.cpu import QUERY_BLOCK
-from npgpt.parallel.step import Workers, micro_batches
+from npgpt.parallel.step import micro_batches
+from npgpt.parallel.workers import Workers
 
 
 def estimate_memory(model: GPTConfig, config: TrainConfig) -> int:

@@ -1,6 +1,6 @@
-"""How a step changes the weights: AdamW, clipping by the global norm, the learning-rate schedule.
+"""The optimiser: AdamW, clipping by the global norm, the learning-rate schedule. No graph, no files.
 
-Everything works on the flat buffer of `nn.Parameters`. Nothing here knows the graph or files.
+All three work on the flat arrays of `Parameters` (model/module.py).
 """
 
 from __future__ import annotations
@@ -14,22 +14,23 @@ import numpy as np
 
 from npgpt.engine.backend import to_numpy
 from npgpt.engine.tensor import Tensor
-from npgpt.kernels.reference import Array
+from npgpt.kernels.reference import AdamWStep, Array
 from npgpt.model.module import Parameters, zero_grad
 
-Over = Callable[[Callable[[slice], None], int], None]  # calls a function on slices that cover range(n)
+# A function that calls `update(slice)` for slices that together cover range(n).
+OverSlices = Callable[[Callable[[slice], None], int], None]
 
 
-def _at_once(function: Callable[[slice], None], n: int) -> None:
-    function(slice(0, n))
+def _at_once(update: Callable[[slice], None], n: int) -> None:
+    update(slice(0, n))
 
 
 class AdamW:
-    """AdamW (Loshchilov and Hutter, 2019); weight decay acts on matrices and tables, not on vectors.
+    """AdamW (Loshchilov and Hutter, 2019). Weight decay acts on matrices and tables, not on vectors.
 
-    `parameters` are `model.parameters()`, or any list of Tensors. The defaults are those common for GPTs.
-    `lr` may be set between steps. `exp_avg` and `exp_avg_sq`, shape (number of parameters,), are the
-    running means of the gradient and of its square. Raises ValueError for values outside their range.
+    `parameters` is `model.parameters()`, or any list of Tensors. The defaults are common for GPTs. `lr` may be set between
+    steps. `exp_avg` and `exp_avg_sq`, of shape (number of parameters,), are the running means of the gradient and of its
+    square. Raises ValueError for values out of range, for an empty list and for a parameter that occurs twice.
     """
 
     def __init__(
@@ -57,49 +58,41 @@ class AdamW:
         self.exp_avg: Array = first.backend.xp.zeros(n, dtype=first.dtype)
         self.exp_avg_sq: Array = first.backend.xp.zeros(n, dtype=first.dtype)
 
-    def step(self, over: Over = _at_once, scale: Array | None = None) -> None:
-        """Update the parameters from their gradients; one without a gradient stays as it is.
+    def step(self, over: OverSlices = _at_once, scale: Array | None = None) -> None:
+        """Update the parameters from their gradients. A parameter without a gradient keeps its value.
 
-        `over(update, n)` calls update(slice) until range(n) is covered; `Workers.over` does it side by side.
-        The result is the same to the bit, since no element depends on another. `scale`, an array of one number on the
-        parameters' device, multiplies the gradients; where it is negative nothing is updated.
+        over: spreads the update over slices; `Workers.over` computes them side by side. The bits of the result do not depend
+        on it, because no element depends on another.
+        scale: an array of shape () on the parameters' device. It multiplies the gradients; if it is negative, nothing is
+        updated.
         """
         self.steps += 1
+        numbers = AdamWStep(self.steps, self.lr, self.betas, self.eps, self.weight_decay, scale=scale)
         start = 0
-        for data, grad, n_decay in _pieces(self.parameters):
+        for data, grad, n_decay in _flat_arrays(self.parameters):
             state = slice(start, start + data.size)
             start += data.size
             if grad is None:
                 continue
             arrays = (data, grad, self.exp_avg[state].reshape(data.shape), self.exp_avg_sq[state].reshape(data.shape))
-            update = functools.partial(self._update, arrays, n_decay, scale)
+            update = functools.partial(self._update, arrays, numbers._replace(n_decay=n_decay))
             if data.ndim == 1:
                 over(update, data.size)
             else:
                 update(slice(None))
 
-    def _update(self, arrays: tuple[Array, ...], n_decay: int | None, scale: Array | None, at: slice) -> None:
+    def _update(self, arrays: tuple[Array, ...], numbers: AdamWStep, at: slice) -> None:
+        if numbers.n_decay is not None and at.start:
+            numbers = numbers._replace(n_decay=max(0, numbers.n_decay - at.start))
         parameter, grad, exp_avg, exp_avg_sq = (a[at] if a.ndim else a for a in arrays)
-        self.parameters[0].backend.kernels.adamw(
-            parameter,
-            grad,
-            exp_avg,
-            exp_avg_sq,
-            step=self.steps,
-            lr=self.lr,
-            betas=self.betas,
-            eps=self.eps,
-            weight_decay=self.weight_decay,
-            n_decay=None if n_decay is None else max(0, n_decay - (at.start or 0)),
-            scale=scale,
-        )
+        self.parameters[0].backend.kernels.adamw(parameter, grad, exp_avg, exp_avg_sq, numbers)
 
     def zero_grad(self) -> None:
-        """Forget the gradients of all parameters."""
+        """Clear the gradients of all parameters."""
         zero_grad(self.parameters)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs: the number of steps taken and both running means, in host memory."""
+        """The state that a resumed run needs: the number of steps, and copies of both running means in host memory."""
         return {
             "steps": self.steps,
             "exp_avg": to_numpy(self.exp_avg).copy(),
@@ -107,7 +100,7 @@ class AdamW:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state_dict`. Raises ValueError, and changes nothing, when the sizes differ."""
+        """Restore what `state_dict` returned. Raises ValueError, and changes nothing, if the shapes differ."""
         own = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
         for name, array in own.items():
             if state[name].shape != array.shape:
@@ -120,16 +113,16 @@ class AdamW:
 def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> float:
     """Scale all gradients so that their joint Euclidean norm is at most `max_norm` (Pascanu et al., 2013).
 
-    Returns the norm before clipping. A norm that is not finite is returned and nothing is scaled. Raises
-    ValueError when max_norm is not positive.
+    Returns the norm before clipping. If the norm is not finite, the gradients keep their values. Raises ValueError if
+    max_norm is not positive.
     """
     if not max_norm > 0:
         raise ValueError(f"clip_grad_norm needs max_norm > 0, got {max_norm}")
     parameters = parameters if isinstance(parameters, Parameters) else list(parameters)
-    gradients = [grad for _, grad, _ in _pieces(parameters) if grad is not None]
-    if isinstance(parameters, Parameters):  # two sums, as ever: another order would be another rounding
+    gradients = [grad for _, grad, _ in _flat_arrays(parameters) if grad is not None]
+    if isinstance(parameters, Parameters):  # two sums: one sum would round differently and change the bytes of old runs
         gradients = [parameters.grad[: parameters.n_decay], parameters.grad[parameters.n_decay :]]
-    with np.errstate(over="ignore", invalid="ignore"):  # a norm that is not finite says it itself
+    with np.errstate(over="ignore", invalid="ignore"):  # the caller checks for a norm that is not finite
         norm = math.sqrt(sum(float(g.reshape(-1) @ g.reshape(-1)) for g in gradients))
     if math.isfinite(norm) and norm > max_norm:
         for g in gradients:
@@ -138,10 +131,10 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> float:
 
 
 class Update:
-    """Clip the gradient to a norm and let AdamW step: update.step(loss). After a loss or norm that is no finite number
-    nothing is changed any more, until `results` is asked for.
+    """Clipping and AdamW in one: `update.step(loss)` after each backward pass.
 
-    How it went is asked for afterwards, of one step or of several: on a GPU no step has to wait for the one before.
+    `results()` returns the losses and norms of the steps since its last call. So on a GPU no step has to wait for the one
+    before it. Once a loss or norm is not finite, later steps change nothing until `results()` is called.
     """
 
     def __init__(self, optimizer: AdamW, max_norm: float = math.inf) -> None:
@@ -149,14 +142,14 @@ class Update:
         if not max_norm > 0:
             raise ValueError(f"Update needs max_norm > 0, got {max_norm}")
         self._optimizer, self._max_norm = optimizer, max_norm
-        self._seen: list[Any] = []  # since `results`: (loss, norm), or an array of the two on the device
+        self._seen: list[Any] = []  # (loss, norm) of each step since `results`; on a GPU, arrays of shape (2,)
         self._scale: Array | None = None
         parameters = optimizer.parameters
-        if isinstance(parameters, Parameters) and parameters[0].backend.name != "cpu":
+        if isinstance(parameters, Parameters) and not parameters[0].backend.is_cpu:
             self._scale = parameters[0].backend.xp.ones((), dtype=parameters[0].dtype)
 
-    def step(self, loss: Any, over: Over = _at_once) -> None:
-        """After a backward pass. loss: a number, or an array of no dimensions; `over` as in `AdamW.step`."""
+    def step(self, loss: Any, over: OverSlices = _at_once) -> None:
+        """Clip and update after a backward pass. loss: a number, or an array of shape (). over: see `AdamW.step`."""
         optimizer, parameters = self._optimizer, self._optimizer.parameters
         if self._scale is not None and isinstance(parameters, Parameters):
             parameters.check()
@@ -169,8 +162,10 @@ class Update:
                 optimizer.step(over)
 
     def results(self) -> list[tuple[float, float]]:
-        """(loss, the gradient's norm before clipping) of each step since this was last asked, up to the first that is not
-        finite, where the weights were left alone."""
+        """(loss, norm before clipping) of each step since the last call.
+
+        The list ends with the first step whose loss or norm is not finite. That step did not change the weights.
+        """
         seen, self._seen = self._seen, []
         if self._scale is None or not seen:
             return seen
@@ -187,9 +182,8 @@ def _finite(loss: float, norm: float) -> bool:
     return math.isfinite(loss) and math.isfinite(norm)
 
 
-def _pieces(parameters: list[Tensor]) -> list[tuple[Array, Array | None, int | None]]:
-    """(data, grad, how many of the first elements decay; None: all) of all parameters: the whole flat buffer, or a piece for
-    each tensor of a plain list."""
+def _flat_arrays(parameters: list[Tensor]) -> list[tuple[Array, Array | None, int | None]]:
+    """(data, grad, n_decay) for the whole flat array, or for each tensor of a plain list. n_decay: see AdamWStep."""
     if isinstance(parameters, Parameters):
         parameters.check()
         return [(parameters.data, parameters.grad, parameters.n_decay)]
@@ -197,10 +191,10 @@ def _pieces(parameters: list[Tensor]) -> list[tuple[Array, Array | None, int | N
 
 
 def learning_rate(step: int, *, steps: int, lr: float, min_lr: float, warmup_steps: int, schedule: str) -> float:
-    """The learning rate of step 0, 1, ... of a run of `steps` steps.
+    """The learning rate of step number `step`, counted from 0, in a run of `steps` steps.
 
-    It rises in a straight line over `warmup_steps`. Then "cosine" falls along half a cosine to `min_lr`
-    at the last step (Loshchilov and Hutter, 2017), "constant" stays at `lr`.
+    It rises linearly over the first `warmup_steps` steps. After that, with schedule "cosine" it falls along half a cosine
+    wave to `min_lr` at the last step (Loshchilov and Hutter, 2017). With "constant" it stays at `lr`.
     """
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps

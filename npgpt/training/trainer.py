@@ -36,8 +36,10 @@ from npgpt.engine.backend import bfloat16
 from npgpt.evaluation.loss import evaluate
 from npgpt.generation.generate import generate_text
 from npgpt.model.gpt import GPT
+from npgpt.parallel.machine import machine
 from npgpt.parallel.processes import Processes
-from npgpt.parallel.step import ParallelStep, Workers, machine
+from npgpt.parallel.step import ParallelStep
+from npgpt.parallel.workers import Workers
 from npgpt.storage import checkpoint
 from npgpt.storage.checkpoint import Checkpoint
 from npgpt.storage.files import copy_whole, lock, remove_leftovers, whole_file

@@ -23,9 +23,9 @@ from workloads import ON_A_GPU, WORKLOADS
 
 import npgpt
 from npgpt.engine.backend import CPU
-from npgpt.generation.generate import Drawing
-from npgpt.kernels.reference import Kernels
-from npgpt.parallel.step import available_cores, blas_threads
+from npgpt.generation.generate import TokenStream
+from npgpt.kernels.reference import AdamWStep, Kernels
+from npgpt.parallel.machine import available_cores, blas_threads
 from npgpt.storage.files import copy_whole
 from npgpt.text.dataset import read_ids
 
@@ -132,8 +132,8 @@ def kernels():
         results[name] = {"reference_ms": round(500 * (pair[0] + pair[2]), 3), "cpu_ms": round(500 * (pair[1] + pair[3]), 3)}
     state = [normal(1 << 20) for _ in range(4)]
     state[3] = np.abs(state[3])
-    settings = {"step": 5, "lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
-    times = [seconds_of(lambda k=k: k.adamw(*state, **settings), 15) for k in (Kernels(np), CPU.kernels)]
+    numbers = AdamWStep(step=5, lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
+    times = [seconds_of(lambda k=k: k.adamw(*state, numbers), 15) for k in (Kernels(np), CPU.kernels)]
     results["adamw"] = {"reference_ms": round(1e3 * times[0], 3), "cpu_ms": round(1e3 * times[1], 3)}
     return results
 
@@ -148,7 +148,7 @@ def generation(name):
 
     def draw(tokens, context=1, **settings):
         config = npgpt.GenerateConfig(max_new_tokens=tokens, temperature=1.0, seed=0, **settings)
-        for _ in Drawing(model, [0] * context, config, range(config.num_samples)):
+        for _ in TokenStream(model, [0] * context, config, range(config.num_samples)):
             pass
 
     def limit(threads):

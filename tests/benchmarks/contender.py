@@ -24,7 +24,8 @@ def npgpt_step(workload, mode):
     import npgpt
     from npgpt.engine.backend import bfloat16, select
     from npgpt.parallel.processes import Processes
-    from npgpt.parallel.step import ParallelStep, Workers
+    from npgpt.parallel.step import ParallelStep
+    from npgpt.parallel.workers import Workers
     from npgpt.training.optim import Update
 
     backend = select("cuda" if "cuda" in mode else "cpu")
@@ -49,7 +50,8 @@ def npgpt_step(workload, mode):
 
 def gemm_step(workload):
     """Every matrix product of a step, forward and backward, into arrays made beforehand."""
-    from npgpt.parallel.step import Workers, micro_batches
+    from npgpt.parallel.step import micro_batches
+    from npgpt.parallel.workers import Workers
 
     rng = np.random.default_rng(0)
     workers = Workers().__enter__()

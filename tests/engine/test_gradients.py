@@ -5,8 +5,9 @@ import pytest
 from support.op_cases import CASES, GRADIENT_DIMS, inputs_of, mask
 
 from npgpt import GPT, GPTConfig, GradientError, Tensor, gradcheck, ops
-from npgpt.engine.backend import CPU, Stream, generator
+from npgpt.engine.backend import CPU
 from npgpt.engine.gradcheck import check_tensors
+from npgpt.engine.streams import Stream, generator
 from npgpt.engine.tensor import record
 
 MASK = mask(3, 5)

@@ -5,10 +5,10 @@ import pytest
 from threadpoolctl import threadpool_info
 
 from npgpt import GPT, CharTokenizer, GenerateConfig, GPTConfig, RequestError, generate, ops
-from npgpt.engine.tensor import no_grad
-from npgpt.generation.decode import Decoder, few_rows_product
-from npgpt.generation.generate import Drawing, Token, generate_text, generate_texts, sample_ids
-from npgpt.model.gpt import KVCache
+from npgpt.engine.graph import no_grad
+from npgpt.generation.generate import Token, TokenStream, generate_text, generate_texts
+from npgpt.generation.sampling import sample_ids
+from npgpt.kernels.cpu import few_rows_product
 
 
 @pytest.fixture
@@ -116,18 +116,17 @@ def test_cached_and_uncached_logits_agree(options):
     with no_grad():
         whole = model(ids)[0].data
         for pieces in ([1] * 12, [12], [5, 1, 1, 5], [1, 11]):
-            cache, at = KVCache(model, 3), 0
+            cache, at = model.new_cache(3), 0
             for size in pieces:
                 logits = model(ids[:, at : at + size], cache=cache)[0].data
                 np.testing.assert_allclose(logits, whole[:, at : at + size], rtol=0, atol=1e-5)
                 at += size
         for first in (0, 5):  # the rest token by token, on plain arrays
-            cache = KVCache(model, 3)
+            cache = model.new_cache(3)
             if first:
                 model(ids[:, :first], cache=cache)
-            decoder = Decoder(model, cache)
             for at in range(first, 12):
-                np.testing.assert_allclose(decoder(ids[:, at]), whole[:, at], rtol=0, atol=1e-5)
+                np.testing.assert_allclose(model.decode(ids[:, at], cache), whole[:, at], rtol=0, atol=1e-5)
             assert cache.length == 12
         with pytest.raises(ValueError, match="12 - 12 in the cache"):
             model(ids[:, :1], cache=cache)
@@ -144,26 +143,26 @@ def test_products_in_pieces(rng, rows, shape):
 def test_the_last_position_alone_is_as_among_the_others(model, rng):
     model.parameters().data += 0.3 * rng.standard_normal(model.num_parameters(), dtype=np.float32)
     ids, targets = rng.integers(0, 9, (3, 8)), rng.integers(0, 9, (3, 1))
-    logits, loss = model(ids, targets, last=True)
+    logits, loss = model(ids, targets, last_only=True)
     assert logits.shape == (3, 1, 9)
     np.testing.assert_allclose(logits.data, model(ids)[0].data[:, -1:], rtol=0, atol=1e-5)
     np.testing.assert_allclose(loss.item(), ops.cross_entropy(model(ids)[0][:, -1:], targets).item(), atol=1e-5)
-    cache = KVCache(model, 3)
-    model(ids[:, :5], cache=cache, last=True)
-    np.testing.assert_allclose(model(ids[:, 5:], cache=cache, last=True)[0].data, logits.data, rtol=0, atol=1e-5)
+    cache = model.new_cache(3)
+    model(ids[:, :5], cache=cache, last_only=True)
+    np.testing.assert_allclose(model(ids[:, 5:], cache=cache, last_only=True)[0].data, logits.data, rtol=0, atol=1e-5)
 
 
 def test_threads_are_those_of_the_blas(model, monkeypatch):
     seen = []
 
-    def call(self, ids):
+    def decode(self, ids, cache, blas_threads):
         seen.extend(library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas")
         return np.zeros((len(ids), 9), np.float32)
 
-    monkeypatch.setattr(Decoder, "__call__", call)
+    monkeypatch.setattr(GPT, "decode", decode)
     before = threadpool_info()
     for threads in (1, 2):
-        list(Drawing(model, [1], GenerateConfig(max_new_tokens=2, threads=threads)))
+        list(TokenStream(model, [1], GenerateConfig(max_new_tokens=2, threads=threads)))
     assert seen == [1, 2]
     assert threadpool_info() == before
 
@@ -172,7 +171,7 @@ def test_every_token_is_drawn_from_the_logits_of_its_window(model):
     """Greedy, far past block_size: as if each had been computed from nothing."""
     for window in ("exact", "half"):
         settings = GenerateConfig(max_new_tokens=40, temperature=0, window=window)
-        tokens = list(Drawing(model, [3, 1, 4], settings))
+        tokens = list(TokenStream(model, [3, 1, 4], settings))
         ids = [3, 1, 4]
         seen = 3
         for token in tokens:

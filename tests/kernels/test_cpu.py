@@ -9,8 +9,9 @@ from npgpt.engine import backend
 from npgpt.engine.backend import CPU
 from npgpt.kernels import cpu
 from npgpt.kernels.cpu import CpuKernels
-from npgpt.kernels.reference import Kernels
-from npgpt.parallel.step import ParallelStep, Workers
+from npgpt.kernels.reference import AdamWStep, Kernels
+from npgpt.parallel.step import ParallelStep
+from npgpt.parallel.workers import Workers
 
 REFERENCE = Kernels(np)
 
@@ -96,10 +97,10 @@ def test_adamw_is_the_reference_to_the_bit(fast, dtype):
     results = []
     for kernels in (REFERENCE, fast):
         arrays = [a.copy() for a in start]
-        kernels.adamw(*arrays, step=3, lr=0.01, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
-        kernels.adamw(*arrays, step=4, lr=0.01, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.5, n_decay=10)
+        kernels.adamw(*arrays, AdamWStep(step=3, lr=0.01, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1))
+        kernels.adamw(*arrays, AdamWStep(step=4, lr=0.01, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.5, n_decay=10))
         strided = [np.repeat(a, 2)[::2] for a in start]
-        kernels.adamw(*strided, step=3, lr=0.01, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
+        kernels.adamw(*strided, AdamWStep(step=3, lr=0.01, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1))
         results.append([*arrays, *strided])
     for expected, found in zip(*results, strict=True):
         np.testing.assert_array_equal(found, expected)

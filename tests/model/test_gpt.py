@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from npgpt import GPT, AdamW, GPTConfig, RequestError, ops
-from npgpt.engine.backend import Stream, generator
+from npgpt.engine.streams import Stream, generator
 
 
 @pytest.fixture

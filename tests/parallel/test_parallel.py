@@ -15,11 +15,12 @@ import pytest
 from threadpoolctl import ThreadpoolController, threadpool_limits
 
 from npgpt import GPT, AdamW, GPTConfig, ops
-from npgpt.engine.backend import Stream, generator
-from npgpt.parallel import processes
-from npgpt.parallel import step as parallel
+from npgpt.engine.streams import Stream, generator
+from npgpt.parallel import machine, processes
+from npgpt.parallel import workers as workers_module
 from npgpt.parallel.processes import Processes
-from npgpt.parallel.step import ParallelStep, Workers, micro_batches
+from npgpt.parallel.step import ParallelStep, micro_batches
+from npgpt.parallel.workers import Workers
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIG = GPTConfig(11, block_size=8, n_layer=1, n_head=2, n_embd=8, dropout=0.2)
@@ -93,7 +94,7 @@ def test_map_keeps_the_order_and_runs_side_by_side():
 
 @pytest.mark.parametrize(("n", "calls"), [(0, 1), (19, 1), (20, 2), (31, 3), (1000, 3)])
 def test_over_covers_the_range_once(monkeypatch, n, calls):
-    monkeypatch.setattr(parallel, "BLOCK", 10)
+    monkeypatch.setattr(workers_module, "BLOCK", 10)
     touched, slices = np.zeros(n), []
     with Workers(3) as workers:
 
@@ -107,7 +108,7 @@ def test_over_covers_the_range_once(monkeypatch, n, calls):
 
 
 def test_adamw_over_workers_is_the_same_to_the_bit(monkeypatch):
-    monkeypatch.setattr(parallel, "BLOCK", 16)
+    monkeypatch.setattr(workers_module, "BLOCK", 16)
     results = []
     for spread in (False, True):
         model = GPT(CONFIG, seed=1)
@@ -144,11 +145,11 @@ def test_an_exception_arrives_with_its_traceback():
 )
 def test_the_blas_is_described(monkeypatch, kernel, avx512, words):
     library = {"user_api": "blas", "internal_api": "openblas", "version": "0.3", "architecture": kernel}
-    monkeypatch.setattr(parallel, "_blas", lambda: SimpleNamespace(info=lambda: [library]))
-    monkeypatch.setattr(parallel, "_has_avx512", lambda: avx512)
+    monkeypatch.setattr(machine, "_blas", lambda: SimpleNamespace(info=lambda: [library]))
+    monkeypatch.setattr(machine, "_has_avx512", lambda: avx512)
     monkeypatch.setenv("OPENBLAS_CORETYPE", kernel)
-    assert re.search(words, parallel.describe_blas())
-    assert ("OPENBLAS_CORETYPE=Haswell" in parallel.describe_blas()) == (words == "AVX-512 unused")
+    assert re.search(words, machine.describe_blas())
+    assert ("OPENBLAS_CORETYPE=Haswell" in machine.describe_blas()) == (words == "AVX-512 unused")
 
 
 def test_the_blas_is_held_and_given_back():
@@ -170,7 +171,9 @@ def test_a_step_takes_no_new_pages_once_warm():
     program = (
         "import resource, numpy as np\n"
         "from npgpt import GPT, GPTConfig\n"
-        "from npgpt.parallel.step import ParallelStep, Workers, keep_freed_memory\n"
+        "from npgpt.parallel.machine import keep_freed_memory\n"
+        "from npgpt.parallel.step import ParallelStep\n"
+        "from npgpt.parallel.workers import Workers\n"
         "ids = np.zeros((8, 128), dtype=int)\n"
         "with Workers(2) as workers:\n"
         "    step = ParallelStep(GPT(GPTConfig(65, n_layer=2, n_embd=128)), workers, 4)\n"
@@ -224,7 +227,7 @@ def test_a_process_that_dies_costs_nothing_but_speed(in_processes):
     step, _ = in_processes
     expected = by_threads_alone(GPT(CONFIG, seed=1))
     assert step(*batch(), seed=3, number=4) == expected
-    for child in step._helpers._children[:1]:
+    for child in step._remote._children[:1]:
         child.kill()
         child.wait()
     with pytest.warns(RuntimeWarning, match="a worker process has died .*; going on with threads"):
@@ -269,13 +272,14 @@ def test_processes_end_with_their_parent():
         "import os, numpy as np\n"
         "from npgpt import GPT, GPTConfig\n"
         "from npgpt.parallel.processes import Processes\n"
-        "from npgpt.parallel.step import ParallelStep, Workers\n"
+        "from npgpt.parallel.step import ParallelStep\n"
+        "from npgpt.parallel.workers import Workers\n"
         "config = GPTConfig(11, block_size=8, n_layer=1, n_head=2, n_embd=8)\n"
         "ids = np.zeros((7, 8), dtype=int)\n"
         "step = ParallelStep(GPT(config, seed=1), Workers(3).__enter__(), 1)\n"
         "step.use(Processes)\n"
         "step(ids, ids, seed=3, number=4)\n"
-        "print(*[child.pid for child in step._helpers._children], flush=True)\n"
+        "print(*[child.pid for child in step._remote._children], flush=True)\n"
         "os._exit(0)\n"
     )
     result = subprocess.run(

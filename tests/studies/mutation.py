@@ -19,7 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
 TESTS = ["engine", "kernels/test_cpu.py", "model"]
-REFERENCE, CPU, TENSOR, OPS = "kernels/reference.py", "kernels/cpu.py", "engine/tensor.py", "engine/ops.py"
+REFERENCE, CPU = "kernels/reference.py", "kernels/cpu.py"
+GRAPH, TENSOR, OPS = "engine/graph.py", "engine/tensor.py", "engine/ops.py"
 NORM, ELEMENTWISE, SOFTMAX = "kernels/cuda/norm.cu", "kernels/cuda/elementwise.cu", "kernels/cuda/softmax.cu"
 EMBEDDING, COMMON = "kernels/cuda/embedding.cu", "kernels/cuda/common.cu"
 CUDA, PRODUCTS = "kernels/cuda/kernels.py", "kernels/cuda/products.py"
@@ -106,17 +107,17 @@ BUGS = [
     ("tensor: sum to the wrong places", TENSOR, "dy.reshape(kept), shape)", "dy.reshape(kept)[..., :1], shape)"),
     ("tensor: transpose not undone", TENSOR, "(dy.transpose(back),)", "(dy.transpose(order),)"),
     ("tensor: repeated index counts once", TENSOR, "xp.add.at(dx, index, dy)", "dx[index] = dy"),
-    ("tensor: a slice's gradient replaces the others", TENSOR, "self._gradients[node][dx.index] += dx.values", "self._gradients[node][dx.index] = dx.values"),
-    ("tensor: a borrowed gradient is written to", TENSOR, "self._gradients[node] = backend_of(dx.values).xp.array(self._gradients[node])", "pass"),
-    ("tensor: the second use is forgotten", TENSOR, "total = self._gradients[node] + _fit(dx, node)", "total = self._gradients[node]"),
-    ("tensor: the third use is forgotten", TENSOR, "            self._gradients[node] += _fit(dx, node)", "            pass"),
-    ("tensor: a leaf's gradients do not add up", TENSOR, "leaf.grad += gradient", "leaf.grad[...] = gradient"),
-    ("tensor: a leaf shares its gradient", TENSOR, "leaf.grad = leaf.backend.xp.array(gradient)", "leaf.grad = gradient"),
-    ("tensor: broadcasting undone by picking, leading axes", TENSOR, "gradient.sum(axis=tuple(range(extra))) if extra", "gradient[(0,) * extra] if extra"),
-    ("tensor: broadcasting undone by averaging", TENSOR, "gradient.sum(axis=stretched, keepdims=True)", "gradient.mean(axis=stretched, keepdims=True)"),
-    ("tensor: shallow nodes first", TENSOR, "(-node.depth, self._found, node)", "(node.depth, self._found, node)"),
-    ("tensor: the gradient keeps a wider dtype", TENSOR, "return gradient if gradient.dtype == source.dtype else gradient.astype(source.dtype)", "return gradient"),
-    ("tensor: the graph is not freed", TENSOR, "node.inputs, node.backward = (), _used_up", "pass"),
+    ("graph: a slice's gradient replaces the others", GRAPH, "self._gradients[node][dx.index] += dx.values", "self._gradients[node][dx.index] = dx.values"),
+    ("graph: a borrowed gradient is written to", GRAPH, "self._gradients[node] = backend_of(dx.values).xp.array(self._gradients[node])", "pass"),
+    ("graph: the second use is forgotten", GRAPH, "total = self._gradients[node] + _unbroadcast(dx, node)", "total = self._gradients[node]"),
+    ("graph: the third use is forgotten", GRAPH, "            self._gradients[node] += _unbroadcast(dx, node)", "            pass"),
+    ("graph: a leaf's gradients do not add up", GRAPH, "leaf.grad += gradient", "leaf.grad[...] = gradient"),
+    ("graph: a leaf shares its gradient", GRAPH, "leaf.grad = backend_of(leaf.data).xp.array(gradient)", "leaf.grad = gradient"),
+    ("graph: broadcasting undone by picking, leading axes", GRAPH, "gradient.sum(axis=tuple(range(extra))) if extra", "gradient[(0,) * extra] if extra"),
+    ("graph: broadcasting undone by averaging", GRAPH, "gradient.sum(axis=stretched, keepdims=True)", "gradient.mean(axis=stretched, keepdims=True)"),
+    ("graph: shallow nodes first", GRAPH, "(-node.depth, self._found, node)", "(node.depth, self._found, node)"),
+    ("graph: the gradient keeps a wider dtype", GRAPH, "return gradient if gradient.dtype == source.dtype else gradient.astype(source.dtype)", "return gradient"),
+    ("graph: the graph is not freed", GRAPH, "node.inputs, node.backward = (), _used_up", "pass"),
     ("ops: mean loss without 1/N", OPS, 'losses.mean() if reduction == "mean"', 'losses.sum() if reduction == "mean"'),
     ("ops: a bias's gradient is dropped", OPS, "bias is not None and bias.requires_grad)", "False)"),
     ("cuda: layer norm without its mean", NORM, "sum += (A)x[i];", "sum += 0;"),
@@ -214,7 +215,7 @@ def main():
     parser.add_argument("names", nargs="*", help="parts of the names of the bugs to plant (default: all)")
     args = parser.parse_args()
     bugs = [bug for bug in BUGS if not args.names or any(name in bug[0] for name in args.names)]
-    clean = caught(("nothing", REFERENCE, '"""What every', '"""What every'))
+    clean = caught(("nothing", REFERENCE, '"""The definition of every', '"""The definition of every'))
     if clean:
         raise SystemExit(f"the tests fail without any bug: {clean}")
     started, survivors = time.perf_counter(), []

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from npgpt.engine.backend import DeviceError, bfloat16
-from npgpt.kernels.cuda import kernels as cuda
+from npgpt.kernels.cuda import launch as launching
 from npgpt.kernels.cuda.products import Operand
 
 DTYPES = {"float32": np.dtype(np.float32), "float64": np.dtype(np.float64)}
@@ -31,7 +31,7 @@ def entry_points(source):
 
 def program(dtype):
     """The kernels, and for each a function that runs it on a grid."""
-    source = cuda.source()
+    source = launching.source()
     lines = [f'#include "{Path(__file__).parent / "cuda_on_cpu.cpp"}"', source]
     for name, parameters in entry_points(source).items():
         names = ", ".join(re.findall(r"(\w+)(?:,|$)", parameters))
@@ -52,7 +52,7 @@ def library(dtype):
             "-fPIC",
             "-ffp-contract=off",
             "-Wno-unknown-pragmas",
-            *cuda.compiler_options(dtype),
+            *launching.compiler_options(dtype),
         ]
         done = subprocess.run([COMPILER, *flags, "-o", built, source], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -60,12 +60,12 @@ def library(dtype):
 
 
 def launch(name, dtype, grid, threads, arguments):
-    """As `cuda.Launch`. Arrays must be contiguous, as no kernel knows of strides."""
-    parameters = entry_points(cuda.source())[name].split(",")
+    """As `launch.Launch`. Arrays must be contiguous, as no kernel knows of strides."""
+    parameters = entry_points(launching.source())[name].split(",")
     assert len(parameters) == len(arguments), f"{name} takes {parameters}"
     assert 1 <= grid[0] < 2**31
     assert 1 <= grid[1] < 65_536
-    in_python = {"T": DTYPES[dtype], "A": cuda.ELEMENTS[dtype][2]}
+    in_python = {"T": DTYPES[dtype], "A": launching.ELEMENTS[dtype][2]}
     types = in_python | {"long long": np.dtype(np.int64), "unsigned short": np.dtype(np.uint16)}
     values = []
     for parameter, argument in zip(parameters, arguments, strict=True):
@@ -95,7 +95,7 @@ class Gemm:
         left, right, result = (
             self._matrices(operand, *shape, count) for operand, shape in ((a, (m, k)), (b, (k, n)), (out, (m, n)))
         )
-        wide = cuda.ELEMENTS[a.array.dtype.name][2]
+        wide = launching.ELEMENTS[a.array.dtype.name][2]
         result[...] = (left.astype(wide) @ right.astype(wide)).astype(result.dtype)
 
     def _matrices(self, operand, rows, columns, count):

@@ -133,7 +133,7 @@ class Module:
 
 
 def launch_on(launch):
-    """A `cuda.Launch` of host arrays, for arrays of this module."""
+    """A `Launch` of host arrays, for arrays of this module."""
     return lambda name, dtype, grid, threads, arguments: launch(name, dtype, grid, threads, _here(tuple(arguments)))
 
 

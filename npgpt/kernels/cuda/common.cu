@@ -1,10 +1,10 @@
-// What all kernels share: the types, sums over a warp, random numbers. Read first; the other files follow it in one module.
+// What all kernels share: types, reductions over a warp, random numbers. The other files follow this one in one module.
 //
-// A module is compiled for one element type: T is what activations and their gradients are held in, A what is computed in,
-// and what parameters, their gradients and losses are held in. Scalars come as long long and double. A row of a matrix is
-// the work of one warp (32 threads), unless a kernel says otherwise.
+// A module is compiled for one element type. T is the type of activations and their gradients. A is the type of parameters,
+// their gradients, losses and all intermediate results. Scalar arguments are long long or double. One warp (32 threads)
+// works on one row of a matrix, unless a kernel's comment says otherwise.
 
-// The upper half of a float: its range, with 8 bits of precision. Converting rounds to the nearest, of two to the even one.
+// The upper half of a float: the same range, 8 bits of precision. A conversion rounds to the nearest value, ties to even.
 struct bfloat16 {
     unsigned short bits;
 
@@ -12,7 +12,7 @@ struct bfloat16 {
 
     __device__ bfloat16(float value) {
         unsigned all = __float_as_uint(value);
-        bool nan = (all & 0x7fffffffu) > 0x7f800000u;  // rounding up could make it an infinity
+        bool nan = (all & 0x7fffffffu) > 0x7f800000u;  // rounding would turn some NaNs into infinity
         bits = (unsigned short)(nan ? all >> 16 | 0x40u : (all + 0x7fffu + (all >> 16 & 1u)) >> 16);
     }
 
@@ -33,7 +33,7 @@ __device__ inline long long thread_number() { return (long long)blockIdx.x * blo
 
 __device__ inline long long thread_count() { return (long long)gridDim.x * blockDim.x; }
 
-// The same sum, in the same order, in every thread of the warp.
+// Every thread of the warp gets the same sum, added up in the same order.
 __device__ inline A warp_sum(A value) {
     for (int distance = WARP / 2; distance; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
     return value;
@@ -48,7 +48,7 @@ __device__ inline A warp_max(A value) {
 }
 
 // Philox4x32-10, "Parallel random numbers: as easy as 1, 2, 3" (Salmon et al., 2011): 128 random bits as a function of a key
-// and a counter, so that whoever needs the same numbers again computes them again.
+// and a counter. A backward pass computes the random numbers of its forward pass again, so masks are never stored.
 __device__ inline void philox(const unsigned counter[4], unsigned long long key, unsigned out[4]) {
     unsigned a = counter[0], b = counter[1], c = counter[2], d = counter[3];
     unsigned k0 = (unsigned)key, k1 = (unsigned)(key >> 32);
@@ -67,7 +67,7 @@ __device__ inline void philox(const unsigned counter[4], unsigned long long key,
     out[3] = d;
 }
 
-// Draws for the elements 8 g to 8 g + 7 of a row in the use'th operation that draws with this key: 16 bits each.
+// The draws of the 8 elements of one group of a row, 16 bits each. `use` numbers the operations that draw with this key.
 struct Draws {
     unsigned words[4];
 

@@ -1,9 +1,9 @@
-// Element by element: biases, GELU, dropout, clipping, AdamW. The formulas are those of reference.py.
+// Elementwise kernels: bias, GELU, dropout, clipping, AdamW. The formulas are those of reference.py.
 
 const double GELU_SCALE = 0.7978845608028654;  // sqrt(2 / pi)
 const double GELU_CUBIC = 0.044715;
 
-// y (n, c) += bias, in place; a thread a column, blockIdx.y the first of its rows.
+// y (n, c) += bias, in place. A thread works on one column, from row blockIdx.y on.
 extern "C" __global__ void add_bias(T* y, const A* bias, long long n, long long c) {
     long long column = thread_number();
     if (column >= c) return;
@@ -17,7 +17,7 @@ extern "C" __global__ void gelu_forward(const T* x, T* y, long long n) {
     }
 }
 
-// From x once more: a tanh costs less than reading it from memory.
+// The tanh is computed again from x: that costs less than reading it from memory.
 extern "C" __global__ void gelu_backward(const T* dy, const T* x, T* dx, long long n) {
     for (long long i = thread_number(); i < n; i += thread_count()) {
         A v = (A)x[i];
@@ -27,8 +27,8 @@ extern "C" __global__ void gelu_backward(const T* dy, const T* x, T* dx, long lo
     }
 }
 
-// y = x * scale where the draw reaches the threshold, else 0; added to `onto`, unless that is null. All are (n, c). The way
-// back is the same with dy: the mask is never stored. A thread takes a group of a row.
+// y = x * scale where the draw is at least the threshold, else 0. If `onto` is not null, it is added to y. All arrays are
+// (n, c). The backward pass is the same kernel with dy for x, so the mask is never stored. A thread works on one group.
 extern "C" __global__ void dropout(
     const T* x, const T* onto, T* y, long long n, long long c, unsigned long long key, long long use, long long threshold, double scale) {
     long long groups = (c + GROUP - 1) / GROUP;
@@ -45,7 +45,7 @@ extern "C" __global__ void dropout(
     }
 }
 
-// The draws themselves, (n, c).
+// y (n, c) = the draws.
 extern "C" __global__ void draw(unsigned short* y, long long n, long long c, unsigned long long key, long long use) {
     long long groups = (c + GROUP - 1) / GROUP;
     for (long long i = thread_number(); i < n * groups; i += thread_count()) {
@@ -57,7 +57,7 @@ extern "C" __global__ void draw(unsigned short* y, long long n, long long c, uns
     }
 }
 
-// Every warp writes the sum of the squares it has met to its place in partial.
+// Each warp writes the sum of the squares of its elements to partial.
 extern "C" __global__ void sum_of_squares(const A* x, A* partial, long long n) {
     A sum = 0;
     for (long long i = thread_number(); i < n; i += thread_count()) sum += x[i] * x[i];
@@ -65,9 +65,8 @@ extern "C" __global__ void sum_of_squares(const A* x, A* partial, long long n) {
     if (lane() == 0) partial[row_of_warp()] = sum;
 }
 
-// One warp. From those sums the gradient's norm, and what AdamW is to multiply the gradient by so that it is at most max_norm;
-// where the loss or the norm is no finite number, or once was, that is -1: nothing is to be updated any more. seen becomes
-// (loss, norm).
+// One warp in all. Adds up the n sums of sum_of_squares to the gradient's norm. Writes to scale the factor that makes the norm
+// at most max_norm; or -1 if the loss or the norm is not finite, or scale was negative already. Writes (loss, norm) to seen.
 extern "C" __global__ void clip(const A* partial, long long n, const A* loss, double max_norm, A* scale, A* seen) {
     A sum = 0;
     for (long long i = lane(); i < n; i += WARP) sum += partial[i];
@@ -79,8 +78,8 @@ extern "C" __global__ void clip(const A* partial, long long n, const A* loss, do
     seen[1] = norm;
 }
 
-// correction1 and correction2 are 1 - beta^step; the first n_decay elements decay; scale, unless null, is what the gradient is
-// multiplied by, or negative.
+// correction1 and correction2 are 1 - beta^step. Weight decay acts on the first n_decay elements. If scale is not null, it
+// multiplies the gradient; if it is negative, nothing is updated.
 extern "C" __global__ void adamw(
     A* parameter, const A* gradient, A* exp_avg, A* exp_avg_sq, const A* scale, long long n, long long n_decay,
     double lr, double beta1, double beta2, double correction1, double correction2, double eps, double weight_decay) {

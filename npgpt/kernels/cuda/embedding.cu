@@ -1,7 +1,7 @@
-// The way back through a table: rows of dy added up by id, always in the same order, so without atomic additions.
+// The gradient of an embedding table: the rows of dy, added up by id. The order is always the same: no atomic additions.
 
-// A thread owns one column of a chunk of rows and has a table of its own for it: partial is (chunks, v, c), blockIdx.y the
-// chunk. sum_of_rows then adds the tables up.
+// A thread works on one column of chunk blockIdx.y. It adds that column up into a table of its own; partial is
+// (chunks, v, c). Afterwards sum_of_rows adds up the tables.
 extern "C" __global__ void embedding_backward(
     const T* dy, const long long* ids, A* partial, long long n, long long c, long long v, long long chunk) {
     long long column = thread_number();

@@ -1,4 +1,5 @@
-// Layer norm. The formulas are those of layer_norm in reference.py; x, mean and rstd are kept instead of xhat.
+// Layer norm, and sums over rows. The formulas are those of layer_norm in reference.py. The backward pass gets x, mean and rstd
+// instead of xhat.
 
 extern "C" __global__ void layer_norm_forward(
     const T* x, const A* weight, const A* bias, T* y, A* mean, A* rstd, long long n, long long c, double eps) {
@@ -41,7 +42,7 @@ extern "C" __global__ void layer_norm_backward(
     }
 }
 
-// A thread adds up one column over a chunk of rows: partial is (chunks, 2, c), weights before biases, blockIdx.y the chunk.
+// A thread adds up one column over chunk blockIdx.y. partial is (chunks, 2, c): the weight's gradients, then the bias's.
 extern "C" __global__ void layer_norm_backward_weight(
     const T* dy, const T* x, const A* mean, const A* rstd, A* partial, long long n, long long c, long long chunk) {
     long long column = thread_number();
@@ -57,7 +58,7 @@ extern "C" __global__ void layer_norm_backward_weight(
     partial[(2 * blockIdx.y + 1) * c + column] = dbias;
 }
 
-// Sums over chunks of the rows of x (n, c): partial is (chunks, c), a thread a column, blockIdx.y the chunk.
+// The sum over each chunk of rows of x (n, c). partial is (chunks, c). A thread adds up one column of chunk blockIdx.y.
 extern "C" __global__ void column_sums(const T* x, A* partial, long long n, long long c, long long chunk) {
     long long column = thread_number();
     if (column >= c) return;
@@ -67,7 +68,7 @@ extern "C" __global__ void column_sums(const T* x, A* partial, long long n, long
     partial[blockIdx.y * c + column] = sum;
 }
 
-// y[i] = the sum over the rows of x (n, c), from the first to the last; a thread a column.
+// y (c,) = the sum over the rows of x (n, c), from the first row to the last. A thread adds up one column.
 extern "C" __global__ void sum_of_rows(const A* x, A* y, long long n, long long c) {
     for (long long column = thread_number(); column < c; column += thread_count()) {
         A sum = 0;

@@ -1,10 +1,8 @@
-"""Matrix products on an NVIDIA GPU: how operands lie in memory, in the terms of cuBLAS.
+"""Matrix products on an NVIDIA GPU, in the terms of cuBLAS. No other arithmetic is here.
 
-CuPy's own `@` copies transposed operands, and has no batched products of bfloat16. Here a product of views is one call, with
-operands read where they are whenever the library can, float32 results of bfloat16 operands, and TF32 where it is wanted.
-No other arithmetic is here.
-
-`gemm` does the product. It is a parameter, so that the same calls can meet NumPy's arrays on a CPU.
+CuPy's own `@` copies transposed operands and has no batched products of bfloat16. `product` makes one call to cuBLAS for a
+product of views. It reads the operands where they are whenever cuBLAS can. It can return float32 for bfloat16 operands,
+and it can round float32 operands to TF32.
 """
 
 from __future__ import annotations
@@ -19,25 +17,28 @@ from npgpt.kernels.reference import Array
 
 
 class Operand(NamedTuple):
-    """Matrices in memory, as BLAS sees them: column after column, `leading` elements from one to the next, `stride` from one
-    matrix to the next. The operand of the product is that, or, if `transposed`, the transpose of that."""
+    """Matrices in memory, as BLAS describes them: each is stored column after column."""
 
     array: Array
-    transposed: bool
-    leading: int
-    stride: int
+    transposed: bool  # whether the operand of the product is the transpose of what is stored
+    leading: int  # elements from one column to the next
+    stride: int  # elements from one matrix to the next
 
 
 class Gemm(Protocol):
+    """A way to multiply matrices. Tests use one that works on NumPy arrays."""
+
     tf32: bool  # whether float32 operands may be rounded to TF32
 
     def __call__(self, a: Operand, b: Operand, out: Operand, sizes: tuple[int, int, int], count: int) -> None:
-        """out (m, n) = a (m, k) @ b (k, n), `count` times; sizes are m, n, k."""
+        """out (m, n) = a (m, k) @ b (k, n), for `count` matrices. sizes: (m, n, k)."""
 
 
 class CublasGemm:
-    """cublasGemmStridedBatchedEx, through CuPy, on its current stream. With `tf32`, products of float32 round their operands to
-    TF32's 10 bits of mantissa."""
+    """cublasGemmStridedBatchedEx, through CuPy, on its current stream.
+
+    With `tf32`, products of float32 round their operands to the 10 bits of mantissa of TF32.
+    """
 
     def __init__(self, cupy: Any) -> None:
         self.tf32 = False
@@ -46,7 +47,7 @@ class CublasGemm:
         self._algorithm, self._tf32 = cublas.CUBLAS_GEMM_DEFAULT, cublas.CUBLAS_COMPUTE_32F_FAST_TF32
         self._kinds = {"float32": runtime.CUDA_R_32F, "float64": runtime.CUDA_R_64F, "bfloat16": runtime.CUDA_R_16BF}
         self._computing = dict.fromkeys(self._kinds, cublas.CUBLAS_COMPUTE_32F) | {"float64": cublas.CUBLAS_COMPUTE_64F}
-        # Numbers are read from the host's memory, in the type that is computed in.
+        # cuBLAS reads the factors 0 and 1 from host memory, in the type it computes in.
         self._numbers = {name: np.array([0, 1], "float64" if name == "float64" else "float32") for name in self._kinds}
         self._zero_and_one = {name: (n.ctypes.data, n.ctypes.data + n.itemsize) for name, n in self._numbers.items()}
 
@@ -63,32 +64,35 @@ class CublasGemm:
 
 
 def product(xp: Any, gemm: Gemm, a: Array, b: Array, dtype: Any = None) -> Array:
-    """a (..., rows, inner) @ b (..., inner, columns), of one dtype and equal leading axes -> (..., rows, columns) of `dtype`,
-    by default theirs."""
+    """a (..., rows, inner) @ b (..., inner, columns) -> (..., rows, columns).
+
+    a and b have one dtype and equal leading axes. `dtype` is that of the result, by default theirs.
+    """
     *lead, rows, inner = a.shape
     columns = b.shape[-1]
     out = xp.empty((*lead, rows, columns), dtype=dtype or a.dtype)
     if out.size == 0 or inner == 0:
         out[...] = 0
         return out
-    # Row by row, what BLAS reads column by column is the transpose; and (a @ b)^T is b^T @ a^T.
+    # Arrays here are stored row by row, and BLAS reads column by column: it sees their transposes. So this call computes
+    # b^T @ a^T, which is (a @ b)^T.
     first, second = _operand(xp, b), _operand(xp, a)
     gemm(first, second, Operand(out, False, columns, rows * columns), (columns, rows, inner), prod(lead))
     return out
 
 
 def _operand(xp: Any, x: Array) -> Operand:
-    """The transposes of the matrices x (..., rows, columns)."""
-    found = _where_it_is(x)
+    """The transposes of the matrices x (..., rows, columns). Copies x if BLAS cannot read it where it is."""
+    found = _in_place_operand(x)
     if found is None:
         x = xp.ascontiguousarray(x)
-        found = _where_it_is(x)
+        found = _in_place_operand(x)
         assert found is not None
     return found
 
 
-def _where_it_is(x: Array) -> Operand | None:
-    """x as it lies in memory; None when BLAS has no word for that."""
+def _in_place_operand(x: Array) -> Operand | None:
+    """The matrices x as they lie in memory; None if BLAS cannot describe their layout."""
     *lead, rows, columns = x.shape
     strides = [stride // x.itemsize for stride in x.strides]
     if any(stride % x.itemsize for stride in x.strides) or min(strides) < 0:
@@ -105,7 +109,7 @@ def _where_it_is(x: Array) -> Operand | None:
 
 
 def _one_stride(lead: list[int], strides: list[int]) -> int | None:
-    """The distance from one matrix to the next, where it is the same throughout."""
+    """The distance from each matrix to the next; None if it is not the same for all."""
     axes = [(n, stride) for n, stride in zip(lead, strides, strict=True) if n > 1]
     if not axes:
         return 0

@@ -1,8 +1,8 @@
-// Softmax where it is computed at once with what stands around it: in causal attention and in the loss.
+// Softmax, fused with the operations around it: in causal attention and in the cross-entropy.
 
-// p = softmax(scale * scores) over what a query may see; kept = dropout(p), unless kept is null. scores, p and kept are
-// (n, n_key), a row a query; row r is query r % n_query, and the queries are the last n_query of n_key positions. p may be
-// scores.
+// p = softmax(scale * scores) over the keys a query may see. If kept is not null, kept = dropout(p). scores, p and kept are
+// (n, n_key), one row for each query. Row r belongs to query r % n_query; the queries are the last n_query of n_key
+// positions. p may be the same array as scores.
 extern "C" __global__ void causal_softmax_forward(
     const T* scores, T* p, T* kept, long long n, long long n_query, long long n_key, double scale, unsigned long long key,
     long long use, long long threshold, double kept_scale) {
@@ -23,7 +23,7 @@ extern "C" __global__ void causal_softmax_forward(
         p[i] = i < seen ? (T)(exp((A)scale * (A)scores[i] - top) / total) : (T)0;
     if (!kept) return;
     kept += row * n_key;
-    __syncwarp();  // what follows reads what other threads of the warp have written
+    __syncwarp();  // the next loop reads what other threads of the warp wrote
     for (long long group = lane(); group * GROUP < n_key; group += WARP) {
         Draws draws(key, use, row, group);
         #pragma unroll
@@ -35,7 +35,7 @@ extern "C" __global__ void causal_softmax_forward(
     }
 }
 
-// dscores from dkept, the gradient at what dropout has left; threshold 0: nothing was dropped. dscores may be dkept.
+// dkept is the gradient of kept -> dscores. With threshold 0 there was no dropout. dscores may be the same array as dkept.
 extern "C" __global__ void causal_softmax_backward(
     const T* dkept, const T* p, T* dscores, long long n, long long n_query, long long n_key, double scale,
     unsigned long long key, long long use, long long threshold, double kept_scale) {
@@ -63,8 +63,8 @@ extern "C" __global__ void causal_softmax_backward(
         dscores[i] = i < seen ? (T)((A)p[i] * ((A)dscores[i] - sum) * (A)scale) : (T)0;
 }
 
-// losses[row] = log(sum(exp(logits[row]))) - logits[row, target]; logits (n, v). The way back needs the two parts of that
-// logarithm, the largest logit and log(sum(exp(logits - largest))).
+// losses[row] = log(sum(exp(logits[row]))) - logits[row, target], with logits (n, v). The backward pass needs the two parts of
+// that logarithm: the largest logit, and log(sum(exp(logits - largest))).
 extern "C" __global__ void cross_entropy_forward(
     const T* logits, const long long* targets, A* losses, A* largest, A* log_total, long long n, long long v) {
     long long row = row_of_warp();

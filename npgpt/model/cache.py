@@ -1,0 +1,37 @@
+"""The KV cache: keys and values of the tokens that a model has seen. How they are computed is in gpt.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from npgpt.config.settings import GPTConfig
+from npgpt.engine.backend import Backend
+from npgpt.kernels.reference import Array
+
+
+class KVCache:
+    """Keys and values of the tokens so far, for `batch` sequences. With them, one more token costs one position.
+
+    There is room for block_size tokens; `length` of them have been seen. No gradient flows through what is kept.
+    """
+
+    def __init__(self, config: GPTConfig, batch: int, backend: Backend, dtype: object) -> None:
+        head_dim = config.n_embd // config.n_head
+        # For each block: keys and values, each (B, n_head, block_size, head_dim).
+        shape = (config.n_layer, 2, batch, config.n_head, config.block_size, head_dim)
+        self._kept: Array = backend.xp.empty(shape, dtype=dtype)
+        self.length = 0
+
+    def extend(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
+        """Keep the keys and values of the T tokens that follow the first `length`, for one block.
+
+        k and v (B, n_head, T, head_dim) -> the keys and values of all tokens so far, each (B, n_head, length + T, head_dim).
+        The caller adds T to `length` when all blocks are done.
+        """
+        kept = self._kept[layer, :, :, :, : self.length + k.shape[2]]
+        kept[0, :, :, self.length :], kept[1, :, :, self.length :] = k, v
+        return kept[0], kept[1]
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep only these sequences, in this order. A row may occur more than once."""
+        self._kept = self._kept[:, :, rows]

@@ -1,0 +1,141 @@
+"""The layers of a model: linear, embedding, layer norm, activations, dropout, residual connection. No attention, no GPT.
+
+Each layer has two forward passes side by side:
+
+    layer(x)            x is a Tensor; the graph is recorded. For training and evaluation.
+    layer.decode(x)     x is a NumPy array with one row for each sequence; no graph. For one more token of each sequence.
+
+Decoding a token multiplies vectors with matrices, so its time is the time to read the weights. Everything around the
+products shows: Tensors, checks, and kernels made for thousands of rows would take more than half of the time. A test
+compares the two forward passes at every position.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from npgpt.engine import ops
+from npgpt.engine.backend import CPU, Backend
+from npgpt.engine.tensor import Tensor
+from npgpt.kernels.cpu import few_rows_product
+from npgpt.kernels.reference import GELU_CUBIC, GELU_SCALE, Array
+from npgpt.model.module import Module
+
+
+def _parameter(backend: Backend, shape: tuple[int, ...], dtype: Any, fill: float = 0.0) -> Tensor:
+    return Tensor(backend.xp.full(shape, fill, dtype=dtype), requires_grad=True)
+
+
+class Linear(Module):
+    """y = x @ weight + bias, with weight (in, out) and bias (out,). Both are zeros until the model draws its weights."""
+
+    def __init__(self, n_in: int, n_out: int, bias: bool = True, backend: Backend = CPU, dtype: Any = np.float32):
+        self.weight = _parameter(backend, (n_in, n_out), dtype)
+        self.bias = _parameter(backend, (n_out,), dtype) if bias else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out)."""
+        return ops.linear(x, self.weight, self.bias)
+
+    def decode(self, x: Array, blas_threads: int = 1) -> Array:
+        """x (B, in) -> (B, out). blas_threads: the number of threads that the BLAS uses."""
+        y = few_rows_product(x, self.weight.data, blas_threads)
+        if self.bias is not None:
+            y += self.bias.data
+        return y
+
+
+class Embedding(Module):
+    """A table of `n` vectors of size `dim`, looked up by id. The table is zeros until the model draws its weights."""
+
+    def __init__(self, n: int, dim: int, backend: Backend = CPU, dtype: Any = np.float32):
+        self.weight = _parameter(backend, (n, dim), dtype)
+
+    def __call__(self, ids: Any) -> Tensor:
+        """ids (...) -> (..., dim)."""
+        return ops.embedding(self.weight, ids)
+
+    def decode(self, ids: Any) -> Array:
+        """ids (B,) -> (B, dim)."""
+        return self.weight.data[ids]
+
+
+class LayerNorm(Module):
+    """Layer normalisation over the last axis, of size `dim`. The weight starts at 1, the bias at 0."""
+
+    eps = 1e-5
+
+    def __init__(self, dim: int, bias: bool = True, backend: Backend = CPU, dtype: Any = np.float32):
+        self.weight = _parameter(backend, (dim,), dtype, fill=1.0)
+        self.bias = _parameter(backend, (dim,), dtype) if bias else None
+        self._mean = np.full(dim, 1 / dim, dtype=dtype)  # x @ _mean is the mean of each row, computed by the BLAS
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (..., dim) -> (..., dim)."""
+        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+
+    def decode(self, x: Array) -> Array:
+        """x (B, dim) -> (B, dim)."""
+        y = x - (x @ self._mean)[:, None]
+        variance = (y * y) @ self._mean
+        y *= (1 / np.sqrt(variance + x.dtype.type(self.eps)))[:, None]
+        y *= self.weight.data
+        if self.bias is not None:
+            y += self.bias.data
+        return y
+
+
+class GELU(Module):
+    """GELU in the tanh form of GPT-2, elementwise."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return ops.gelu(x)
+
+    def decode(self, x: Array) -> Array:
+        g = x * x
+        g *= GELU_SCALE * GELU_CUBIC
+        g += GELU_SCALE
+        g *= x
+        np.tanh(g, out=g)
+        g += 1
+        g *= x
+        g *= 0.5
+        return g
+
+
+class ReLU(Module):
+    """max(x, 0), elementwise."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return ops.relu(x)
+
+    def decode(self, x: Array) -> Array:
+        return np.maximum(x, 0)
+
+
+ACTIVATIONS: dict[str, type[GELU] | type[ReLU]] = {"gelu": GELU, "relu": ReLU}
+
+
+class Dropout(Module):
+    """Dropout with probability p.
+
+    It acts only in a call that gets a random generator. So there is no training mode that could be left on or off.
+    """
+
+    def __init__(self, p: float):
+        self.p = p
+
+    def __call__(self, x: Tensor, rng: Any) -> Tensor:
+        return ops.dropout(x, self.p, rng)
+
+
+class Residual(Module):
+    """The residual connection x + dropout(branch), with dropout probability p. See Dropout."""
+
+    def __init__(self, p: float):
+        self.p = p
+
+    def __call__(self, x: Tensor, branch: Tensor, rng: Any) -> Tensor:
+        return ops.residual(x, branch, self.p, rng)

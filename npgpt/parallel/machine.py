@@ -1,0 +1,108 @@
+"""What this computer is: cores, memory, BLAS. Also the two settings of the process that speed depends on."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from threadpoolctl import ThreadpoolController
+
+AVX512_KERNELS = {"skylakex", "cooperlake", "sapphirerapids"}  # the kernels of OpenBLAS that use AVX-512
+
+
+def available_cores() -> int:
+    """The number of cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def physical_memory() -> int | None:
+    """The memory of this machine in bytes; None if the system does not tell."""
+    names = ("SC_PHYS_PAGES", "SC_PAGE_SIZE")
+    if not hasattr(os, "sysconf") or not set(names) <= os.sysconf_names.keys():
+        return None
+    return os.sysconf(names[0]) * os.sysconf(names[1])
+
+
+@functools.cache
+def _blas() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
+@contextmanager
+def blas_threads(threads: int) -> Iterator[None]:
+    """Inside `with`, the BLAS of this process uses this number of threads.
+
+    Small products are fastest on one thread, because handing them to other threads costs more than it gains. On a busy
+    machine the difference is much larger.
+    """
+    # ThreadpoolController.limit does the same, but takes five times as long, and generation enters this for every token.
+    libraries = [library for library in _blas().lib_controllers if library.user_api == "blas"]
+    before = [library.num_threads for library in libraries]
+    try:
+        for library in libraries:
+            library.set_num_threads(threads)
+        yield
+    finally:
+        for library, number in zip(libraries, before, strict=True):
+            library.set_num_threads(number)
+
+
+def machine(device: str, threads: int) -> dict[str, str]:
+    """What decides how a run rounds, on one processor. If all of it is equal, the same seed gives the same bytes."""
+    found = [library for library in _blas().info() if library["user_api"] == "blas"]
+    blas = " ".join(str(found[0].get(key)) for key in ("internal_api", "version", "architecture")) if found else "unknown"
+    return {"device": device, "threads": str(threads), "NumPy": np.__version__, "BLAS": blas}
+
+
+def describe_blas() -> str:
+    """The BLAS that NumPy uses and its kernels for this processor.
+
+    A hint follows if these kernels leave the processor's AVX-512 unused, which makes matrix products half as fast.
+    """
+    found = [library for library in _blas().info() if library["user_api"] == "blas"]
+    if not found:
+        return "BLAS unknown"
+    blas = found[0]
+    kernel = blas.get("architecture")
+    text = f"{blas['internal_api']} {blas['version']}" + (f" ({kernel} kernels)" if kernel else "")
+    if kernel and kernel.lower() not in AVX512_KERNELS and _has_avx512():
+        pinned = os.environ.get("OPENBLAS_CORETYPE")
+        because = f"because OPENBLAS_CORETYPE={pinned}" if pinned else "try OPENBLAS_CORETYPE=SkylakeX"
+        text += f", which leave this processor's AVX-512 unused: {because}"
+    return text
+
+
+def _has_avx512() -> bool:
+    """Whether this processor has AVX-512. Only Linux tells; elsewhere the answer is False."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and " avx512f " in cpuinfo.read_text(encoding="utf-8")
+
+
+@functools.cache
+def keep_freed_memory() -> bool:
+    """Tell glibc's malloc to keep freed memory for the next step. Returns whether there is a glibc.
+
+    By default malloc returns large blocks to the system when they are freed, and the next step gets every page anew: 30,000
+    page faults in a step of the default model, one twentieth of its time. All threads share one arena, because malloc
+    returns the memory of further arenas in any case. The setting applies to the whole process, so only training asks for
+    it. On macOS, Windows and musl nothing is done.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "gnu_get_libc_version"):
+        return False
+    arena_max, mmap_threshold, trim_threshold = -8, -3, -1  # the numbers of these options in malloc.h
+    largest_mmap_threshold = 32 << 20  # glibc accepts no more
+    libc.mallopt(arena_max, 1)
+    libc.mallopt(mmap_threshold, largest_mmap_threshold)
+    libc.mallopt(trim_threshold, 2**31 - 1)
+    return True

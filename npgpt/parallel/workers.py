@@ -1,0 +1,63 @@
+"""Worker threads that work through a list together. What they compute is not known here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import Any, TypeVar
+
+from npgpt.kernels.cpu import BLOCK
+from npgpt.parallel.machine import available_cores, blas_threads
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Workers:
+    """A number of threads, as a context manager.
+
+    Inside `with`, the BLAS uses one thread, because the workers themselves are the threads. On leaving, the BLAS gets back
+    the number of threads it had.
+    """
+
+    def __init__(self, threads: int | None = None) -> None:
+        """threads: None means one for each core this process may use."""
+        self.threads = threads or available_cores()
+
+    def __enter__(self) -> Workers:
+        self._blas_limit = blas_threads(1)
+        self._blas_limit.__enter__()
+        self._executor = ThreadPoolExecutor(self.threads, thread_name_prefix="npgpt")
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._executor.shutdown(cancel_futures=True)
+        self._blas_limit.__exit__(*exception)
+
+    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+        """[function(item) for item in items], computed side by side.
+
+        An exception is raised here, with its traceback, after all workers have finished. With one thread, the caller's own
+        thread does the work: a GPU's library has settings for each thread, and they are set in the caller's.
+        """
+        if self.threads == 1:
+            return [function(item) for item in items]
+        futures = [self._executor.submit(function, item) for item in items]
+        failures = [e for e in (future.exception() for future in futures) if e is not None]
+        if failures:
+            raise failures[0]
+        return [future.result() for future in futures]
+
+    def over(self, function: Callable[[slice], None], n: int) -> None:
+        """Call function(slice) for slices that cover range(n), one slice for each worker. A short range is one slice."""
+        pieces = max(1, min(self.threads, n // BLOCK))
+        if pieces == 1:
+            function(slice(0, n))
+        else:
+            self.map(function, even_slices(n, pieces))
+
+
+def even_slices(n: int, pieces: int) -> list[slice]:
+    """range(n) as slices of nearly equal length."""
+    return [slice(a, b) for a, b in pairwise(n * i // pieces for i in range(pieces + 1))]
