@@ -1,9 +1,9 @@
 """npgpt: a GPT built from NumPy, with its own automatic differentiation.
 
-The package reads from the bottom up: kernels (what each operation computes, there and back) and backend
-(where), tensor and ops (the engine) with gradcheck beside them, nn and optim, config, gpt (the model),
-tokenizer and data, checkpoint, parallel (a step on worker threads), evaluate, generate and train, and the
-command line on top.
+Each folder is a room with one subject. From the bottom up: config (settings), kernels (arithmetic on arrays), engine
+(Tensors and gradients), model (the GPT), text (ids and batches), storage (checkpoints), parallel (workers), generation,
+evaluation, training, console and commands. A file imports from its own room and from rooms below it. The names that
+users need are imported here.
 """
 
 from npgpt.config.fields import RequestError
@@ -16,11 +16,14 @@ from npgpt.engine.tensor import Tensor, record
 from npgpt.evaluation.loss import compare, evaluate
 from npgpt.generation.generate import generate
 from npgpt.model.gpt import GPT
-from npgpt.storage.checkpoint import Checkpoint, CheckpointError, load, save
+from npgpt.storage.archive import CheckpointError
+from npgpt.storage.checkpoint import Checkpoint, load, save
 from npgpt.text.characters import CharTokenizer
-from npgpt.text.dataset import Dataset, read_text
+from npgpt.text.dataset import Dataset
+from npgpt.text.reading import read_text
+from npgpt.training.events import End, Evaluation, Outcome, Step
 from npgpt.training.optim import AdamW, clip_grad_norm, learning_rate
-from npgpt.training.trainer import End, Evaluation, Outcome, Step, Trainer
+from npgpt.training.trainer import Trainer
 
 __version__ = "0.1.0"
 

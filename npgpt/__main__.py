@@ -1,4 +1,4 @@
-"""`python -m npgpt NAME ...` is `npgpt NAME ...`."""
+"""`python -m npgpt NAME ...` is the same as `npgpt NAME ...`."""
 
 import sys
 
@@ -6,5 +6,5 @@ try:
     from npgpt.cli import main
 
     sys.exit(main())
-except KeyboardInterrupt:  # before the command could see to it
+except KeyboardInterrupt:  # before `main` could handle it
     sys.exit(130)

@@ -1,1 +1,1 @@
-"""The commands, a file for each subject: `parser()` says what a command line may be, and a function runs it."""
+"""The commands, one in each file. `parser()` makes the command-line parser; `run(args)` does the work, returns the status."""

@@ -1,4 +1,4 @@
-"""`npgpt generate`: prompts from wherever they come, samples to wherever they go."""
+"""`npgpt generate`: read prompts, write samples. How text is generated is in generation/."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ from npgpt.console.terminal import command_parser, say
 from npgpt.engine.backend import select
 from npgpt.generation.generate import Token, generate_texts
 from npgpt.storage.checkpoint import Checkpoint, load
-from npgpt.text.dataset import decoded, read_text
+from npgpt.text.reading import decoded, read_text
+
+ABOUT = "write text with a trained model"
 
 
-def generate_parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = command_parser(
         "generate",
-        "Write text with a trained model. On a terminal, without a prompt, it asks for one, and for another after each\n"
-        "answer, until end of file (Ctrl-D).",
+        "Write text with a trained model. On a terminal and without a prompt, it asks for one prompt after another, until\n"
+        "end of file (Ctrl-D).",
         [
             'bin/generate --ckpt model.npz --prompt "HOB:" --temperature 0.7 --top-k 20',
             "bin/generate --ckpt model.npz --num-samples 3 --max-new-tokens 100 --stop HALE:",
@@ -33,48 +35,48 @@ def generate_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--ckpt", required=True, metavar="FILE", help="a checkpoint written by train")
     prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue, - for standard input (default: a new line)")
+    prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue; - reads standard input (default: a line break)")
     prompt.add_argument("--prompt-file", metavar="FILE", help="a file with the text to continue")
     parser.add_argument(
         "--unknown",
         choices=("error", "skip", "replace"),
         default="error",
-        help="what to do with characters of the prompt the model has never seen; replace takes the closest one it has, "
-        "the other case or the letter without its accent, or skips (default: error)",
+        help="what to do with characters of the prompt that the model does not know; replace puts the other case or the "
+        "letter without its accent in their place, if it is known, and skips the rest (default: error)",
     )
     parser.add_argument(
         "--stop",
         action="append",
         default=[],
         metavar="TEXT",
-        help="end before this text when it is written; may be given several times",
+        help="end a sample before this text; may be given several times",
     )
     parser.add_argument(
         "--json",
         action="store_true",
-        help="one JSON object a sample: its text, why it ended (stop or length), and all tokens drawn, those of a stop text "
-        "too, with ids and the log-probabilities the model gave them, before temperature",
+        help="print one JSON object for each sample: its text, why it ended (stop or length), and all its tokens, including "
+        "those of a stop text, with ids and log-probabilities before temperature",
     )
     add_flags(parser, GenerateConfig)
     return parser
 
 
-def generate(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     settings = GenerateConfig(**settings_from(args, GenerateConfig))
-    if settings.seed is None and args.json:  # so that what is written can be drawn again
+    if settings.seed is None and args.json:  # the output names the seed, so that the same text can be generated again
         settings = dataclasses.replace(settings, seed=secrets.randbits(32))
     if "" in args.stop:
         raise RequestError("--stop must be a text of at least one character, got an empty one")
     checkpoint = load(args.ckpt, select(settings.device))
     for stop in args.stop:
         if unknown := checkpoint.tokenizer.unknown(stop):
-            raise RequestError(f"--stop {stop!r} could never come: the model does not know {', '.join(map(repr, unknown))}")
+            raise RequestError(f"--stop {stop!r} can never occur: the model does not know {', '.join(map(repr, unknown))}")
     if args.prompt_file is not None:
         prompt = read_text(args.prompt_file)
     elif args.prompt == "-":
         prompt = _from_stdin()
     elif args.prompt is None and sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty():
-        return _ask(checkpoint, settings, args)
+        return _converse(checkpoint, settings, args)
     else:
         prompt = args.prompt or ""
     _write_samples(checkpoint, _known(checkpoint, prompt, args.unknown), settings, args)
@@ -82,7 +84,7 @@ def generate(args: argparse.Namespace) -> int:
 
 
 def _from_stdin() -> str:
-    """Standard input, read as a text file is; it may be empty."""
+    """The text on standard input, decoded as a text file is. It may be empty."""
     if sys.stdin is None:
         raise RequestError("--prompt - reads standard input, which is closed")
     raw = sys.stdin.buffer.read()
@@ -90,18 +92,21 @@ def _from_stdin() -> str:
 
 
 def _known(checkpoint: Checkpoint, prompt: str, unknown: str) -> str:
-    """The prompt as the model can take it. Raises RequestError for characters it does not know, unless told otherwise."""
+    """The prompt with only known characters. unknown: "error", "skip" or "replace"; see --unknown.
+
+    Raises RequestError for an unknown character if `unknown` is "error".
+    """
     if unknown != "error":
         return checkpoint.tokenizer.without_unknown(prompt, replace=unknown == "replace")
     try:
         checkpoint.tokenizer.encode(prompt)
     except RequestError as error:
-        raise RequestError(f"{error}; --unknown skip leaves such out, --unknown replace takes the closest") from None
+        raise RequestError(f"{error}; --unknown skip leaves it out, --unknown replace takes the closest one") from None
     return prompt
 
 
 def _write_samples(checkpoint: Checkpoint, prompt: str, settings: GenerateConfig, args: argparse.Namespace) -> None:
-    """Write the samples to stdout, the first as it is drawn, the others after it; the speed to a terminal's stderr."""
+    """Write the samples to stdout, in their order. The sample that is next is written as it is generated."""
     started, shown = time.perf_counter(), 0
     tokens: list[Token] = []
     texts = dict.fromkeys(range(settings.num_samples), "")
@@ -116,7 +121,7 @@ def _write_samples(checkpoint: Checkpoint, prompt: str, settings: GenerateConfig
         stopped |= {piece.sample} if piece.stopped else set()
         if live and piece.sample == shown:
             sys.stdout.write(piece.text)
-        while live and shown in done:  # it, and what has waited for it
+        while live and shown in done:  # then the next sample is shown, and perhaps it is done already
             sys.stdout.write("\n")
             shown += 1
             if shown in texts:
@@ -124,11 +129,11 @@ def _write_samples(checkpoint: Checkpoint, prompt: str, settings: GenerateConfig
                 sys.stdout.write(prompt + texts[shown])
         sys.stdout.flush()
     if args.json:
-        drawn: dict[int, list[Token]] = {k: [] for k in texts}
+        tokens_of: dict[int, list[Token]] = {k: [] for k in texts}
         for token in tokens:
-            drawn[token.sample].append(token)
+            tokens_of[token.sample].append(token)
         for sample, text in texts.items():
-            own = drawn[sample]
+            own = tokens_of[sample]
             ids = [token.id for token in own]
             row: dict[str, Any] = {"sample": sample, "seed": settings.seed, "prompt": prompt, "text": text}
             row["finish_reason"] = "stop" if sample in stopped else "length"
@@ -140,11 +145,11 @@ def _write_samples(checkpoint: Checkpoint, prompt: str, settings: GenerateConfig
         say(f"{len(tokens):,} tokens, {len(tokens) / max(seconds, 1e-9):,.0f} a second")
 
 
-def _ask(checkpoint: Checkpoint, settings: GenerateConfig, args: argparse.Namespace) -> int:
+def _converse(checkpoint: Checkpoint, settings: GenerateConfig, args: argparse.Namespace) -> int:
     """Ask for prompts and continue them, until end of file. Ctrl-C ends an answer."""
-    with contextlib.suppress(ModuleNotFoundError):  # line editing and history, where Python has it (not on Windows)
+    with contextlib.suppress(ModuleNotFoundError):  # gives input() line editing and history; Windows does not have it
         import readline  # noqa: F401
-    say("a prompt, Enter; each is continued on its own; Ctrl-C ends an answer, Ctrl-D the session")
+    say("Type a prompt and press Enter. Each prompt is continued on its own. Ctrl-C ends an answer, Ctrl-D the session.")
     while True:
         try:
             prompt = input("> ")

@@ -1,1 +1,1 @@
-"""Talking to a person: flags, messages, progress, signals. Only commands/ and cli.py use it."""
+"""Talking to a person: flags, messages, progress, signals. Only commands/ and cli.py use this room."""

@@ -1,4 +1,4 @@
-"""What the commands share of talking to people: command lines, messages, progress, streams that go away."""
+"""What the commands share: parsers, messages, progress bars, streams that may be closed. No command is known here."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ import sys
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from npgpt.text.dataset import PIECE
-
 
 class Parser(argparse.ArgumentParser):
-    """Answers a wrong command line in one line, and guesses what a misspelt flag was meant to be."""
+    """Answers a wrong command line in one line, and suggests the flag that a misspelt one may stand for."""
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments: "):
@@ -26,7 +24,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def command_parser(name: str, about: str, examples: list[str]) -> argparse.ArgumentParser:
-    """The parser of `npgpt NAME`, whose help opens with examples."""
+    """The parser of `npgpt NAME`. Its help begins with examples."""
     description = "examples:\n" + "\n".join(f"  {e}" for e in examples) + f"\n\n{about}"
     return Parser(
         prog=f"npgpt {name}",
@@ -42,27 +40,30 @@ def say(message: str, end: str = "\n") -> None:
 
 
 def failed(name: str, message: str) -> int:
-    """Say why a command's work failed; returns the exit status for that."""
+    """Print why a command has failed; returns the exit status for a failure."""
     say(f"npgpt {name}".rstrip() + f": {message}")
     return 1
 
 
 def duration(seconds: float) -> str:
-    """1 h 2 min, 2 min 3 s, or 3 s."""
+    """A duration as text: 1 h 2 min, 2 min 3 s, or 3 s."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
-def progress_bar(iterable: Iterable[Any], total: int | None, desc: str) -> Iterable[Any]:
-    """tqdm over the pieces of a text, on a terminal, once it takes longer than a second."""
+def progress_bar(iterable: Iterable[Any], **options: Any) -> Iterable[Any]:
+    """tqdm(iterable, **options), shown only on a terminal, and only after the first second."""
     from tqdm import tqdm
 
-    return tqdm(iterable, desc=desc, total=total, unit="MiB", unit_scale=PIECE >> 20, delay=1, disable=None, leave=False)
+    return tqdm(iterable, delay=1, disable=None, leave=False, **options)
 
 
-class Unread:
-    """A stream that may go away, such as the terminal of a run left alone: what is written then is lost, and nothing else."""
+class BreakableStream:
+    """A stream that may be closed by its reader, such as the terminal of a run that goes on alone.
+
+    What is written after that is lost, and nothing else happens.
+    """
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -85,6 +86,6 @@ class Unread:
 
 
 def silence(stream: Any) -> None:
-    """Send what is still written to a stream nowhere."""
-    with contextlib.suppress(OSError):  # one that is no file
+    """Discard everything that is written to a stream from now on."""
+    with contextlib.suppress(OSError):  # the stream is not a file
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

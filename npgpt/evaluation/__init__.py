@@ -1,1 +1,1 @@
-"""How good a model and its text are. No training."""
+"""How good a model is, and how like its training text its own text is. No training."""

@@ -1,7 +1,7 @@
-"""How like its training text a sampled text is: rates of characters, known words, copied spans. Plain counting; no model.
+"""How like its training text a generated text is: rates of characters, known words, copied spans. Only counting; no model.
 
-The numbers answer two questions a loss does not: has it learned the text's surface, and is it writing or
-reciting?
+The numbers answer two questions that a loss does not answer. Has the model learned the look of the text? And does it write
+new text or copy?
 """
 
 from __future__ import annotations
@@ -10,30 +10,29 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-LARGEST_TEXT = 4_000_000  # characters of the training text that spans are looked for in: a few seconds
-NGRAM = 8
-WORD = re.compile("\\w+(?:['\u2019]\\w+)*")  # with apostrophes, straight and curly
+LARGEST_TEXT = 4_000_000  # characters of the training text to search; the search takes a few seconds
+NGRAM = 8  # characters in an n-gram
+WORD = re.compile("\\w+(?:['\u2019]\\w+)*")  # a word may have apostrophes, straight or curly
 PUNCTUATION = re.compile(r"[^\w\s]")
 
 
 @dataclass(frozen=True)
 class Likeness:
-    """Of `characters` sampled ones and the first `of` of the training text. `rates`: kind of character -> (share of the
-    sample, share of the training text). `known_words`: share of the sample's words that occur in the training text.
-    `longest_copy`: the longest span of the sample that stands in it. `new_ngrams`: share of the sample's different spans
-    of 8 characters that do not. Shares are None where there is nothing to count."""
+    """A comparison of samples with the training text. A share is None if there is nothing to count."""
 
-    characters: int
-    of: int
-    rates: dict[str, tuple[float, float]]
-    known_words: float | None
-    longest_copy: str
-    new_ngrams: float | None
+    characters: int  # in the samples
+    of: int  # characters of the training text, from its beginning, that they were compared with
+    rates: dict[str, tuple[float, float]]  # kind of character -> (share in the samples, share in the training text)
+    known_words: float | None  # share of the samples' words that occur in the training text
+    longest_copy: str  # the longest span of a sample that occurs in the training text
+    new_ngrams: float | None  # share of the samples' different 8-grams that do not occur in the training text
 
 
 def likeness(samples: Sequence[str], training: str) -> Likeness:
-    """Compare samples, each for itself, with the training text, or with its first four million characters. The last
-    word of a sample, which may have been cut off, is not counted as one."""
+    """Compare samples with the training text, or with its first four million characters.
+
+    The last word of each sample is not counted, because it may be cut off.
+    """
     training = training[:LARGEST_TEXT]
     n = sum(map(len, samples))
     ours, theirs = _rates("".join(samples)), _rates(training)
@@ -64,7 +63,7 @@ def _rates(text: str) -> dict[str, float]:
 
 
 def _longest_copy(sample: str, training: str, longest: str) -> str:
-    """The longest span of the sample that stands in the training text, or `longest` if none is longer."""
+    """The longest span of the sample that occurs in the training text, or `longest` if no span is longer."""
     for i in range(len(sample)):
         while i + len(longest) < len(sample) and sample[i : i + len(longest) + 1] in training:
             longest = sample[i : i + len(longest) + 1]

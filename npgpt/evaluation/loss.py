@@ -1,4 +1,4 @@
-"""How well a model predicts a text: the exact loss over every token of it, not over a random sample."""
+"""How well a model predicts a text: the exact loss over every token, not over random batches. No training."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from npgpt.model.gpt import GPT
 from npgpt.parallel.workers import Workers
 from npgpt.text.dataset import window_starts, windows_at
 
-TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 16_384}  # what a worker evaluates at a time; a GPU is one worker
+TOKENS_AT_ONCE_CPU = 1024  # tokens that one worker evaluates at a time
+TOKENS_AT_ONCE_GPU = 16_384  # the same on a GPU, which is one worker
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Mean cross-entropy in nats per token over `n_targets` tokens.
+    """The mean cross-entropy over `n_targets` tokens, in nats per token.
 
-    `stderr` is its standard error over windows (how far another text of this kind and length may be from
-    this one); None when there is one window only.
+    `stderr` is its standard error, computed from the differences between windows. It says how far the loss on another text
+    of this kind and length may be from this one. It is None if there is only one window.
     """
 
     loss: float
@@ -41,30 +42,40 @@ class Loss:
 
 
 def evaluate(model: GPT, ids: np.ndarray, workers: Workers | None = None, max_tokens: int | None = None) -> Loss:
-    """The mean over every token but the first, each predicted once, in side-by-side windows of block_size
-    (the last one shorter); or over evenly spread windows of `max_tokens` tokens, for a quick look at a text
-    that has more. The same ids and weights give the same number, whatever the workers.
+    """The loss of a model on a text, `ids` (n,).
 
-    workers: threads already at work, to spread the windows over; None starts and ends its own. Raises
-    RequestError when there are fewer than two ids.
+    Every token but the first is predicted once, in windows of block_size side by side; the last window may be shorter. The
+    same ids and weights give the same number, whatever the workers.
+
+    workers: threads to spread the windows over. None: start new ones, and end them.
+    max_tokens: for a longer text, evaluate only this many tokens, in windows that are spread evenly.
+
+    Raises RequestError for fewer than two ids.
     """
     return _mean_over(*_window_losses(model, ids, workers, max_tokens))
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How much higher the loss of one model is than another's on the same tokens, in nats per token, and the standard
-    error of that: far smaller than those of the losses, since what is hard for one is hard for the other."""
+    """How much higher the loss of one model is than that of another on the same tokens, in nats per token.
+
+    Its standard error is far smaller than those of the two losses, because text that is hard for one model is hard for the
+    other too.
+    """
 
     difference: float
     stderr: float | None
 
 
 def compare(runs: Sequence[tuple[GPT, np.ndarray]], workers: Workers | None = None) -> list[tuple[Loss, Difference | None]]:
-    """The loss of each model, and how it differs from the first one's, over spans of the longest of their windows. Each
-    comes with the same text in ids of its own vocabulary. Raises RequestError when these differ in length."""
+    """The loss of each model on one text, and its difference from the loss of the first model.
+
+    runs: for each model, the model and the text as ids of its own vocabulary. Raises RequestError if the ids differ in
+    length.
+    """
     if len({len(ids) for _, ids in runs}) > 1:
         raise RequestError(f"the same text must have as many ids for each model, got {[len(ids) for _, ids in runs]}")
+    # Models with different block_size have different windows. All losses are added up over spans of the longest window.
     span, n = max(model.config.block_size for model, _ in runs), len(runs[0][1]) - 1
     starts = np.arange(0, n, span)
     sizes = np.diff(np.append(starts, n))
@@ -72,7 +83,7 @@ def compare(runs: Sequence[tuple[GPT, np.ndarray]], workers: Workers | None = No
     first = None
     for model, ids in runs:
         window_sums, window_sizes = _window_losses(model, ids, workers, None)
-        # Each window's loss is spread over its tokens, and collected again in spans that all have.
+        # Spread the loss of each window over its tokens, then add up the tokens of each span.
         sums = np.add.reduceat(np.repeat(window_sums / window_sizes, window_sizes), starts)
         loss = _mean_over(sums, sizes)
         if first is None:
@@ -85,19 +96,19 @@ def compare(runs: Sequence[tuple[GPT, np.ndarray]], workers: Workers | None = No
 
 
 def _mean_over(sums: np.ndarray, sizes: np.ndarray) -> Loss:
-    """From the sum over each window, and its number of tokens."""
+    """The loss from the summed loss and the number of tokens of each window."""
     n, n_targets = len(sums), int(sizes.sum())
     loss = float(sums.sum() / n_targets)
     if n == 1:
         return Loss(loss, None, n_targets)
-    # Of a ratio of sums; with equal windows, the usual deviation / sqrt(n).
+    # The standard error of a ratio of sums. With equal windows it is the usual standard deviation / sqrt(n).
     return Loss(loss, float(np.sqrt(n / (n - 1) * np.sum((sums - loss * sizes) ** 2)) / n_targets), n_targets)
 
 
 def _window_losses(
     model: GPT, ids: np.ndarray, workers: Workers | None, max_tokens: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The summed loss of each window, and its number of tokens."""
+    """(the summed loss of each window, the number of tokens of each window)."""
     ids = np.asarray(ids)
     if len(ids) < 2:
         raise RequestError(f"evaluation needs at least 2 tokens, got {len(ids)}")
@@ -108,16 +119,16 @@ def _window_losses(
 
     def losses(starts: np.ndarray, size: int = block_size) -> np.ndarray:
         x, y = windows_at(ids, starts, size)
-        with no_grad(), np.errstate(over="ignore", invalid="ignore"):  # a loss that is no number says it itself
+        with no_grad(), np.errstate(over="ignore", invalid="ignore"):  # the caller checks for a loss that is not finite
             logits, _ = model(x)
             each = ops.cross_entropy(logits, y, reduction="none").numpy()
         return each.sum(axis=1, dtype=np.float64)
 
-    device = model.backend.name
-    rows = max(1, TOKENS_AT_ONCE[device] // block_size)
+    on_cpu = model.backend.is_cpu
+    rows = max(1, (TOKENS_AT_ONCE_CPU if on_cpu else TOKENS_AT_ONCE_GPU) // block_size)
     window_sizes = np.full(len(starts), block_size)
-    with contextlib.nullcontext(workers) if workers else Workers(None if device == "cpu" else 1) as crew:
-        sums = crew.map(losses, [starts[i : i + rows] for i in range(0, len(starts), rows)])
+    with contextlib.nullcontext(workers) if workers else Workers(None if on_cpu else 1) as threads:
+        sums = threads.map(losses, [starts[i : i + rows] for i in range(0, len(starts), rows)])
     rest = (len(ids) - 1) % block_size
     if rest and (max_tokens is None or not sums):
         sums.append(losses(np.array([len(ids) - 1 - rest]), rest))

@@ -1,7 +1,4 @@
-"""Files that are whole or not there: writing that can be interrupted at any moment, and a lock for a run.
-
-What is in the files is not known here.
-"""
+"""Writing files that are always complete, even if the writing is interrupted, and a lock. File contents are not known here."""
 
 from __future__ import annotations
 
@@ -24,17 +21,20 @@ if sys.platform == "win32":
 else:
     import fcntl
 
-NOT_SUPPORTED = (errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # by this file system
-COPY_BYTES = 1 << 20  # at a time
-PAUSES = (0.05, 0.2, 1.0) if sys.platform == "win32" else ()  # seconds: there a reader keeps a file from being replaced
+NOT_SUPPORTED = (errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # the file system cannot do it
+COPY_BYTES = 1 << 20  # bytes copied at a time
+# Seconds between attempts to replace a file. On Windows a file cannot be replaced while another process reads it.
+PAUSES = (0.05, 0.2, 1.0) if sys.platform == "win32" else ()
 
 
 @contextlib.contextmanager
 def whole_file(path: Path, verify: Callable[[Path], None]) -> Iterator[BinaryIO]:
-    """A file to write to that takes the place of `path` when the block ends without an error, `verify` finds it
-    good, and it is on the disk. Until then, and after a loss of power at any moment, what was at `path` is there.
+    """Open a file for writing that replaces `path` at the end of the `with` block.
 
-    Raises OSError when it cannot be written; what the block or `verify` raise passes through. Nothing is left
+    It replaces `path` only if the block ends without an error, the file is on disk, and `verify(file)` raises nothing. Until
+    then, and after a loss of power at any moment, the old file at `path` is still there.
+
+    Raises OSError if the file cannot be written, and passes on what the block or `verify` raises. No temporary file is left
     behind then.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -46,16 +46,16 @@ def whole_file(path: Path, verify: Callable[[Path], None]) -> Iterator[BinaryIO]
         verify(temporary)
         _replace(temporary, path)
     except BaseException as error:
-        with contextlib.suppress(OSError):  # the error that brought us here says more
+        with contextlib.suppress(OSError):  # the first error says more than this one
             temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # a write does not know its file's name
+        if isinstance(error, OSError) and error.filename is None:  # an error of a write has no file name
             error.filename = str(path)
         raise
     _sync_folder(path.parent)
 
 
 def copy_whole(source: Path, path: Path) -> None:
-    """Copy a file that is whole, as `whole_file` writes. Raises OSError like it."""
+    """Copy a file to `path`, with the guarantees of `whole_file`. Raises OSError."""
 
     def verify(written: Path) -> None:
         if not filecmp.cmp(source, written, shallow=False):
@@ -76,7 +76,7 @@ def _replace(temporary: Path, path: Path, pauses: tuple[float, ...] = PAUSES) ->
 
 
 def _sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk, where a folder can be asked for that."""
+    """Wait until the file names of a folder are on disk. Windows cannot do that."""
     if sys.platform == "win32":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -91,21 +91,24 @@ def _sync_folder(folder: Path) -> None:
 
 def _sync(descriptor: int) -> None:
     os.fsync(descriptor)
-    if sys.platform == "darwin":  # where fsync leaves the data in the disk's own cache; not every volume can do more
+    if sys.platform == "darwin":  # there, fsync leaves data in the disk's cache; some volumes cannot do more
         with contextlib.suppress(OSError):
             fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what a killed process left of `whole_file(path)`. Only for the one that holds the path's lock."""
+    """Remove the temporary files that killed processes left of `whole_file(path)`. The caller must hold the lock."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         left.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def lock(path: Path, what: str) -> Iterator[None]:
-    """Hold the lock file `path` while the block runs; the system lets go of it when the process ends, however it
-    ends. Raises RequestError, saying which process has it, when it is taken."""
+    """Hold the lock file `path` inside the `with` block. `what` is locked by it, for the message.
+
+    The system releases the lock when the process ends, in whatever way. Raises RequestError, with the number of the other
+    process, if the lock is taken.
+    """
     while True:
         file = path.open("a+", encoding="ascii")
         try:
@@ -114,7 +117,7 @@ def lock(path: Path, what: str) -> Iterator[None]:
                 file.seek(0)
                 raise RequestError(f"{what} is in use by another run (process {file.read().strip() or 'unknown'})")
             if _is_at(file.fileno(), path):
-                break  # else its holder has just removed it
+                break  # otherwise its last holder has just removed the file: try again
         except BaseException:
             file.close()
             raise
@@ -125,18 +128,18 @@ def lock(path: Path, what: str) -> Iterator[None]:
         file.flush()
         yield
     finally:
-        if sys.platform == "win32":  # an open file cannot be removed there
+        if sys.platform == "win32":  # there, an open file cannot be removed
             file.close()
-        with contextlib.suppress(OSError):  # another run has it already, or the folder is gone: then it may stay
+        with contextlib.suppress(OSError):  # another run has the lock already, or the folder is gone
             path.unlink()
         file.close()
 
 
 def _try_lock(descriptor: int) -> bool:
-    """Whether the file is locked for us now. True also on a file system that has no locks (some of networks)."""
+    """Lock the file if it is free; returns whether it succeeded. True also on network file systems without locks."""
     try:
         if sys.platform == "win32":
-            os.lseek(descriptor, 1 << 30, os.SEEK_SET)  # far behind its text, which others may read
+            os.lseek(descriptor, 1 << 30, os.SEEK_SET)  # far behind the text, so that others can still read the text
             msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
         else:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -150,7 +153,7 @@ def _try_lock(descriptor: int) -> bool:
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether the open file is the one that is at `path` now."""
+    """Whether the open file is the file that is at `path` now."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:

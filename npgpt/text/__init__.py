@@ -1,1 +1,1 @@
-"""From a text to ids to batches. No model."""
+"""From a text to ids to batches: tokenizers, reading files, datasets. No model."""

@@ -1,4 +1,4 @@
-"""Characters to integers and back. Text comes in as `str`; where it comes from is data.py's business."""
+"""The character tokenizer: characters to ids and back. Files are read in reading.py."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ import numpy as np
 
 from npgpt.config.fields import RequestError
 
-CHUNK = 1 << 16  # characters worked on at a time, so that a large text needs little more memory than its ids
+CHARACTERS_AT_ONCE = 1 << 16  # few, so that encoding a large text needs little more memory than its ids
 
 
 class CharTokenizer:
-    """One token per character (Unicode code point).
+    """A tokenizer with one token for each character (Unicode code point).
 
-    `stoi` maps a character to its id, `itos` an id to its character; ids are 0 .. vocab_size - 1.
+    `stoi` maps a character to its id, and `itos` maps an id to its character. The ids are 0 .. vocab_size - 1.
     """
 
     def __init__(self, characters: Sequence[str]) -> None:
-        """`characters` in the order of their ids. Raises RequestError when one is repeated, is not a single
-        character, or there are none."""
+        """characters: single characters, in the order of their ids.
+
+        Raises RequestError if there are none, if one occurs twice, or if one is not a single character.
+        """
         if not characters:
             raise RequestError("a vocabulary needs at least one character, got none")
         wrong = [c for c in characters if not isinstance(c, str) or len(c) != 1]
@@ -28,13 +30,14 @@ class CharTokenizer:
             raise RequestError(f"a vocabulary is made of different single characters, got {list(characters)[:20]!r}")
         self.itos: dict[int, str] = dict(enumerate(characters))
         self.stoi: dict[str, int] = {c: i for i, c in self.itos.items()}
-        # Code point -> id, -1 for a character outside the vocabulary; the last entry stands for all above.
+        # _table[code point] is the id, or -1 for a character outside the vocabulary. The last entry is for all code points
+        # above the largest in the vocabulary.
         self._table = np.full(max(map(ord, characters)) + 2, -1, dtype=np.int32)
         self._table[[ord(c) for c in characters]] = np.arange(len(characters))
 
     @classmethod
     def build_vocab(cls, text: str | Iterable[str]) -> CharTokenizer:
-        """The tokenizer whose vocabulary is the characters of `text` (or of its pieces), in code-point order."""
+        """The tokenizer whose vocabulary is the characters of `text`, sorted. `text` may also be pieces of a text."""
         seen = np.zeros(0x110000, dtype=bool)  # Unicode ends at U+10FFFF
         for piece in [text] if isinstance(text, str) else text:
             for codes in _code_points(piece):
@@ -54,16 +57,18 @@ class CharTokenizer:
 
     @property
     def characters(self) -> str:
-        """The vocabulary in the order of its ids."""
+        """The vocabulary, in the order of the ids."""
         return "".join(self.itos.values())
 
     def encode(self, text: str) -> list[int]:
-        """Text -> ids. Raises RequestError naming the characters outside the vocabulary."""
+        """Text -> ids. Raises RequestError, naming the characters, if the text has characters outside the vocabulary."""
         return self.encode_array(text).tolist()
 
     def encode_array(self, text: str, position: int = 0) -> np.ndarray:
-        """Text -> ids, shape (len(text),), of `id_dtype`: for whole corpora. `position`: where the text starts in
-        the whole, for the message about an unknown character."""
+        """Like `encode`, but returns an array (len(text),) of `id_dtype`, for whole corpora.
+
+        position: where this text starts in a longer text, for the message about an unknown character.
+        """
         ids = np.empty(len(text), dtype=self.id_dtype)
         done = 0
         for codes in _code_points(text):
@@ -75,19 +80,22 @@ class CharTokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Ids -> text. Raises RequestError naming the first id that is not in the vocabulary."""
+        """Ids -> text. Raises RequestError, naming the id, if an id is not in the vocabulary."""
         try:
             return "".join([self.itos[int(i)] for i in ids])
         except KeyError as error:
             raise RequestError(f"id {error.args[0]} is not in the vocabulary, whose ids are 0..{self.vocab_size - 1}") from None
 
     def unknown(self, text: str) -> dict[str, int]:
-        """The characters of `text` outside the vocabulary, and where each occurs first."""
+        """The characters of `text` outside the vocabulary, each with the position of its first occurrence."""
         return {c: text.index(c) for c in dict.fromkeys(text) if c not in self.stoi}
 
     def without_unknown(self, text: str, replace: bool) -> str:
-        """`text` with its unknown characters left out, or with the closest known one in their place where there is
-        one: the other case, or the letter without its accent."""
+        """`text` without its unknown characters.
+
+        replace: put the closest known character in place of an unknown one, if there is one. The closest is the other case
+        of the letter, or the letter without its accent.
+        """
         closest = {c: (self._closest(c) if replace else None) or "" for c in self.unknown(text)}
         return "".join(closest.get(c, c) for c in text)
 
@@ -103,7 +111,7 @@ class CharTokenizer:
         return RequestError(f"unknown character{plural} {'; '.join(shown)}{more}: not in the text the model was trained on")
 
     def _closest(self, character: str) -> str | None:
-        """A known character that could stand in: the other case, or the letter without its accent."""
+        """The closest known character: the other case of the letter, or the letter without its accent; or None."""
         plain = unicodedata.normalize("NFKD", character)[:1]
         candidates = (character.swapcase(), plain, plain.swapcase())
         return next((c for c in candidates if c in self.stoi), None)
@@ -118,6 +126,7 @@ class CharTokenizer:
 
 
 def _code_points(text: str) -> Iterator[np.ndarray]:
-    """The text's code points, a chunk at a time: an array of them takes four times the memory of most texts."""
-    for start in range(0, len(text), CHUNK):
-        yield np.frombuffer(text[start : start + CHUNK].encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
+    """The code points of a text, in several arrays, because one array would take four times the memory of most texts."""
+    for start in range(0, len(text), CHARACTERS_AT_ONCE):
+        part = text[start : start + CHARACTERS_AT_ONCE]
+        yield np.frombuffer(part.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")

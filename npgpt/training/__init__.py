@@ -1,1 +1,1 @@
-"""From a text to a trained model: optimiser, loop, memory, plan. Nothing is printed here."""
+"""From a text to a trained model: the optimiser, the loop, memory, the plan. Nothing is printed here."""

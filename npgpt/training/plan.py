@@ -1,6 +1,8 @@
-"""What to train in a given time: candidates are timed on this machine and text, and judged by what they were measured to reach.
+"""Choosing what to train in a given time.
 
-Nothing is trained for good here, and no flag is parsed.
+Each candidate is a configuration with the losses that it reached on tiny Shakespeare. `plan` times some steps of the
+candidates on this machine and this text, and takes the one whose measured loss is lowest for as many steps as fit into the
+time. The models trained here are thrown away. No flags are parsed here.
 """
 
 from __future__ import annotations
@@ -19,38 +21,42 @@ from npgpt.config.fields import RequestError
 from npgpt.config.settings import PRESETS, GPTConfig, TrainConfig
 from npgpt.engine.backend import Backend
 from npgpt.model.gpt import GPT
+from npgpt.parallel.processes import processes_pay_off
 from npgpt.text.characters import CharTokenizer
 from npgpt.text.dataset import Dataset
+from npgpt.training.events import End, Evaluation, Outcome, Step
 from npgpt.training.memory import check_memory, estimate_memory
-from npgpt.training.trainer import SECONDS_FOR_PROCESSES, End, Evaluation, Outcome, Step, Trainer
+from npgpt.training.trainer import Trainer
 
-EVALUATIONS = 8  # fewer where they would take more than FOR_EVALUATIONS even so
-FOR_EVALUATIONS = 0.08  # of the time, at most
-FOR_TIMING = 0.02  # of the time, on the one that is chosen
-RESERVE = 0.02  # of the time, for checkpoints and what else is not timed here
-LONGEST_TIMED = 1 << 22  # characters of a text that timing looks at
-CHOSEN = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "lr", "dropout")  # what a candidate is
+EVALUATIONS = 8  # evaluations in a run; fewer if they would take more than EVALUATION_SHARE
+EVALUATION_SHARE = 0.08  # the largest share of the time for evaluations
+TIMING_SHARE = 0.02  # the largest share of the time for timing the chosen candidate
+RESERVE = 0.02  # the share of the time for checkpoints and everything that is not timed here
+MAX_TIMED_CHARACTERS = 1 << 22  # a longer text is cut for timing
+CANDIDATE_SETTINGS = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "lr", "dropout")
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Settings, and validation losses they reached on tiny Shakespeare: runs of so many steps, each to its end."""
+    """Settings, and the validation losses they reached on tiny Shakespeare, each in a run of its own."""
 
     settings: dict[str, Any]
-    reached: tuple[tuple[int, float], ...]  # (steps, loss), steps rising
+    reached: tuple[tuple[int, float], ...]  # (steps, loss), in the order of the steps
 
-    def expected(self, steps: int) -> float | None:
-        """The loss after a run of so many steps, between those measured on a logarithmic scale, and beyond the last one as
-        after it; None below the first."""
+    def expected_loss(self, steps: int) -> float | None:
+        """The loss after a run of `steps` steps: interpolated in log(steps), constant beyond the last measurement.
+
+        None if `steps` is below the first measurement.
+        """
         if steps < self.reached[0][0]:
             return None
         measured, losses = zip(*self.reached, strict=True)
         return float(np.interp(np.log(steps), np.log(measured), losses))
 
 
-# What learned fastest of some thirty configurations, each for 20 seconds to 5 minutes on two cores, and of two for 20. Depth
-# and width pay late, a window of 128 early; dropout costs more than it gives to models this small, unless the text is read
-# many times over. The last is nanoGPT's for a GPU, with the loss it publishes.
+# The fastest learners of about thirty configurations, each trained for 20 seconds to 5 minutes on two cores, and two of them
+# for 20 minutes. A larger depth or width pays off late, a window of 128 early. Dropout costs such small models more than it
+# gives, unless the text is read many times. The last candidate is nanoGPT's configuration for a GPU, with its published loss.
 CANDIDATES = (
     Candidate(
         {"n_layer": 1, "n_embd": 128, "block_size": 64, "batch_size": 12, "lr": 6e-3},
@@ -62,15 +68,15 @@ CANDIDATES = (
     ),
     Candidate(
         {"n_layer": 2, "n_embd": 128, "block_size": 128, "batch_size": 8, "lr": 4e-3},
-        ((2900, 1.697), (5800, 1.598), (13_300, 1.519), (42_000, 1.512)),  # the last with dropout 0.1
+        ((2900, 1.697), (5800, 1.598), (13_300, 1.519), (42_000, 1.512)),  # the last run had dropout 0.1
     ),
-    Candidate({k: v for k, v in PRESETS["char"].items() if k in CHOSEN}, ((5000, 1.470),)),
+    Candidate({k: v for k, v in PRESETS["char"].items() if k in CANDIDATE_SETTINGS}, ((5000, 1.470),)),
 )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to train, and why in two lines."""
+    """What to train, and the reasons in two lines."""
 
     model: GPTConfig
     training: TrainConfig
@@ -79,6 +85,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Timed:
+    """A candidate, its configurations for this text, and the measured time of a step."""
+
     candidate: Candidate
     model: GPTConfig
     training: TrainConfig
@@ -86,6 +94,15 @@ class _Timed:
 
     def steps_in(self, seconds: float) -> int:
         return int(seconds / self.step_seconds)
+
+    def epochs(self, steps: int, n_ids: int) -> float:
+        """How many times a run of `steps` steps reads the training part of a text of n_ids tokens."""
+        tokens = steps * self.training.batch_size * self.model.block_size
+        return tokens / (n_ids * (1 - self.training.val_fraction))
+
+    def __str__(self) -> str:
+        m, t = self.model, self.training
+        return f"n_layer {m.n_layer}, n_embd {m.n_embd}, {t.batch_size} x {m.block_size} tokens, lr {t.lr:g}"
 
 
 def plan(
@@ -96,172 +113,187 @@ def plan(
     fixed: Mapping[str, Any],
     candidates: tuple[Candidate, ...] = CANDIDATES,
 ) -> Plan:
-    """Choose model, batch, learning rate and steps for training on `ids` that is to end at `until`, a time of
-    `time.perf_counter`. `fixed` are settings somebody has chosen already. Raises RequestError when there is no time for a
-    step, or no candidate goes with the text and what is fixed."""
+    """Choose the model, the batch, the learning rate and the number of steps for a run on `ids` that ends at `until`.
+
+    until: a time of `time.perf_counter`. fixed: settings that the user has chosen; they are kept.
+
+    Raises RequestError if there is no time for a step, or if no candidate fits the text and the fixed settings.
+    """
     seconds = until - time.perf_counter()
-    processes = fixed.get("processes")
-    if processes is None:
-        fixed = {**fixed, "processes": seconds > SECONDS_FOR_PROCESSES}  # as the run itself will do
-    sample = ids[:LONGEST_TIMED]
-    choices: list[tuple[float, _Timed]] = []
-    refused = RequestError(f"there is no time for a step in {seconds:.2g} s; give it more --minutes")
-    for candidate in candidates:
-        try:
-            model, training = _configs(candidate, fixed, tokenizer)
-            if choices and not _could_do(candidate, model, training, choices[-1][1], seconds):
+    if fixed.get("processes") is None:
+        fixed = {**fixed, "processes": processes_pay_off(seconds)}  # decided here, as the run itself would decide it
+    planner = _Planner(seconds, ids, tokenizer, backend, fixed)
+    choices = planner.time_candidates(candidates)
+    best = planner.with_dropout(choices[0][1])
+    usual = min(20.0, TIMING_SHARE * seconds)
+    best = planner.time(best.candidate, best.model, best.training, (usual, TIMING_SHARE * seconds))
+    evaluation_seconds, eval_tokens = planner.time_evaluations(best)
+    steps, eval_interval = _steps_and_interval(
+        best, until - time.perf_counter() - RESERVE * seconds, seconds, evaluation_seconds, fixed.get("eval_interval")
+    )
+    training = dataclasses.replace(
+        best.training,
+        processes=fixed["processes"],
+        steps=steps,
+        warmup_steps=fixed.get("warmup_steps", min(100, steps // 10)),
+        eval_interval=eval_interval,
+        eval_tokens=eval_tokens,
+    )
+    return Plan(best.model, training, _reasons(choices, best, training, fixed, best.epochs(steps, len(ids))))
+
+
+def dropout_for(epochs: float, parameters: int) -> float:
+    """The dropout for a model of so many parameters that reads its text `epochs` times.
+
+    Measured on texts of a million and of a hundred thousand characters, with one block and with two. At 6 million
+    parameter-epochs, dropout 0.1 cost 0.1 nats. At 14 million, the validation loss rose again without dropout. At 27
+    million, 0.1 was best, and 0.2 cost 0.06 to 0.08 nats. At 65 million, the loss rose again with 0.1.
+    """
+    return 0.0 if epochs * parameters < 8e6 else 0.1 if epochs * parameters < 40e6 else 0.2
+
+
+class _Planner:
+    """Times candidates for one text, one machine and `seconds` of training."""
+
+    def __init__(
+        self, seconds: float, ids: np.ndarray, tokenizer: CharTokenizer, backend: Backend, fixed: Mapping[str, Any]
+    ) -> None:
+        self._seconds, self._ids, self._tokenizer, self._backend, self._fixed = seconds, ids, tokenizer, backend, fixed
+
+    def time_candidates(self, candidates: tuple[Candidate, ...]) -> list[tuple[float, _Timed]]:
+        """(expected loss, timed candidate) for each candidate that fits, the best first.
+
+        The expected loss is infinite if it was not measured for so few steps. Raises RequestError if no candidate fits.
+        """
+        choices: list[tuple[float, _Timed]] = []
+        refused = RequestError(f"there is no time for a step in {self._seconds:.2g} s; give it more --minutes")
+        for candidate in candidates:
+            try:
+                model, training = self._configs(candidate)
+                if choices and not self._is_fast_enough(candidate, model, training, choices[-1][1]):
+                    continue
+                if self._backend.is_cpu:
+                    check_memory(model, training)
+                timed = self.time(candidate, model, training, (0.002 * self._seconds, 0.02 * self._seconds))
+            except RequestError as error:  # the candidate does not fit the fixed settings or the text
+                refused = error
                 continue
-            if backend.name == "cpu":
-                check_memory(model, training)
-            timed = _time(candidate, model, training, sample, tokenizer, backend, (0.002 * seconds, 0.02 * seconds))
-        except RequestError as error:  # it does not go with what is fixed, or with so short a text
-            refused = error
-            continue
-        expected = candidate.expected(timed.steps_in((1 - FOR_EVALUATIONS) * seconds))
-        if expected is not None or not choices:
-            choices.append((math.inf if expected is None else expected, timed))
-    if not choices:
-        raise refused
-    choices.sort(key=lambda choice: choice[0])
-    best = choices[0][1]
+            expected = candidate.expected_loss(timed.steps_in((1 - EVALUATION_SHARE) * self._seconds))
+            if expected is not None or not choices:
+                choices.append((math.inf if expected is None else expected, timed))
+        if not choices:
+            raise refused
+        return sorted(choices, key=lambda choice: choice[0])
 
-    def epochs(steps: int) -> float:
-        return steps * best.training.batch_size * best.model.block_size / (len(ids) * (1 - best.training.val_fraction))
+    def with_dropout(self, timed: _Timed) -> _Timed:
+        """The candidate with the dropout that fits the number of epochs, unless its dropout is given."""
+        if "dropout" in self._fixed or "dropout" in timed.candidate.settings:
+            return timed
+        epochs = timed.epochs(timed.steps_in(self._seconds), len(self._ids))
+        dropout = dropout_for(epochs, timed.model.num_parameters())
+        return dataclasses.replace(timed, model=dataclasses.replace(timed.model, dropout=dropout))
 
-    if "dropout" not in fixed and "dropout" not in best.candidate.settings:
-        dropout = dropout_for(epochs(best.steps_in(seconds)), best.model.num_parameters())
-        best = dataclasses.replace(best, model=dataclasses.replace(best.model, dropout=dropout))
-    longest = FOR_TIMING * seconds
-    best = _time(best.candidate, best.model, best.training, sample, tokenizer, backend, (min(20.0, longest), longest))
-    evaluation_seconds, eval_tokens = _evaluations(best, ids, tokenizer, backend, seconds, fixed.get("eval_tokens"))
-    left = until - time.perf_counter() - RESERVE * seconds
-    if "eval_interval" in fixed:
-        interval = fixed["eval_interval"]
-        steps = int(left / (best.step_seconds + evaluation_seconds / interval))
+    def time(self, candidate: Candidate, model: GPTConfig, training: TrainConfig, seconds: tuple[float, float]) -> _Timed:
+        """Measure the time of a step. seconds: (usual, longest) time for it.
+
+        The first two steps do not count. At least two further steps are timed, unless that takes the longest time.
+        """
+        usual, longest = seconds
+        endless = dataclasses.replace(training, steps=10**9, eval_interval=10**9)
+        trainer = self._trainer(model, endless, self._ids[:MAX_TIMED_CHARACTERS])
+        started = time.perf_counter()
+
+        def enough() -> bool:
+            taken = time.perf_counter() - started
+            return taken > longest or (trainer.progress.step >= 4 and taken > usual)
+
+        events = list(trainer.run(enough))
+        if isinstance(events[-1], End) and events[-1].outcome is Outcome.DIVERGED:
+            raise RequestError(
+                f"it diverges at step {events[-1].step + 1}: lower the learning rate (--lr, now {training.lr:g})"
+            )
+        times = [event.seconds for event in events if isinstance(event, Step)]
+        return _Timed(candidate, model, training, statistics.median(times[2:] or times[-1:]))
+
+    def time_evaluations(self, best: _Timed) -> tuple[float, int]:
+        """(seconds of one evaluation, the number of tokens it may use; 0: all). Two short evaluations are timed."""
+        few, more = 2048, 16_384
+        fixed_tokens = self._fixed.get("eval_tokens")
+        if best.step_seconds > TIMING_SHARE * self._seconds:  # no time for this; a step takes longer than an evaluation
+            return best.step_seconds, few if fixed_tokens is None else fixed_tokens
+        taken = []
+        for eval_tokens in (few, more):
+            once = dataclasses.replace(best.training, steps=1, eval_interval=1, eval_tokens=eval_tokens, processes=False)
+            events = list(self._trainer(best.model, once, self._ids[-MAX_TIMED_CHARACTERS:]).run())
+            taken += [event.seconds for event in events if isinstance(event, Evaluation)]
+        if len(taken) < 2:
+            raise RequestError(f"it diverges in one step: lower the learning rate (--lr, now {best.training.lr:g})")
+        token_seconds = max(1e-9, (taken[1] - taken[0]) / (more - few))
+        held_out = int(len(self._ids) * best.training.val_fraction)
+        if fixed_tokens is None:
+            affordable = int(EVALUATION_SHARE * self._seconds / EVALUATIONS / token_seconds)
+            eval_tokens = max(few, min(TrainConfig().eval_tokens, affordable))
+        else:
+            eval_tokens = fixed_tokens
+        evaluated = held_out if eval_tokens == 0 else min(eval_tokens, held_out)
+        return max(taken[0], taken[0] + token_seconds * (evaluated - few)), eval_tokens
+
+    def _configs(self, candidate: Candidate) -> tuple[GPTConfig, TrainConfig]:
+        settings = {"dropout": 0.0, "min_lr": 0.0, "patience": 0} | candidate.settings | dict(self._fixed)
+        of_model = {f.name for f in dataclasses.fields(GPTConfig)}
+        return (
+            GPTConfig(vocab_size=self._tokenizer.vocab_size, **{k: v for k, v in settings.items() if k in of_model}),
+            TrainConfig(**{k: v for k, v in settings.items() if k not in of_model}),
+        )
+
+    def _is_fast_enough(self, candidate: Candidate, model: GPTConfig, training: TrainConfig, last: _Timed) -> bool:
+        """Whether there is time for the shortest run in which this candidate was measured.
+
+        This is judged by a candidate that was timed: the time of a step is in proportion to parameters times tokens.
+        """
+
+        def work(model: GPTConfig, training: TrainConfig) -> float:
+            return model.num_parameters() * model.block_size * training.batch_size
+
+        step_seconds = last.step_seconds * work(model, training) / work(last.model, last.training)
+        return candidate.reached[0][0] * step_seconds < 1.5 * self._seconds
+
+    def _trainer(self, model: GPTConfig, training: TrainConfig, ids: np.ndarray) -> Trainer:
+        dataset = Dataset(ids, model.block_size, training.batch_size, training.val_fraction, training.seed)
+        return Trainer(GPT(model, seed=training.seed, backend=self._backend), self._tokenizer, dataset, training)
+
+
+def _steps_and_interval(
+    best: _Timed, seconds_left: float, seconds: float, evaluation_seconds: float, fixed_interval: int | None
+) -> tuple[int, int]:
+    """(steps, eval_interval) for the time that is left of `seconds`. Raises RequestError if there is no time for a step."""
+    if fixed_interval is not None:
+        steps, interval = int(seconds_left / (best.step_seconds + evaluation_seconds / fixed_interval)), fixed_interval
     else:
-        evaluations = max(1, min(EVALUATIONS, int(FOR_EVALUATIONS * seconds / evaluation_seconds)))
-        steps = best.steps_in(left - evaluations * evaluation_seconds)
+        evaluations = max(1, min(EVALUATIONS, int(EVALUATION_SHARE * seconds / evaluation_seconds)))
+        steps = best.steps_in(seconds_left - evaluations * evaluation_seconds)
         interval = -(-steps // evaluations)
     if steps < 1:
         raise RequestError(
-            f"there is no time for a step, which takes {best.step_seconds:.2g} s, once it was timed; give it more --minutes"
+            f"there is no time for a step, which takes {best.step_seconds:.2g} s, after it was timed; give it more --minutes"
         )
-    training = dataclasses.replace(
-        best.training,
-        processes=processes,
-        steps=steps,
-        warmup_steps=fixed.get("warmup_steps", min(100, steps // 10)),
-        eval_interval=interval,
-        eval_tokens=eval_tokens,
-    )
-    return Plan(best.model, training, _reasons(choices, best, training, fixed, epochs(steps)))
+    return steps, interval
 
 
 def _reasons(
     choices: list[tuple[float, _Timed]], best: _Timed, training: TrainConfig, fixed: Mapping[str, Any], epochs: float
 ) -> tuple[str, str]:
-    why = _in_short(best)
-    if fixed.keys() & set(CHOSEN):
-        why += ": the rest of a configuration you have chosen part of"
+    why = str(best)
+    if fixed.keys() & set(CANDIDATE_SETTINGS):
+        why += ": your settings, with the rest of a candidate"
     elif math.isinf(choices[0][0]):
-        why += ": the quickest there is; what it reaches in so little time was not measured"
+        why += ": the fastest candidate; its loss after so few steps was not measured"
     else:
-        reached = [f"{loss:.2f} with {_in_short(timed)}" for loss, timed in choices[1:2]]
-        why += f": on tiny Shakespeare it came to {choices[0][0]:.2f}" + (f" ({', '.join(reached)})" if reached else "")
-    memory = estimate_memory(best.model, training) / 1e6
+        others = [f"{timed} reached {loss:.2f}" for loss, timed in choices[1:2]]
+        why += f": it reached {choices[0][0]:.2f} on tiny Shakespeare" + (f" ({', '.join(others)})" if others else "")
+    megabytes = estimate_memory(best.model, training) / 1e6
     return (
         why,
-        f"a step takes {1e3 * best.step_seconds:.3g} ms here; the text is read {epochs:.1f} times over: dropout "
-        f"{best.model.dropout:g}; about {memory:,.0f} MB of memory",
+        f"a step takes {1e3 * best.step_seconds:.3g} ms here; the run reads the text {epochs:.1f} times, so dropout is "
+        f"{best.model.dropout:g}; it needs about {megabytes:,.0f} MB of memory",
     )
-
-
-def dropout_for(epochs: float, parameters: int) -> float:
-    """How much dropout suits a model of so many parameters that reads its text so many times over.
-
-    Measured on a million characters and on a hundred thousand, with one block and with two: at 6 million parameter-epochs 0.1
-    cost a tenth of a nat; at 14 million none let the loss rise again; at 27 million 0.1 was right and 0.2 cost 0.06 to 0.08;
-    at 65 million 0.1 let it rise.
-    """
-    return 0.0 if epochs * parameters < 8e6 else 0.1 if epochs * parameters < 40e6 else 0.2
-
-
-def _configs(candidate: Candidate, fixed: Mapping[str, Any], tokenizer: CharTokenizer) -> tuple[GPTConfig, TrainConfig]:
-    settings = {"dropout": 0.0, "min_lr": 0.0, "patience": 0} | candidate.settings | dict(fixed)
-    of_model = {f.name for f in dataclasses.fields(GPTConfig)}
-    return (
-        GPTConfig(vocab_size=tokenizer.vocab_size, **{k: v for k, v in settings.items() if k in of_model}),
-        TrainConfig(**{k: v for k, v in settings.items() if k not in of_model}),
-    )
-
-
-def _could_do(candidate: Candidate, model: GPTConfig, training: TrainConfig, last: _Timed, seconds: float) -> bool:
-    """Whether there is time for the first of the runs it was measured in, judged by one that was timed: a step takes as long
-    as its parameters times its tokens."""
-
-    def work(model: GPTConfig, training: TrainConfig) -> float:
-        return model.num_parameters() * model.block_size * training.batch_size
-
-    expected = last.step_seconds * work(model, training) / work(last.model, last.training)
-    return candidate.reached[0][0] * expected < 1.5 * seconds
-
-
-def _time(
-    candidate: Candidate,
-    model: GPTConfig,
-    training: TrainConfig,
-    ids: np.ndarray,
-    tokenizer: CharTokenizer,
-    backend: Backend,
-    seconds: tuple[float, float],
-) -> _Timed:
-    """Time steps for `seconds[0]`, two at least after the first two, unless that takes longer than `seconds[1]`."""
-    usual, longest = seconds
-    endless = dataclasses.replace(training, steps=10**9, eval_interval=10**9)
-    trainer = _trainer(model, endless, ids, tokenizer, backend)
-    started = time.perf_counter()
-
-    def enough() -> bool:
-        taken = time.perf_counter() - started
-        return taken > longest or (trainer.progress.step >= 4 and taken > usual)
-
-    events = list(trainer.run(enough))
-    if isinstance(events[-1], End) and events[-1].outcome is Outcome.DIVERGED:
-        raise RequestError(f"it diverges at step {events[-1].step + 1}: lower the learning rate (--lr, now {training.lr:g})")
-    times = [event.seconds for event in events if isinstance(event, Step)]
-    return _Timed(candidate, model, training, statistics.median(times[2:] or times[-1:]))
-
-
-def _evaluations(
-    best: _Timed, ids: np.ndarray, tokenizer: CharTokenizer, backend: Backend, seconds: float, fixed_tokens: int | None
-) -> tuple[float, int]:
-    """(seconds of one evaluation, how many tokens it may look at; 0: all), from two short ones."""
-    few, more = 2048, 16_384
-    if best.step_seconds > FOR_TIMING * seconds:  # a guess has to do: forward is a third of a step
-        return best.step_seconds, few if fixed_tokens is None else fixed_tokens
-    taken = []
-    for eval_tokens in (few, more):
-        once = dataclasses.replace(best.training, steps=1, eval_interval=1, eval_tokens=eval_tokens, processes=False)
-        events = list(_trainer(best.model, once, ids[-LONGEST_TIMED:], tokenizer, backend).run())
-        taken += [event.seconds for event in events if isinstance(event, Evaluation)]
-    if len(taken) < 2:
-        raise RequestError(f"it diverges in one step: lower the learning rate (--lr, now {best.training.lr:g})")
-    a_token = max(1e-9, (taken[1] - taken[0]) / (more - few))
-    held_out = int(len(ids) * best.training.val_fraction)
-    if fixed_tokens is None:
-        affordable = int(FOR_EVALUATIONS * seconds / EVALUATIONS / a_token)
-        eval_tokens = max(few, min(TrainConfig().eval_tokens, affordable))
-    else:
-        eval_tokens = fixed_tokens
-    looked_at = held_out if eval_tokens == 0 else min(eval_tokens, held_out)
-    return max(taken[0], taken[0] + a_token * (looked_at - few)), eval_tokens
-
-
-def _trainer(model: GPTConfig, training: TrainConfig, ids: np.ndarray, tokenizer: CharTokenizer, backend: Backend) -> Trainer:
-    dataset = Dataset(ids, model.block_size, training.batch_size, training.val_fraction, training.seed)
-    return Trainer(GPT(model, seed=training.seed, backend=backend), tokenizer, dataset, training)
-
-
-def _in_short(timed: _Timed) -> str:
-    m, t = timed.model, timed.training
-    return f"n_layer {m.n_layer}, n_embd {m.n_embd}, {t.batch_size} x {m.block_size} tokens, lr {t.lr:g}"

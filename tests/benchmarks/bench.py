@@ -27,7 +27,7 @@ from npgpt.generation.generate import TokenStream
 from npgpt.kernels.reference import AdamWStep, Kernels
 from npgpt.parallel.machine import available_cores, blas_threads
 from npgpt.storage.files import copy_whole
-from npgpt.text.dataset import read_ids
+from npgpt.text.reading import read_ids
 
 HERE = Path(__file__).parent
 TORCH_MODES = ["torch eager float32", "torch eager bfloat16", "torch compiled float32", "torch compiled bfloat16"]
@@ -203,7 +203,7 @@ def saving(step_ms):
             path = Path(folder) / "model.npz"
 
             def save(model=model, optimizer=optimizer, path=path):
-                npgpt.save(path, model, tokenizer, optimizer=optimizer)
+                npgpt.save(path, npgpt.Checkpoint(model, tokenizer, optimizer_state=optimizer.state_dict()))
                 copy_whole(path, path.with_name("best.npz"))
 
             seconds = seconds_of(save, 5)

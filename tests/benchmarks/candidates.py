@@ -13,9 +13,9 @@ import json
 import statistics
 
 import npgpt
-from npgpt.text.dataset import read_ids
+from npgpt.text.reading import read_ids
+from npgpt.training.events import Evaluation, Step
 from npgpt.training.plan import CANDIDATES
-from npgpt.training.trainer import Evaluation, Step
 
 
 def measure(text, settings, steps, seed):

@@ -17,7 +17,7 @@ from bench import HERE, machine, training
 from workloads import ON_A_GPU
 
 from npgpt.engine.backend import DeviceError, select
-from npgpt.training.trainer import log_path, read_log
+from npgpt.storage.run import RunFiles, read_log
 
 ROOT = HERE.parent.parent
 MODES = [f"{how} {dtype} cuda" for how in ("eager", "compiled") for dtype in ("float32", "TF32", "bfloat16")]
@@ -60,7 +60,7 @@ def run_to_a_loss(text, seconds, extra):
             process.terminate()  # it saves its state and ends
             status = process.wait(60)
         taken = time.perf_counter() - started
-        evaluations = [e for e in read_log(log_path(out)) if e["event"] == "evaluation"]
+        evaluations = [e for e in read_log(RunFiles(out).log) if e["event"] == "evaluation"]
         if not evaluations:
             return {"text": Path(text).name, "status": status, "seconds": round(taken)}
         best = min(evaluations, key=lambda e: e["val_loss"])

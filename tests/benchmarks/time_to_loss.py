@@ -21,7 +21,8 @@ import numpy as np
 from workloads import WORKLOADS
 
 import npgpt
-from npgpt.text.dataset import read_ids, window_starts, windows_at
+from npgpt.text.dataset import window_starts, windows_at
+from npgpt.text.reading import read_ids
 
 HERE = Path(__file__).parent
 

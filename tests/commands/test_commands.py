@@ -15,8 +15,7 @@ import pytest
 import npgpt
 import npgpt.cli
 from npgpt.engine.backend import CPU
-from npgpt.storage.files import lock
-from npgpt.training.trainer import lock_path
+from npgpt.storage.run import RunFiles
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL_MODEL = ["--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--block-size", "16"]
@@ -102,7 +101,7 @@ def test_a_closed_pipe_is_quiet(workshop):
 
 
 def test_evaluate_and_inspect(workshop):
-    last_loss = npgpt.load(workshop / "model.npz").progress["best_loss"]
+    last_loss = npgpt.load(workshop / "model.npz").progress.best_loss
     result = npgpt_command("evaluate", "--ckpt", "model.npz", "text.txt", cwd=workshop)
     assert result.returncode == 0, result.stderr
     assert "the held-out part of text.txt: 599 characters predicted" in result.stdout
@@ -230,9 +229,9 @@ WRONG = {
         ("text.txt --minutes 0", "minutes must be a number above 0 and at most 100000, got '0'"),
         ("text.txt --minutes soon", "got 'soon'"),
         ("text.txt --minutes nan", "got 'nan'"),
-        ("text.txt --minutes 1 --steps 5", "--minutes.*--steps says it"),
-        ("text.txt --minutes 1 --preset nano", "--minutes.*--preset says it"),
-        ("text.txt --minutes 1 --resume", "--minutes.*--resume says it"),
+        ("text.txt --minutes 1 --steps 5", "give --minutes or --steps, not both"),
+        ("text.txt --minutes 1 --preset nano", "give --minutes or --preset, not both"),
+        ("text.txt --minutes 1 --resume", "give --minutes or --resume, not both"),
         ("text.txt --minutes 0.0001", "no time for a step.*more --minutes"),
         ("text.txt --n-embd 65536 --n-layer 90", "this machine has .* GiB of memory, this run needs roughly"),
         ("short.txt --minutes 0.1", "too short"),
@@ -320,7 +319,7 @@ WRONG = {
         ("--ckpt model.npz --prompt 5€ --unknown error", "--unknown skip"),
         ("--ckpt model.npz --seed -1", "seed"),
         ("--ckpt model.npz --stop=", "--stop must be a text"),
-        ("--ckpt model.npz --stop a€", "could never come: the model does not know '€'"),
+        ("--ckpt model.npz --stop a€", "can never occur: the model does not know '€'"),
         ("--ckpt model.npz --promt HOB", "did you mean --prompt"),
     ],
     "evaluate": [
@@ -346,7 +345,7 @@ WRONG = {
     ],
     "replay": [
         ("none.npz", "no such checkpoint"),
-        ("model.npz", "is no crash file"),
+        ("model.npz", "is not a crash file"),
         ("text.txt", "not a checkpoint"),
         ("", "required: FILE"),
     ],
@@ -368,7 +367,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(workshop, tmp_path, capsys, m
     assert npgpt.cli.main(["train", "text.txt", "--resume", "--steps", "20"]) == 1
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith(
-        "npgpt train: cannot write: No space left on device: model.last.npz; model.last.npz is whole, continue"
+        "npgpt train: cannot write: No space left on device: model.last.npz; model.last.npz is complete, continue"
     )
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.npz")} == before
     assert not list(tmp_path.glob(".*"))
@@ -496,7 +495,7 @@ def test_a_damaged_state_points_to_the_best(workshop, tmp_path, capsys, monkeypa
     monkeypatch.chdir(tmp_path)
     Path("model.last.npz").write_bytes(Path("model.last.npz").read_bytes()[:-100])
     assert npgpt.cli.main(["train", "text.txt", "--resume", "--steps", "20"]) == 2
-    assert "--resume model.npz goes on from the best state instead" in capsys.readouterr().err
+    assert "--resume model.npz continues from the best state instead" in capsys.readouterr().err
     assert npgpt.cli.main(["train", "text.txt", "--resume", "model.npz", "--steps", "8"]) == 0
 
 
@@ -525,7 +524,7 @@ def test_streams_that_are_closed(workshop):
 def test_a_checkpoint_in_use_is_refused(workshop, capsys, monkeypatch):
     monkeypatch.chdir(workshop)
     before = {path.name: path.stat().st_mtime_ns for path in workshop.iterdir()}
-    with lock(lock_path(Path("model.npz")), "model.npz"):
+    with RunFiles(Path("model.npz")).locked():
         assert npgpt.cli.main(["train", "text.txt", "--steps", "5", "--batch-size", "2"]) == 2
     assert f"model.npz is in use by another run (process {os.getpid()})" in capsys.readouterr().err
     assert {path.name: path.stat().st_mtime_ns for path in workshop.iterdir()} == before

@@ -136,8 +136,8 @@ def test_flags_named_in_the_documentation_exist():
     from npgpt.cli import COMMANDS
 
     known = {"--version", "--help"}
-    for make_parser, _, _ in COMMANDS.values():
-        known |= {flag for action in make_parser()._actions for flag in action.option_strings}
+    for command in COMMANDS.values():
+        known |= {flag for action in command.parser()._actions for flag in action.option_strings}
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         used = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", page.read_text(encoding="utf-8")))
         assert used <= known, f"{page.name}: {used - known}"

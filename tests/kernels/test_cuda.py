@@ -40,8 +40,9 @@ from npgpt.kernels.reference import AdamWStep, Kernels
 from npgpt.parallel.step import ParallelStep
 from npgpt.parallel.workers import Workers
 from npgpt.training import trainer
+from npgpt.training.events import Evaluation, Outcome, Step
 from npgpt.training.optim import Update, clip_grad_norm
-from npgpt.training.trainer import Evaluation, Outcome, Step, Trainer
+from npgpt.training.trainer import Trainer
 
 on_cpu = pytest.mark.skipif(cuda_on_cpu.MISSING is not None, reason=cuda_on_cpu.MISSING or "")
 
@@ -365,7 +366,7 @@ def test_clipping_and_stepping(fast, dtype):
 def device(request, fast, monkeypatch):
     """The backend "cuda": computed on the CPU, with arrays that are not NumPy's, and the real one. However slow, steps go in
     rows."""
-    monkeypatch.setattr(trainer, "SECONDS_IN_A_ROW", 1e9)
+    monkeypatch.setattr(trainer, "SECONDS_IN_GROUP", 1e9)
     if request.param == "cuda":
         return select("cuda")
     return pretended_device(monkeypatch)
@@ -527,7 +528,7 @@ def test_a_run_goes_on_after_an_exception_and_after_diverging(device, monkeypatc
 
 @pytest.mark.parametrize("flag", ["bf16", "tf32"])
 def test_fewer_bits_are_for_gpus(flag):
-    with pytest.raises(RequestError, match=f"{flag} is for a GPU, and this run is on the CPU: --no-{flag}"):
+    with pytest.raises(RequestError, match=f"{flag} works on a GPU only, and this run is on the CPU; use --no-{flag}"):
         run_of_trainer(CPU, None, **{flag: True})
 
 

@@ -11,9 +11,10 @@ import pytest
 from studies import reliability
 
 import npgpt
-from npgpt import GPT, CheckpointError, GPTConfig, RequestError
+from npgpt import GPT, Checkpoint, CheckpointError, GPTConfig, RequestError
 from npgpt.cli import main
 from npgpt.storage.files import lock
+from npgpt.storage.header import Progress
 
 FIXTURES = Path(__file__).parent / "fixtures"
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="counts the operations of POSIX systems")
@@ -115,13 +116,13 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path):
     path, tokenizer = tmp_path / "model.npz", reliability.tokenizer()
     model = GPT(reliability.TINY)
     for more, words in [
-        ({"progress": {"colour": 1}}, "progress cannot be saved"),
+        ({"progress": Progress(step=-1)}, "progress cannot be saved"),
         ({"machine": {"threads": 2}}, "machine cannot be saved"),
         ({"fingerprint": "abc"}, "fingerprint cannot be saved"),
         ({"crash": "boom"}, "needs its batch"),
     ]:
         with pytest.raises(ValueError, match=words):
-            npgpt.save(path, model, tokenizer, **more)
+            npgpt.save(path, Checkpoint(model, tokenizer, **more))
     with pytest.raises(ValueError, match="vocabulary of 3 characters, model of 30"):
         npgpt.save(path, model, npgpt.CharTokenizer("abc"))
     with pytest.raises(ValueError, match="vocabulary cannot be saved"):
@@ -132,7 +133,7 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match=r"wte\.weight does not hold finite"):
         npgpt.save(path, model, tokenizer)
     assert not list(tmp_path.iterdir())
-    npgpt.save(path, GPT(reliability.TINY), tokenizer, source="caf\udce9\n.txt")
+    npgpt.save(path, Checkpoint(GPT(reliability.TINY), tokenizer, source="caf\udce9\n.txt"))
     assert npgpt.load(path).source == "caf\\udce9\\n.txt"
 
 
@@ -187,7 +188,7 @@ def test_hostile_files_are_refused_in_one_line(tmp_path, capsys):
 @posix_only
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(CheckpointError, match="not a file of its own"):
+    with pytest.raises(CheckpointError, match="not a regular file"):
         npgpt.load(tmp_path / "pipe")
 
 

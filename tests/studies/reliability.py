@@ -26,9 +26,10 @@ from pathlib import Path
 import numpy as np
 
 import npgpt
-from npgpt import GPT, AdamW, CharTokenizer, CheckpointError, Dataset, GPTConfig, TrainConfig, Trainer
+from npgpt import GPT, AdamW, CharTokenizer, Checkpoint, CheckpointError, Dataset, GPTConfig, TrainConfig, Trainer
 from npgpt.engine.backend import CPU
-from npgpt.training.trainer import crash_path, last_path, log_path
+from npgpt.storage.header import Progress
+from npgpt.storage.run import RunFiles
 
 ROOT = Path(__file__).parent.parent.parent
 TEXT = "The quick brown fox jumps over the lazy dog.\n" * 30
@@ -66,16 +67,16 @@ def tokenizer():
 def write_checkpoint(path, seed=1, optimizer=True):
     """A small checkpoint with everything in it; different seeds, different weights."""
     model = GPT(TINY, seed=seed)
-    npgpt.save(
-        path,
+    checkpoint = Checkpoint(
         model,
         tokenizer(),
-        optimizer=AdamW(model.parameters()) if optimizer else None,
-        train_config=TrainConfig(batch_size=4),
-        progress={"step": seed, "best_step": seed, "best_loss": 2.5, "history": [[seed, 3.0, 2.5, 0.1]]},
+        TrainConfig(batch_size=4),
+        Progress(seed, seed, 2.5, history=[[seed, 3.0, 2.5, 0.1]]),
         source="text.txt",
+        optimizer_state=AdamW(model.parameters()).state_dict() if optimizer else None,
         machine={"threads": "2"},
     )
+    npgpt.save(path, checkpoint)
 
 
 def contents(path):
@@ -111,7 +112,7 @@ def logged_step(log):
 
 
 def again(out):
-    return ["--resume"] if last_path(out).exists() else []
+    return ["--resume"] if RunFiles(out).last.exists() else []
 
 
 def kills(folder, n, seed=0):
@@ -127,12 +128,12 @@ def kills(folder, n, seed=0):
         time.sleep(rng.uniform(0, 0.25))
         process.kill()
         process.communicate()
-        logged = logged_step(log_path(out))
-        if not last_path(out).exists():
+        logged = logged_step(RunFiles(out).log)
+        if not RunFiles(out).last.exists():
             tally.check(logged == 0, f"kill {i}: step {logged} was logged, nothing is there", lost=True)
             continue
         try:
-            step = npgpt.load(last_path(out), with_optimizer=True).step
+            step = npgpt.load(RunFiles(out).last, with_optimizer=True).step
             if out.exists():
                 npgpt.load(out, with_optimizer=True)
         except CheckpointError as error:
@@ -167,7 +168,7 @@ def signals(folder, n, seed=0):
         if i % 5 == 4:
             process.send_signal(number)
         _, said = process.communicate(timeout=60)
-        step = npgpt.load(last_path(out), with_optimizer=True).step if last_path(out).exists() else -1
+        step = npgpt.load(RunFiles(out).last, with_optimizer=True).step if RunFiles(out).last.exists() else -1
         good = process.returncode == status and "Traceback" not in said
         if i % 5 != 4:
             good = good and f"stopped after step {step}; continue with: bin/train text.txt --resume" in said
@@ -277,7 +278,7 @@ def faults(folder):
                     write_checkpoint(path, seed=2)
                 except OSError as failure:
                     said = failure.strerror
-            whole = path.read_bytes() == before if kind != "sync folder" else contents(path)[0][3]["step"] == 2
+            whole = path.read_bytes() == before if kind != "sync folder" else contents(path)[0][3].step == 2
             litter = list(folder.glob(".*"))
             tally.check(
                 said == os.strerror(error) and whole and not litter, f"{kind} {n}: said {said}, whole {whole}, left {litter}"
@@ -426,9 +427,9 @@ def resumptions(folder, steps, splits, **settings):
         first = trainer(out, steps, log_interval=1, sample_tokens=k % 3, **settings)
         list(first.run(lambda t=first, k=k: t.progress.step >= k))
         second = trainer(out, steps, **settings)
-        second.resume(npgpt.load(last_path(out), with_optimizer=True))
+        second.resume(npgpt.load(RunFiles(out).last, with_optimizer=True))
         list(second.run())
-        pairs = [(out, straight), (last_path(out), last_path(straight))]
+        pairs = [(out, straight), (RunFiles(out).last, RunFiles(straight).last)]
         tally.check(all(a.read_bytes() == b.read_bytes() for a, b in pairs), f"split after {k} of {steps} steps: other bytes")
     return tally
 
@@ -454,7 +455,7 @@ def not_finite(folder, patch):
         for event in events:
             if isinstance(event, npgpt.Step) and event.step == 8:
                 break
-        good = {path: path.read_bytes() for path in (out, last_path(out))}
+        good = {path: path.read_bytes() for path in (out, RunFiles(out).last)}
         undo = _put(run, kernels, kind, name, value, patch)
         before = run.model.flat.data.copy()
         end = list(events)[-1]
@@ -465,7 +466,7 @@ def not_finite(folder, patch):
             np.array_equal(run.model.flat.data, before, equal_nan=True),
             all(path.read_bytes() == data for path, data in good.items()),
         ]
-        crash = npgpt.load(crash_path(out))
+        crash = npgpt.load(RunFiles(out).crash)
         found.append(crash.crash == end.reason and np.array_equal(crash.model.flat.data, before, equal_nan=True))
         undo()
         tally.check(all(found), f"{value} in {kind} {name}: {found}, {end.reason!r}")

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from npgpt import CharTokenizer, Dataset, RequestError, read_text
-from npgpt.text import characters, dataset
-from npgpt.text.dataset import read_ids, window_starts, windows_at
+from npgpt.text import characters, reading
+from npgpt.text.dataset import window_starts, windows_at
+from npgpt.text.reading import read_ids
 
 
 def test_vocabulary_and_round_trip():
@@ -54,7 +55,7 @@ def test_unknown_characters_can_be_skipped_or_replaced():
 
 
 def test_long_texts_are_encoded_in_pieces(monkeypatch):
-    monkeypatch.setattr(characters, "CHUNK", 3)
+    monkeypatch.setattr(characters, "CHARACTERS_AT_ONCE", 3)
     tokenizer = CharTokenizer.build_vocab("abc€")
     for text in ("", "ab", "abc", "abc€", "cba€abc"):
         assert tokenizer.decode(tokenizer.encode_array(text)) == text
@@ -74,7 +75,7 @@ def test_bad_vocabularies_and_ids():
 
 @pytest.mark.parametrize("piece", [1, 3, 1 << 26])
 def test_read_text(tmp_path, monkeypatch, piece):
-    monkeypatch.setattr(dataset, "PIECE", piece)
+    monkeypatch.setattr(reading, "BYTES_PER_PIECE", piece)
     path = tmp_path / "a.txt"
     path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree\n")
     assert read_text(path) == "one\ntwo\nthree\n"
@@ -98,12 +99,12 @@ def test_read_text(tmp_path, monkeypatch, piece):
 
 @pytest.mark.parametrize("piece", [1, 5, 1 << 26])
 def test_read_ids(tmp_path, monkeypatch, piece):
-    monkeypatch.setattr(dataset, "PIECE", piece)
+    monkeypatch.setattr(reading, "BYTES_PER_PIECE", piece)
     path = tmp_path / "a.txt"
     path.write_bytes("one\r\ntwo €𝄞\r".encode())
     watched = []
 
-    def track(iterable, total, desc):
+    def track(iterable, total, desc, unit, unit_scale):
         items = list(iterable)
         watched.append((desc, len(items) == total))
         return items

@@ -24,10 +24,10 @@ def ids(text, tokenizer):
 
 def test_expected_losses_lie_between_the_measured():
     candidate = Candidate({}, ((100, 3.0), (10_000, 1.0)))
-    assert candidate.expected(99) is None
-    assert candidate.expected(100) == 3.0
-    assert candidate.expected(1000) == pytest.approx(2.0)
-    assert candidate.expected(10**6) == 1.0
+    assert candidate.expected_loss(99) is None
+    assert candidate.expected_loss(100) == 3.0
+    assert candidate.expected_loss(1000) == pytest.approx(2.0)
+    assert candidate.expected_loss(10**6) == 1.0
 
 
 def test_the_table_can_be_trusted():
@@ -58,7 +58,7 @@ def test_the_best_that_can_be_done_in_the_time_is_chosen(ids, tokenizer):
     assert chosen.training.steps / chosen.training.eval_interval <= 8
     assert chosen.training.warmup_steps <= chosen.training.steps / 10
     assert "n_embd 8" in chosen.reasons[0]
-    assert "with n_layer 1" in chosen.reasons[0]
+    assert "n_layer 1" in chosen.reasons[0]
     longer = in_seconds(60, ids, tokenizer, candidates=(quick, better, never))
     assert longer.training.steps > chosen.training.steps
 
@@ -76,7 +76,7 @@ def test_what_somebody_has_chosen_is_kept(ids, tokenizer):
     }
     chosen = in_seconds(1.5, ids, tokenizer, fixed)
     assert (vars(chosen.model) | vars(chosen.training)).items() >= fixed.items()
-    assert "you have chosen part of" in chosen.reasons[0]
+    assert "your settings, with the rest of a candidate" in chosen.reasons[0]
 
 
 def test_dropout_grows_with_how_often_a_text_is_read():

@@ -11,7 +11,7 @@ from studies import reliability
 import npgpt
 from npgpt import RequestError
 from npgpt.cli import main
-from npgpt.training.trainer import last_path, log_path, read_log
+from npgpt.storage.run import RunFiles, read_log
 
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 
@@ -63,7 +63,7 @@ def test_replay_repeats_the_step(tmp_path, capsys):
     run = reliability.trainer(tmp_path / "other.npz", steps=2)
     list(run.run())
     assert main(["replay", str(tmp_path / "other.npz")]) == 2
-    assert "is no crash file" in capsys.readouterr().err
+    assert "is not a crash file" in capsys.readouterr().err
 
 
 def test_a_second_run_on_the_same_files_is_refused(tmp_path):
@@ -82,9 +82,9 @@ def test_another_machine_is_told(tmp_path):
     out = tmp_path / "model.npz"
     first = reliability.trainer(out)
     list(first.run(lambda: first.progress.step >= 3))
-    assert reliability.trainer(out).resume(npgpt.load(last_path(out), with_optimizer=True)) == []
+    assert reliability.trainer(out).resume(npgpt.load(RunFiles(out).last, with_optimizer=True)) == []
     other = reliability.trainer(out, threads=1)
-    assert other.resume(npgpt.load(last_path(out), with_optimizer=True)) == ["threads was 2 and is now 1"]
+    assert other.resume(npgpt.load(RunFiles(out).last, with_optimizer=True)) == ["threads was 2 and is now 1"]
     list(other.run())
 
 
@@ -95,12 +95,12 @@ def test_the_best_and_the_last_are_two_files(tmp_path):
         if isinstance(event, npgpt.Evaluation):
             best = npgpt.load(out).step
             assert best == run.progress.best_step
-            assert npgpt.load(last_path(out)).step == event.step
+            assert npgpt.load(RunFiles(out).last).step == event.step
             if event.best:
-                assert out.read_bytes() == last_path(out).read_bytes()
+                assert out.read_bytes() == RunFiles(out).last.read_bytes()
                 run.progress.best_loss = 0.0  # so that none after it is better
     assert best == 3
-    assert not out.samefile(last_path(out))
+    assert not out.samefile(RunFiles(out).last)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.jsonl", "model.last.npz", "model.npz"]
 
 
@@ -110,7 +110,7 @@ def test_resuming_elsewhere_starts_its_own_files(tmp_path):
     list(first.run(lambda: first.progress.step >= 12))
     reliability.write_checkpoint(other, seed=3)
     second = reliability.trainer(other, eval_interval=5)
-    second.resume(npgpt.load(last_path(out), with_optimizer=True), elsewhere=True)
+    second.resume(npgpt.load(RunFiles(out).last, with_optimizer=True), elsewhere=True)
     list(second.run())
     assert npgpt.load(tmp_path / "other.previous.npz").step == 3
     assert npgpt.load(other).step == second.progress.best_step >= 15
@@ -120,14 +120,14 @@ def test_a_run_that_went_on_meanwhile_is_not_undone(tmp_path):
     out = tmp_path / "model.npz"
     first = reliability.trainer(out)
     list(first.run(lambda: first.progress.step >= 5))
-    stale = npgpt.load(last_path(out), with_optimizer=True)
+    stale = npgpt.load(RunFiles(out).last, with_optimizer=True)
     second, third = reliability.trainer(out), reliability.trainer(out)
     third.resume(stale)
     second.resume(stale)
     list(second.run())
-    with pytest.raises(RequestError, match="another run has gone on"):
+    with pytest.raises(RequestError, match=r"another run has continued from .* in the meantime"):
         next(third.run())
-    assert npgpt.load(last_path(out)).step == 20
+    assert npgpt.load(RunFiles(out).last).step == 20
 
 
 @pytest.mark.parametrize("leave_at", [3, 10, 12])
@@ -137,19 +137,19 @@ def test_a_run_that_is_left_goes_on(tmp_path, leave_at):
     straight.parent.mkdir()
     list(reliability.trainer(straight, eval_interval=5).run())
     list(reliability.trainer(out, steps=2).run())
-    first_log = log_path(out).read_bytes()
+    first_log = RunFiles(out).log.read_bytes()
     run = reliability.trainer(out, eval_interval=5)
     for event in run.run():
         if isinstance(event, npgpt.Step) and event.step == leave_at:
             break
     list(run.run())
     assert out.read_bytes() == straight.read_bytes()
-    assert last_path(out).read_bytes() == last_path(straight).read_bytes()
+    assert RunFiles(out).last.read_bytes() == RunFiles(straight).last.read_bytes()
     assert npgpt.load(before).step == 2
-    assert log_path(before).read_bytes() == first_log
-    evaluations = [[e["step"] for e in read_log(log_path(path)) if e["event"] == "evaluation"] for path in (out, straight)]
+    assert RunFiles(before).log.read_bytes() == first_log
+    evaluations = [[e["step"] for e in read_log(RunFiles(path).log) if e["event"] == "evaluation"] for path in (out, straight)]
     assert evaluations[0] == evaluations[1] == [5, 10, 15, 20]
-    assert read_log(log_path(out))[0]["event"] == "start"
+    assert read_log(RunFiles(out).log)[0]["event"] == "start"
 
 
 def test_killed_between_the_two_files_of_a_save(tmp_path):
@@ -159,7 +159,7 @@ def test_killed_between_the_two_files_of_a_save(tmp_path):
     assert first.progress.best_step == 6
     reliability.write_checkpoint(out, seed=3)  # as it was before the save at step 6
     second = reliability.trainer(out, steps=12, eval_interval=100)
-    second.resume(npgpt.load(last_path(out), with_optimizer=True))
+    second.resume(npgpt.load(RunFiles(out).last, with_optimizer=True))
     next(second.run())
     assert npgpt.load(out).step == 6
 
@@ -170,7 +170,7 @@ def test_a_best_model_that_was_taken_away_is_found_anew(tmp_path):
     list(first.run(lambda: first.progress.step >= 8))
     out.unlink()
     second = reliability.trainer(out, eval_interval=4)
-    second.resume(npgpt.load(last_path(out), with_optimizer=True))
+    second.resume(npgpt.load(RunFiles(out).last, with_optimizer=True))
     list(second.run())
     assert npgpt.load(out).step == second.progress.best_step >= 12
 
@@ -179,12 +179,12 @@ def test_a_log_goes_on_where_the_run_does(tmp_path):
     out = tmp_path / "model.npz"
     first = reliability.trainer(out, log_interval=1)
     list(first.run(lambda: first.progress.step >= 8))
-    with log_path(out).open("a", encoding="utf-8") as log:  # killed later, before it saved again
+    with RunFiles(out).log.open("a", encoding="utf-8") as log:  # killed later, before it saved again
         log.write('{"event": "step", "step": 8, "sample": "a\u2028b\u0085c"}\n{"event": "step", "step": 9}\n{"event": "ste')
     second = reliability.trainer(out, log_interval=1)
-    second.resume(npgpt.load(last_path(out), with_optimizer=True))
+    second.resume(npgpt.load(RunFiles(out).last, with_optimizer=True))
     list(second.run())
-    log = [json.loads(line) for line in log_path(out).read_bytes().split(b"\n")[:-1]]
+    log = [json.loads(line) for line in RunFiles(out).log.read_bytes().split(b"\n")[:-1]]
     assert [e["step"] for e in log if e["event"] == "step"] == [*range(1, 9), 8, *range(9, 21)]
     assert "a\u2028b\u0085c" in [e.get("sample") for e in log]
     assert [e["event"] for e in log if e["event"] in ("start", "resume", "end")] == ["start", "end", "resume", "end"]

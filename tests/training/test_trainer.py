@@ -12,8 +12,11 @@ import npgpt
 from npgpt import GPT, AdamW, Dataset, GPTConfig, RequestError, TrainConfig, Trainer, evaluate, ops
 from npgpt.evaluation.loss import Loss, compare
 from npgpt.parallel.processes import Processes
+from npgpt.storage.header import Progress
+from npgpt.storage.run import RunFiles
+from npgpt.training.advice import advice
+from npgpt.training.events import Evaluation, Outcome, Step
 from npgpt.training.memory import estimate_memory
-from npgpt.training.trainer import Evaluation, Outcome, Progress, Step, advice, last_path, log_path
 
 GOLDEN_CONFIG = GPTConfig(63, block_size=32, n_layer=2, n_head=2, n_embd=32, dropout=0.1)
 # Losses of the first ten steps with seed 1337, in float32. Rounding differs between processors and BLAS
@@ -66,7 +69,7 @@ def test_events_of_a_run(text, tokenizer, small_config, tmp_path):
     assert events[-1].outcome is Outcome.FINISHED
     exact = evaluate(trainer.model, trainer.dataset.val)
     assert evaluations[1].val_loss == exact.loss
-    lines = [json.loads(line) for line in log_path(out).read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in RunFiles(out).log.read_text(encoding="utf-8").splitlines()]
     kinds = [line["event"] for line in lines]
     assert kinds == ["start", "step", "evaluation", "step", "step", "evaluation", "end"]
 
@@ -89,14 +92,14 @@ def test_resuming_gives_the_uninterrupted_run(text, tokenizer, small_config, tmp
     assert events[-1].step == stop_at
     dataset = Dataset(tokenizer.encode_array(text[:4000]), small_config.block_size, 4)
     trainer = Trainer(GPT(small_config, seed=99), tokenizer, dataset, quick(), again)
-    trainer.resume(npgpt.load(last_path(again), with_optimizer=True))
+    trainer.resume(npgpt.load(RunFiles(again).last, with_optimizer=True))
     list(trainer.run())
-    assert last_path(again).read_bytes() == last_path(straight).read_bytes()
+    assert RunFiles(again).last.read_bytes() == RunFiles(straight).last.read_bytes()
     assert again.read_bytes() == straight.read_bytes()
 
 
 def test_resume_refuses_another_run(text, tokenizer, small_config, trained):
-    last = npgpt.load(last_path(trained), with_optimizer=True)
+    last = npgpt.load(RunFiles(trained).last, with_optimizer=True)
 
     def trainer(text=text[:4000], config=small_config, **changes):
         train_config = dataclasses.replace(last.train_config, **{"steps": 12} | changes)
@@ -124,7 +127,7 @@ def test_early_stop_keeps_the_best(text, tokenizer, small_config, tmp_path):
     best = min(evaluations, key=lambda e: e.val_loss)
     assert evaluations[-1].step == best.step + 20
     assert npgpt.load(out).step == best.step == trainer.progress.best_step
-    assert npgpt.load(last_path(out)).step == evaluations[-1].step
+    assert npgpt.load(RunFiles(out).last).step == evaluations[-1].step
     assert "Over-fitting since step" in events[-1].advice
 
 
@@ -152,7 +155,7 @@ def test_weights_gone_bad_are_not_saved(text, tokenizer, small_config, tmp_path,
     config = quick(lr=1e20, warmup_steps=0, eval_interval=1, val_fraction=val_fraction, grad_clip=0.0)
     _, events = run(text[:4000], tokenizer, small_config, config, out)
     assert events[-1].outcome is Outcome.DIVERGED
-    for path in (out, last_path(out)):
+    for path in (out, RunFiles(out).last):
         if path.exists():
             assert np.isfinite(npgpt.load(path).model.parameters().data).all()
 
@@ -168,7 +171,7 @@ def test_a_new_run_keeps_the_earlier_one(text, tokenizer, small_config, trained)
 def test_interrupted_before_the_first_evaluation_there_is_a_model(text, tokenizer, small_config, tmp_path):
     out = tmp_path / "model.npz"
     run(text[:4000], tokenizer, small_config, quick(), out, stop_requested=lambda: True)
-    assert npgpt.load(out).step == npgpt.load(last_path(out)).step == 1
+    assert npgpt.load(out).step == npgpt.load(RunFiles(out).last).step == 1
 
 
 def test_a_dataset_that_is_not_the_runs_is_refused(text, tokenizer, small_config):
@@ -179,13 +182,13 @@ def test_a_dataset_that_is_not_the_runs_is_refused(text, tokenizer, small_config
 
 def test_a_damaged_training_state_is_refused(text, tokenizer, small_config, trained):
     dataset = Dataset(tokenizer.encode_array(text[:4000]), small_config.block_size, 4)
-    for damage in (
-        {"progress": {"step": 6, "colour": 1}},
-        {"optimizer_state": {"steps": 1, "exp_avg": np.zeros(3), "exp_avg_sq": np.zeros(3)}},
-    ):
-        last = dataclasses.replace(npgpt.load(last_path(trained), with_optimizer=True), **damage)
-        with pytest.raises(RequestError, match="damaged"):
-            Trainer(GPT(small_config), tokenizer, dataset, quick(steps=9)).resume(last)
+    too_short = {"steps": 1, "exp_avg": np.zeros(3), "exp_avg_sq": np.zeros(3)}
+    last = dataclasses.replace(npgpt.load(RunFiles(trained).last, with_optimizer=True), optimizer_state=too_short)
+    trainer = Trainer(GPT(small_config, seed=2), tokenizer, dataset, quick(steps=9))
+    before = trainer.model.flat.data.copy()
+    with pytest.raises(RequestError, match="damaged"):
+        trainer.resume(last)
+    np.testing.assert_array_equal(trainer.model.flat.data, before)
 
 
 def test_without_held_out_text(text, tokenizer, small_config, tmp_path):
@@ -203,7 +206,7 @@ def test_without_held_out_text(text, tokenizer, small_config, tmp_path):
         ([[100, 2.5, 2.6, 0.02], [200, 2.2, 2.3, 0.02], [300, 2.0, 2.1, 0.02]], "still falling.*--resume --steps 2000"),
         ([[10, 3.69, 3.68, 0.02], [20, 3.65, 3.63, 0.02]], "still falling"),
         ([[i, 2.5, 2.6 - 0.001 * i, 0.02] for i in range(1, 7)], "levelled off"),
-        ([[100, 2.5, 2.6, 0.02], [200, 3.9, 3.9, 0.02], [300, 4.2, 4.1, 0.02]], "diverged; lower the learning rate"),
+        ([[100, 2.5, 2.6, 0.02], [200, 3.9, 3.9, 0.02], [300, 4.2, 4.1, 0.02]], "diverged: lower the learning rate"),
         ([[100, 2.5, None, None], [200, 2.0, None, None]], "training loss was still falling"),
         ([[100, 90.0, 86.0, 2.0], [200, 12.0, 4.9, 0.2]], r"worse than guessing \(4.17\): lower the learning rate"),
         ([[100, 2.5, 2.6, 0.02]], "too little to judge"),
@@ -287,7 +290,7 @@ def test_compare_is_the_paired_difference(tokenizer, text, small_config):
 def test_worker_processes_change_no_byte(text, tokenizer, small_config, monkeypatch):
     used, found = [], []
     monkeypatch.setattr("npgpt.training.trainer.Processes", lambda *arguments: used.append(1) or Processes(*arguments))
-    monkeypatch.setattr("npgpt.training.trainer.SECONDS_FOR_PROCESSES", 0.0)
+    monkeypatch.setattr("npgpt.parallel.processes.SECONDS_TO_PAY_OFF", 0.0)
     for asked in (False, True, None):
         config = quick(steps=14, micro_batch=2, threads=2, processes=asked)
         trainer, events = run(text[:4000], tokenizer, small_config, config)
@@ -304,6 +307,6 @@ def test_without_worker_processes_there_are_threads(text, tokenizer, small_confi
         raise OSError("no more processes")
 
     monkeypatch.setattr("npgpt.training.trainer.Processes", cannot)
-    with pytest.warns(RuntimeWarning, match=r"no worker processes \(no more processes\); going on with threads"):
+    with pytest.warns(RuntimeWarning, match=r"worker processes cannot start \(no more processes\); going on with threads"):
         _, events = run(text[:4000], tokenizer, small_config, quick(threads=2, processes=True))
     assert events[-1].outcome is Outcome.FINISHED

@@ -1,0 +1,131 @@
+"""`npgpt compare`: what differs between runs, and whether it matters."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from npgpt.config.fields import RequestError
+from npgpt.console.terminal import command_parser, duration, failed, progress_bar, say
+from npgpt.evaluation.judged_text import judged_text
+from npgpt.evaluation.loss import compare
+from npgpt.parallel.workers import Workers
+from npgpt.storage.checkpoint import Checkpoint, load
+from npgpt.storage.run import log_path, read_log
+
+ABOUT = "what differs between runs, and whether it matters"
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = command_parser(
+        "compare",
+        "Print what differs between runs, and whether it matters: settings, parameters, time, and the difference of their\n"
+        "losses on the same held-out text. Use it to change one thing at a time. The standard error says how much another\n"
+        "text of this kind could change the difference. Another seed can change it more, so repeat runs that are close.",
+        ["bin/compare a.npz b.npz", "bin/compare small.npz large.npz --text another.txt"],
+    )
+    parser.add_argument(
+        "ckpt", nargs="+", metavar="FILE", help="checkpoints written by train; the others are compared with the first"
+    )
+    parser.add_argument("--text", metavar="TEXT", help="the text to judge on (default: the held-out part of the first one's)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object for each checkpoint")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    if len(args.ckpt) < 2:
+        raise RequestError(f"expected two checkpoints or more to compare, got {len(args.ckpt)}")
+    runs = {name: load(name) for name in args.ckpt}
+    if len(runs) < len(args.ckpt):
+        raise RequestError("a checkpoint is named twice")
+    first = runs[args.ckpt[0]]
+    try:
+        path, ids, held_out = judged_text(first, args.text, "name one with --text", progress_bar)
+    except RequestError as error:
+        raise RequestError(f"{args.ckpt[0]}: {error}") from None
+    judged = ids if held_out is None or not len(held_out) else held_out
+    text = first.tokenizer.decode(judged)
+    with Workers() as workers:
+        results = compare([(run.model, _ids_of(name, run, text)) for name, run in runs.items()], workers)
+    differing = _differing_settings(runs)
+    rows = []
+    for (name, run), (loss, difference) in zip(runs.items(), results, strict=True):
+        if not np.isfinite(loss.loss):
+            return failed("compare", f"the loss of {name} is {loss.loss}: its weights or its results are not finite")
+        row = {"checkpoint": name, "step": run.step, "parameters": run.config.num_parameters()}
+        row |= {"seconds": _seconds_of(Path(name)), "loss": loss.loss, "stderr": loss.stderr}
+        row |= {"difference": difference and difference.difference, "difference_stderr": difference and difference.stderr}
+        rows.append(row | {"settings": differing[name]})
+    if args.json:
+        for row in rows:
+            print(json.dumps(row, ensure_ascii=False))
+        return 0
+    _warn_about_texts(runs, first, args.ckpt[0], held_out is not None)
+    part = "the held-out part" if held_out is not None and len(held_out) else "all"
+    print(f"on {part} of {path}, {len(judged) - 1:,} characters predicted")
+    _print_rows(rows)
+    return 0
+
+
+def _differing_settings(runs: dict[str, Checkpoint]) -> dict[str, dict[str, Any]]:
+    """For each run, the settings in which the runs differ."""
+    settings = {
+        name: vars(run.config) | (vars(run.train_config) if run.train_config else {}) | {"text": run.source}
+        for name, run in runs.items()
+    }
+    all_keys = dict.fromkeys(key for own in settings.values() for key in own if key != "processes")
+    differing = [key for key in all_keys if len({repr(own.get(key)) for own in settings.values()}) > 1]
+    return {name: {key: own.get(key) for key in differing} for name, own in settings.items()}
+
+
+def _warn_about_texts(runs: dict[str, Checkpoint], first: Checkpoint, first_name: str, on_held_out: bool) -> None:
+    def held_out_fraction(run: Checkpoint) -> float:
+        return run.train_config.val_fraction if run.train_config else 0.0
+
+    for name, run in runs.items():
+        if run.fingerprint != first.fingerprint:
+            say(f"warning: {name} was trained on another text than {first_name}")
+        elif on_held_out and run.train_config and held_out_fraction(run) < held_out_fraction(first):
+            say(f"warning: {name} was trained on a part of what is held out here; put it first")
+
+
+def _print_rows(rows: list[dict[str, Any]]) -> None:
+    width = max(len(row["checkpoint"]) for row in rows)
+    for row in rows:
+        seconds = "" if row["seconds"] is None else f", {duration(row['seconds'])}"
+        print(f"{row['checkpoint']:{width}}  loss {row['loss']:.4f}{_verdict(row)}")
+        print(f"{'':{width}}  step {row['step']}, {row['parameters']:,} parameters{seconds}")
+        if row["settings"]:
+            print(f"{'':{width}}  " + ", ".join(f"{key} {value}" for key, value in row["settings"].items()))
+
+
+def _ids_of(name: str, run: Checkpoint, text: str) -> np.ndarray:
+    try:
+        return run.tokenizer.encode_array(text)
+    except RequestError as error:
+        raise RequestError(f"{name} cannot be judged on this text: {error}") from None
+
+
+def _verdict(row: dict[str, Any]) -> str:
+    """How the loss of a run differs from that of the first run."""
+    difference, stderr = row["difference"], row["difference_stderr"]
+    if difference is None:
+        return ""
+    if stderr is None:
+        return f", {difference:+.4f}"
+    clear = "no clear difference" if abs(difference) <= 2 * stderr else "better" if difference < 0 else "worse"
+    return f", {difference:+.4f} ± {stderr:.4f}: {clear}"
+
+
+def _seconds_of(path: Path) -> float | None:
+    """How long a run has taken, from its log; None if there is no log, or the log does not say."""
+    parts = [0.0]
+    for event in read_log(log_path(path)):
+        if event["event"] in ("start", "resume"):
+            parts.append(0.0)
+        parts[-1] = event.get("elapsed", parts[-1])
+    return sum(parts) or None

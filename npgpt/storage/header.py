@@ -1,0 +1,153 @@
+"""The schema of `checkpoint.json`: everything in a checkpoint that is not an array. Knows no model.
+
+`encode_header` refuses whatever `parse_header` would refuse. A new key needs a new format number and a new entry in KEYS;
+every older format still loads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from npgpt.storage.archive import HEADER, MAX_HEADER_BYTES, CheckpointError, UnusableError, first_few, shortened
+
+FORMAT = 2  # format 1 had no hashes, no machine and no crash
+
+KEYS = {  # by format number
+    1: {"format", "config", "vocabulary", "train_config", "progress", "source", "fingerprint", "optimizer_steps"},
+}
+KEYS[2] = KEYS[1] | {"machine", "crash", "sha256"}
+
+
+# ---------------------------------------------------------------- checks of one value
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) < 2**63
+    return isinstance(value, float) and math.isfinite(value)
+
+
+def _or_none(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda value: value is None or check(value)
+
+
+def _is_line(value: Any) -> bool:
+    """Whether a text can be shown on one line as it is."""
+    return isinstance(value, str) and value.isprintable() and len(value) < 5000
+
+
+def _is_vocabulary(value: Any) -> bool:
+    """Whether a text can be encoded as UTF-8. JSON can also spell halves of characters, which cannot."""
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
+
+
+def _is_history(value: Any) -> bool:
+    checks = (_is_count, _is_number, _or_none(_is_number), _or_none(_is_number))
+    return isinstance(value, list) and all(
+        isinstance(row, list) and len(row) == len(checks) and all(check(n) for check, n in zip(checks, row, strict=True))
+        for row in value
+    )
+
+
+def _is_progress(value: Any) -> bool:
+    checks = {f.name: f.metadata["check"] for f in dataclasses.fields(Progress)}
+    return isinstance(value, dict) and all(name in checks and checks[name](v) for name, v in value.items())
+
+
+# ---------------------------------------------------------------- the schema
+
+
+def _checked(check: Callable[[Any], Any], default: Any) -> Any:
+    """A field of Progress with a check for values that are read from a file."""
+    return dataclasses.field(default=default, metadata={"check": check})
+
+
+@dataclass
+class Progress:
+    """How far a run has come. With the weights and the optimiser's state, it is all that resuming needs."""
+
+    step: int = _checked(_is_count, default=0)  # steps done
+    best_step: int = _checked(_is_count, default=0)  # the step with the lowest validation loss
+    best_loss: float | None = _checked(_or_none(_is_number), default=None)
+    stale_evaluations: int = _checked(_is_count, default=0)  # evaluations since the best one
+    loss_sum: float = _checked(_is_number, default=0.0)  # training losses since the last evaluation, added up
+    loss_count: int = _checked(_is_count, default=0)  # how many of them
+    # One row for each evaluation: step, training loss, validation loss, its standard error.
+    history: list[list[Any]] = dataclasses.field(default_factory=list, metadata={"check": _is_history})
+
+    def forget_best(self) -> None:
+        """Forget the best evaluation so far: the next one becomes the best."""
+        self.best_loss, self.best_step, self.stale_evaluations = None, 0, 0
+
+
+FIELDS: dict[str, Callable[[Any], Any]] = {
+    "config": lambda value: isinstance(value, dict),
+    "vocabulary": _is_vocabulary,
+    "train_config": _or_none(lambda value: isinstance(value, dict)),
+    "progress": _is_progress,
+    "source": _or_none(_is_line),
+    "fingerprint": _or_none(lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)),
+    "optimizer_steps": _or_none(_is_count),
+    "machine": _or_none(lambda value: isinstance(value, dict) and all(_is_line(n) for pair in value.items() for n in pair)),
+    "crash": _or_none(_is_line),
+    "sha256": lambda value: isinstance(value, dict) and all(isinstance(v, str) for v in value.values()),
+}
+
+
+def encode_header(header: dict[str, Any]) -> bytes:
+    """The header as JSON. Raises ValueError for a header that `parse_header` would refuse."""
+    for key, is_valid in FIELDS.items():
+        if not is_valid(header[key]):
+            raise ValueError(f"{key} cannot be saved: {str(header[key])[:200]!r}")
+    data = json.dumps({"format": FORMAT} | header, ensure_ascii=False, allow_nan=False).encode()
+    if len(data) > MAX_HEADER_BYTES:
+        raise ValueError(f"the checkpoint's {HEADER} would take {len(data):,} bytes, at most {MAX_HEADER_BYTES:,} are allowed")
+    return data
+
+
+def parse_header(data: bytes) -> dict[str, Any]:
+    """The header as a dictionary with the right keys and types, whatever its format. Keys of newer formats are None.
+
+    Raises CheckpointError.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) != len(pairs):
+            raise ValueError("a name occurs twice")
+        return dict(pairs)
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not a number")
+
+    try:
+        header = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"its {HEADER} cannot be used ({error})") from None
+    if not isinstance(header, dict) or "format" not in header:
+        raise UnusableError(f"is not an npgpt checkpoint: its {HEADER} has no format")
+    number = header["format"]
+    if type(number) is not int or number not in KEYS:
+        raise UnusableError(f"has checkpoint format {shortened(number)}, this version reads {' and '.join(map(str, KEYS))}")
+    wrong = sorted(KEYS[number] ^ set(header))
+    if wrong:
+        names = first_few([shortened(key) for key in wrong])
+        raise CheckpointError(f"its {HEADER} cannot be used (missing or unknown: {names})")
+    for key, is_valid in FIELDS.items():
+        if key in header and not is_valid(header[key]):
+            raise CheckpointError(f"its {HEADER} cannot be used ({key} is {shortened(header[key])})")
+    return dict.fromkeys(KEYS[FORMAT]) | header
+
+
+def one_line(text: str) -> str:
+    """The text with escapes for characters that are not printable or not UTF-8. A file name may have such characters."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,0 +1,139 @@
+"""The files of a training run: where they are, who may write them, how they are saved and logged. No training.
+
+A run whose checkpoint is `model.npz` has these files:
+
+    model.npz        the model with the lowest validation loss so far
+    model.last.npz   the state at the last evaluation or interruption; a run resumes from it
+    model.jsonl      the log: one JSON object per line
+    model.crash.npz  after a loss or gradient that was not finite: that step, for `npgpt replay`
+
+Files of an earlier run are kept as `model.previous.npz` and so on. While a run lasts, `.model.npz.lock` keeps a second run
+from writing the same files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from npgpt.config.fields import RequestError
+from npgpt.storage.checkpoint import Checkpoint, save, step_of
+from npgpt.storage.files import copy_whole, lock, remove_leftovers, whole_file
+
+
+class RunFiles:
+    """The files of one run. At first they may belong to an earlier run; `claim` makes them this run's own."""
+
+    def __init__(self, best: Path) -> None:
+        """best: the path of the run's checkpoint. Raises RequestError if it does not end in .npz."""
+        if best.suffix != ".npz":
+            raise RequestError(f"out must end in .npz, got {best}")
+        self.best = best
+        self.saved_step: int | None = None  # the step of the state that this run saved last
+        self._owned = False  # whether the files belong to this run
+
+    # ---------------------------------------------------------------- paths
+
+    @property
+    def last(self) -> Path:
+        return self.best.with_name(f"{self.best.stem}.last.npz")
+
+    @property
+    def log(self) -> Path:
+        return log_path(self.best)
+
+    @property
+    def crash(self) -> Path:
+        return self.best.with_name(f"{self.best.stem}.crash.npz")
+
+    @property
+    def previous(self) -> Path:
+        """Where the checkpoint of the run before is kept."""
+        return self._previous(self.best)
+
+    def all(self) -> list[Path]:
+        """The paths of all files, whether or not they exist."""
+        return [self.best, self.last, self.log, self.crash]
+
+    def _previous(self, path: Path) -> Path:
+        return path.with_name(path.name.replace(self.best.stem, f"{self.best.stem}.previous", 1))
+
+    # ---------------------------------------------------------------- ownership
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Inside `with`, no other run can write these files. Raises RequestError if another run has them locked."""
+        return lock(self.best.with_name(f".{self.best.name}.lock"), str(self.best))
+
+    def adopt(self, step: int) -> None:
+        """The files belong to this run, which has just loaded its state at `step` from them."""
+        self._owned, self.saved_step = True, step
+
+    def disown(self) -> None:
+        """The files do not belong to this run: `claim` will set them aside."""
+        self._owned, self.saved_step = False, None
+
+    def claim(self) -> bool:
+        """Make the files this run's own, and set aside those of an earlier run. The caller must hold the lock.
+
+        Returns whether the best checkpoint there is of this run. Raises RequestError if another run has continued from the
+        state in the meantime.
+        """
+        for path in self.all():
+            remove_leftovers(path)
+        state_step = step_of(self.last) if self._owned and self.last.exists() else None
+        if state_step is not None and state_step != self.saved_step:
+            raise RequestError(f"another run has continued from {self.last} in the meantime; start again with --resume")
+        state_is_gone = state_step is None and self.saved_step is not None
+        if not self._owned or state_is_gone:
+            for path in self.all():
+                if path.exists():
+                    path.replace(self._previous(path))
+            self._owned = True
+            return False
+        return self.saved_step is None or self.best.exists()
+
+    # ---------------------------------------------------------------- saving
+
+    def save(self, checkpoint: Checkpoint, is_best: bool) -> None:
+        """Write the state of the run, and, if it is the best so far or there is no best, the checkpoint. Raises OSError."""
+        save(self.last, checkpoint)
+        self.saved_step = checkpoint.step
+        if is_best or not self.best.exists():  # a run interrupted before its first evaluation leaves a model too
+            copy_whole(self.last, self.best)
+
+    # ---------------------------------------------------------------- the log
+
+    def append_to_log(self, event: dict[str, Any]) -> None:
+        """Add one line to the log. An event named "start" begins a new log. Raises OSError."""
+        with self.log.open("w" if event["event"] == "start" else "a", encoding="utf-8", newline="\n") as log:
+            log.write(_line(event))
+
+    def cut_log(self, step: int) -> None:
+        """Remove from the log what came after `step`, and an incomplete last line. Raises OSError."""
+        if self.log.exists():
+            kept = [_line(event) for event in read_log(self.log) if event["step"] <= step]
+            with whole_file(self.log, lambda _: None) as file:
+                file.write("".join(kept).encode())
+
+
+def log_path(checkpoint: Path) -> Path:
+    """The path of the log of the run that writes this checkpoint."""
+    return checkpoint.with_suffix(".jsonl")
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The events of a run's log; an empty list if there is no log. Incomplete lines are left out."""
+    events = []
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            event = json.loads(line)
+            if isinstance(event, dict) and isinstance(event.get("event"), str) and isinstance(event.get("step"), int):
+                events.append(event)
+    return events
+
+
+def _line(event: dict[str, Any]) -> str:
+    return json.dumps(event, ensure_ascii=False) + "\n"

@@ -1,0 +1,46 @@
+"""What the losses of a finished run say, and what to change next. One line of text; nothing is changed here."""
+
+from __future__ import annotations
+
+import math
+
+from npgpt.config.settings import GPTConfig, TrainConfig
+from npgpt.storage.header import Progress
+from npgpt.training.events import Outcome
+
+
+def advice(progress: Progress, config: TrainConfig, model: GPTConfig, outcome: Outcome) -> str:
+    """What the losses of a run show, and the one setting to change next, in one line."""
+    lower = f"lower the learning rate (--lr {min(config.lr / 3, 1e-3):.1g}, it was {config.lr:g})"
+    if outcome is Outcome.DIVERGED:
+        return (
+            f"The loss or a gradient became infinite or NaN after step {progress.step}: start again, {lower} or use a longer "
+            "warm-up (--warmup-steps)."
+        )
+    rows = progress.history
+    if outcome is Outcome.INTERRUPTED:
+        return ""
+    if len(rows) < 2:
+        return "One evaluation is too little to judge by: train longer (--steps) or evaluate more often (--eval-interval)."
+    first_train, last_train = rows[0][1], rows[-1][1]
+    if last_train > math.log(model.vocab_size) + 0.1:
+        return f"The training loss, {last_train:.2f}, is worse than guessing ({math.log(model.vocab_size):.2f}): {lower}."
+    if last_train > first_train + 0.1:
+        return f"The training loss rose from {first_train:.2f} to {last_train:.2f}, so training diverged: {lower}."
+    # Judge by the validation loss, if there is one.
+    losses = [row[1] if row[2] is None else row[2] for row in rows]
+    best, last, noise = min(losses), losses[-1], rows[-1][3] or 0.0
+    if rows[-1][2] is not None and last > best + max(0.01 * best, 0.5 * noise):
+        return (
+            f"Over-fitting since step {progress.best_step}: the validation loss rose from {best:.2f} to {last:.2f} while the "
+            f"training loss fell to {last_train:.2f}. More text helps most; else use more dropout (--dropout "
+            f"{min(0.5, model.dropout + 0.1):.1f}) or a smaller model."
+        )
+    middle = losses[(len(losses) - 1) // 2]
+    which = "training" if rows[-1][2] is None else "validation"
+    if last < middle - 0.02 * middle or (len(rows) < 4 and last == best):
+        return f"The {which} loss was still falling at the end: train longer (--resume --steps {2 * config.steps})."
+    return (
+        f"The {which} loss has levelled off at {best:.2f}: more steps alone will help little. Change one thing, such as a "
+        f"larger model (--n-embd {2 * model.n_embd}) or a longer context (--block-size {2 * model.block_size})."
+    )
