@@ -1,6 +1,6 @@
-# make train DATA=tiny.txt    trains a GPT on a text; see `make help` for the rest.
+# make train DATA=tiny.txt    trains a GPT on a text. `make help` lists the other targets.
 #
-# Every target makes the environment it needs, in .venv, and does nothing that is already done.
+# Every target installs what it needs into .venv, and skips what is already installed.
 
 PYTHON ?= python3
 DATA ?= tiny.txt
@@ -28,7 +28,7 @@ train: .venv/.core ## train on DATA (a path, or a name under data/), write OUT
 test: .venv/.test ## run all tests
 	$(VENV_BIN)/python -m pytest -n auto
 
-soak: .venv/.test ## the reliability tests at full size: kills, faults, damaged files; a quarter of an hour
+soak: .venv/.test ## run the reliability tests at full size: kills, faults, damaged files; a quarter of an hour
 	$(VENV_BIN)/python tests/studies/soak.py $(ARGS)
 
 lint: .venv/.dev ## check style and types
@@ -36,36 +36,36 @@ lint: .venv/.dev ## check style and types
 	$(VENV_BIN)/python -m ruff format --check .
 	$(VENV_BIN)/python -m mypy
 
-bench: .venv/.core ## time training, kernels, generation, start-up; against PyTorch where it is installed
+bench: .venv/.core ## time training, kernels, generation and start-up, and PyTorch if it is installed
 	$(VENV_BIN)/python tests/benchmarks/bench.py $(ARGS)
 
-gpu: .venv/.test ## everything on an NVIDIA GPU: tests, speed against PyTorch, a training run; under nine minutes
+gpu: .venv/.test ## run tests, benchmarks and a training run on an NVIDIA GPU; under nine minutes
 	$(VENV_BIN)/python tests/benchmarks/gpu.py $(ARGS)
 
-gradcheck: .venv/.core ## hold every gradient of a small GPT against finite differences
+gradcheck: .venv/.core ## compare every gradient of a small GPT with finite differences
 	$(VENV_BIN)/python -m npgpt gradcheck $(ARGS)
 
-gradcheck-full: .venv/.test ## every operation, 200 examples of each property, every element
+gradcheck-full: .venv/.test ## check every element of every operation, with 200 examples of each property
 	GRADCHECK_EXAMPLES=200 $(VENV_BIN)/python -m pytest -n auto --timeout 1200 tests/engine/test_properties.py tests/engine/test_gradients.py
 
-parity: .venv/.parity ## the same numbers as PyTorch (installs it)
+parity: .venv/.parity ## compare with PyTorch, and install it first
 	$(VENV_BIN)/python -m pytest -n auto tests/studies/test_parity.py
 
-mutation: .venv/.test ## plant bugs in the backward passes; every one must be caught
+mutation: .venv/.test ## plant bugs in the backward passes; the tests must catch every one
 	$(VENV_BIN)/python tests/studies/mutation.py $(ARGS)
 
-nvrtc: .venv/.nvrtc ## install NVIDIA's compiler: `make test` then compiles the GPU's kernels, which needs no GPU
+nvrtc: .venv/.nvrtc ## install NVIDIA's compiler, so that `make test` compiles the GPU kernels; needs no GPU
 
 data: ## fetch tiny Shakespeare into data/ (needs a network)
 	$(PYTHON) data/fetch.py
 
-venv: .venv/.core ## make .venv with what the commands in bin/ need
+venv: .venv/.core ## install what the commands in bin/ need into .venv
 
-clean: ## remove .venv and what tests and tools leave behind
+clean: ## remove .venv and the caches of tests and tools
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# One stamp per set of dependencies; a change in setup.py makes them stale.
+# One stamp file for each set of dependencies. A change in setup.py makes them stale.
 .venv/.made:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "npgpt needs Python 3.10 or later, this is " + sys.version.split()[0])'
 	$(PYTHON) -m venv .venv

@@ -1,7 +1,7 @@
-"""Fetch tiny Shakespeare into this folder. Needs a network and nothing but Python.
+"""Fetch tiny Shakespeare into this folder. Needs a network and only Python's standard library.
 
-The file is kept under a temporary name until it is complete and its checksum is right; an interrupted
-download is taken up where it stopped.
+The file has a temporary name until it is complete and its checksum is right. An interrupted download continues where it
+stopped.
 """
 
 import hashlib
@@ -21,13 +21,15 @@ def sha256(path: Path) -> str:
 
 
 def fetch(url: str = URL, target: Path = TARGET, size: int = SIZE, digest: str = SHA256) -> str:
-    """Make `target` the verified file; returns a line that says what was done. Raises SystemExit with a line
-    that says what is wrong and what to do."""
+    """Download and verify `target`, unless it is there already. Returns a line that says what was done.
+
+    Raises SystemExit with a line that says what is wrong and what to do.
+    """
     if target.exists() and sha256(target) == digest:
-        return f"{target} is already there and is as it should be"
+        return f"{target} is already there, with the right checksum"
     part = target.with_name(target.name + ".part")
     have = part.stat().st_size if part.exists() else 0
-    if have >= size:  # complete but never verified, or of something else
+    if have >= size:  # complete but never verified, or another file
         part.unlink()
         have = 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
@@ -46,7 +48,7 @@ def fetch(url: str = URL, target: Path = TARGET, size: int = SIZE, digest: str =
         sys.exit(f"the download stopped at {found:,} of {size:,} bytes; run the same command again to continue")
     if sha256(part) != digest:
         part.unlink()
-        sys.exit(f"what came from {url} is not the expected file (wrong SHA-256) and was thrown away; try again later")
+        sys.exit(f"the file from {url} is not the expected one (wrong SHA-256), so it was deleted; try again later")
     part.replace(target)
     return f"{target}: {size:,} bytes, SHA-256 as expected"
 
