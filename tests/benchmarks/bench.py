@@ -1,8 +1,8 @@
-"""`make bench`: training against PyTorch, kernels against the reference, generation, start-up, large texts.
+"""`make bench`: training against PyTorch, kernels against the reference, generation, saving, start-up, large texts.
 
-Contenders are processes that take turns at a few steps each; what is quoted is the median, and ratios are
-within this one run. Prints tables and writes results/NAME.json with the machine described. Nothing here is a
-test. PyTorch is compared with when it is installed (pip install 'npgpt[parity]').
+The contenders are processes. They take turns and do a few steps each. The figures are medians, and all ratios are within this
+one run. The program prints tables and writes them, with a description of the machine, to a JSON file. If PyTorch is installed
+(pip install 'npgpt[parity]'), npgpt is compared with it. Nothing here is a test.
 """
 
 import argparse
@@ -34,7 +34,7 @@ TORCH_MODES = ["torch eager float32", "torch eager bfloat16", "torch compiled fl
 
 
 class Contender:
-    """A contender.py process and what it has measured."""
+    """A process that runs contender.py, and its measurements."""
 
     def __init__(self, engine, workload):
         self.engine, self.seconds, self.peak_memory = engine, [], None
@@ -48,7 +48,7 @@ class Contender:
         )
 
     def run(self, steps):
-        """Do some steps; returns their seconds. None when the process has died."""
+        """Do some steps. Returns the seconds of each, or None if the process has died."""
         try:
             self._process.stdin.write(f"{steps}\n")
             self._process.stdin.flush()
@@ -65,7 +65,10 @@ class Contender:
 
 
 def training(name, engines, rounds):
-    """Rows of (engine, median seconds a step, peak memory) for one workload, all contenders taking turns."""
+    """Train one workload with all engines, taking turns.
+
+    Returns ({engine: its figures}, the engines that failed).
+    """
     contenders = [Contender(engine, name) for engine in engines]
     failed = {c.engine for c in contenders if c.run(2) is None}  # warm-up: caches, compilation
     turns = [c for c in contenders if c.engine not in failed]
@@ -90,7 +93,7 @@ def training(name, engines, rounds):
 
 
 def seconds_of(function, repeat):
-    """The median time of a call."""
+    """The median time of a call. The first call does not count."""
     function()
     times = []
     for _ in range(repeat):
@@ -101,7 +104,7 @@ def seconds_of(function, repeat):
 
 
 def kernels():
-    """Each override against its reference, forward and backward, on a micro-batch of `seed`."""
+    """The time of each override and of its reference, forward and backward, on one micro-batch of `seed`."""
     rng = np.random.default_rng(0)
     rows, c, heads, t = 1024, 256, 4, 128
 
@@ -139,9 +142,12 @@ def kernels():
 
 
 def generation(name):
-    """Tokens a second drawn from one token to the end of the window, one sequence and sixteen side by side, in one
-    thread and with a BLAS thread for each core; past the window; with PyTorch; and how many one sequence could have if a
-    token took no longer than its weights do to be multiplied with a vector."""
+    """Tokens per second, drawn from one token to the end of the window, and past the window.
+
+    npgpt draws one sequence, or sixteen side by side, with one BLAS thread or with one for each core. PyTorch and Hugging Face
+    draw one sequence. "limit" is what one sequence would reach if a token took only the time to multiply all weights with a
+    vector.
+    """
     workload = WORKLOADS[name]
     n, cores = workload.block_size - 1, available_cores()
     model = npgpt.GPT(npgpt.GPTConfig(**{k: v for k, v in vars(workload).items() if k != "batch_size"}))
@@ -184,18 +190,21 @@ def generation(name):
 
 
 def _weights_once(model):
-    """A function that multiplies every matrix of a model with a vector."""
+    """A function that multiplies each matrix of a model with a vector, except the embeddings."""
     matrices = [p.data for name, p in model.named_parameters() if p.ndim == 2 and "wte" not in name and "wpe" not in name]
     vectors = [np.ones((1, len(m)), dtype=np.float32) for m in matrices]
     return lambda: [v @ m for v, m in zip(vectors, matrices, strict=True)]
 
 
 def saving(step_ms):
-    """Milliseconds to save the state of a workload as last and as best, and the share of training time that takes at
-    the default interval when every evaluation is the best."""
+    """The time to save the state of each workload, as the last one and as the best one.
+
+    Also its share of the training time, at the default interval, if every evaluation is the best so far.
+    step_ms: {workload: milliseconds of a step}.
+    """
     interval, rows = npgpt.TrainConfig().eval_interval, {}
     tokenizer = npgpt.CharTokenizer("".join(map(chr, range(32, 97))))
-    with tempfile.TemporaryDirectory(dir=".") as folder:  # not where it might be memory
+    with tempfile.TemporaryDirectory(dir=".") as folder:  # a temporary folder elsewhere may be in memory
         for name, ms in step_ms.items():
             settings = {k: v for k, v in vars(WORKLOADS[name]).items() if k != "batch_size"}
             model = npgpt.GPT(npgpt.GPTConfig(**settings))
@@ -216,7 +225,7 @@ def saving(step_ms):
 
 
 def start_up():
-    """Seconds to import the package and to answer --help, each as a whole process."""
+    """The seconds of a process that imports the package, and of one that answers --help."""
 
     def process(*arguments):
         return lambda: subprocess.run(
@@ -233,8 +242,10 @@ def start_up():
 
 
 def large_texts(sizes):
-    """Seconds to read and encode texts of growing size (a file in the page cache), milliseconds to draw a batch
-    of `seed` from them, and the bytes their ids take."""
+    """For texts of these sizes: seconds to read and encode, milliseconds to draw a batch of `seed`, bytes per token.
+
+    The files are in the page cache.
+    """
     rows = {}
     characters = "".join(map(chr, range(32, 97))).encode()
     with tempfile.TemporaryDirectory() as folder:
@@ -258,7 +269,7 @@ def large_texts(sizes):
 
 
 def machine():
-    """What the figures were measured on."""
+    """The machine of this run: processor, cores, system, versions."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -280,16 +291,16 @@ def machine():
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", nargs="*", choices=WORKLOADS, default=list(WORKLOADS), help="default: all three")
-    parser.add_argument("--rounds", type=int, default=10, help="turns of each contender")
-    parser.add_argument("--eager-only", action="store_true", help="leave PyTorch's compiled modes out (they take minutes)")
-    parser.add_argument("--largest-text", type=int, default=1_000_000_000, help="tokens of the largest text")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "latest.json", help="where the figures go")
+    parser.add_argument("--rounds", type=int, default=10, help="number of turns of each contender")
+    parser.add_argument("--eager-only", action="store_true", help="leave out PyTorch's compiled modes, which take minutes")
+    parser.add_argument("--largest-text", type=int, default=1_000_000_000, help="number of tokens of the largest text")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "latest.json", help="the file for the figures")
     args = parser.parse_args()
 
     results = {"machine": machine(), "training": {}}
     print("  ".join(f"{key} {value}" for key, value in results["machine"].items()), flush=True)
     if importlib.util.find_spec("torch") is None:
-        print("PyTorch is not installed, so there is nothing to compare with: pip install 'npgpt[parity]'")
+        print("PyTorch is not installed, so there is no comparison; install it with: pip install 'npgpt[parity]'")
         modes = []
     else:
         modes = [mode for mode in TORCH_MODES if not (args.eager_only and "compiled" in mode)]
@@ -297,7 +308,7 @@ def main():
     for name in args.workloads:
         rows, failed = training(name, ["npgpt", "gemm", *modes], args.rounds)
         own = rows["npgpt"]["ms"]
-        print(f"\n{name}: {'ms/step':>34} {'tokens/s':>9} {'npgpt is':>9} {'peak MB':>8}")
+        print(f"\n{name}: {'ms/step':>34} {'tokens/s':>9} {'rel. time':>9} {'peak MB':>8}")
         for engine, row in rows.items():
             ratio = row["ms"] / own
             print(
@@ -311,7 +322,7 @@ def main():
 
     sizes = [n for n in (1_000_000, 10_000_000, 100_000_000, 1_000_000_000) if n <= args.largest_text]
     for title, measure in [
-        ("kernels, there and back, a micro-batch of seed", kernels),
+        ("kernels, forward and backward, one micro-batch of seed", kernels),
         ("generation, tokens/s", lambda: {name: generation(name) for name in ("seed", "char")}),
         ("saving", lambda: saving({name: rows["npgpt"]["ms"] for name, rows in results["training"].items()})),
         ("start-up", start_up),

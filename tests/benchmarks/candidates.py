@@ -1,11 +1,11 @@
-"""Measure the table `--minutes` chooses from: what each candidate reaches in how many steps.
+"""Measure the table that `--minutes` chooses from: the loss of each candidate after a number of steps.
 
     python candidates.py data/tinyshakespeare.txt
     python candidates.py data/tiny.txt --dropout 0.1 --settings '{"n_layer": 3, "n_embd": 160, "lr": 0.003}' --steps 3000 9000
 
-The first measures the table of npgpt/plan.py anew, but for its last row, which is published and takes hours on a CPU;
-the second something that is not in it yet. Prints a line of JSON a run: the exact validation loss, its standard error,
-the seconds a step. Not a test.
+The first command measures the table in npgpt/training/plan.py again. It leaves out the last row, which is published and would
+take hours on a CPU. The second command measures a configuration that is not in the table. Each run prints one line of JSON: the
+exact validation loss, its standard error, the milliseconds of a step. This is not a test.
 """
 
 import argparse
@@ -43,9 +43,9 @@ def measure(text, settings, steps, seed):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text")
-    parser.add_argument("--settings", type=json.loads, help="settings of one configuration, instead of the table's")
-    parser.add_argument("--steps", type=int, nargs="*", help="numbers of steps, instead of the table's")
-    parser.add_argument("--dropout", type=float, help="instead of the configuration's")
+    parser.add_argument("--settings", type=json.loads, help="settings of one configuration as JSON (default: the table's)")
+    parser.add_argument("--steps", type=int, nargs="*", help="numbers of steps (default: the table's)")
+    parser.add_argument("--dropout", type=float, help="dropout (default: the configuration's)")
     parser.add_argument("--seed", type=int, default=1337)
     args = parser.parse_args()
     rows = [(c.settings, args.steps or [steps for steps, _ in c.reached]) for c in CANDIDATES[:-1]]

@@ -1,13 +1,13 @@
-"""A process that trains one workload with one engine, a few steps whenever it is told to.
+"""A process that trains one workload with one engine, a few steps at each request.
 
-bench.py starts one per contender and lets them take turns, so that a machine whose speed drifts slows all of
-them alike. It reads a number of steps a line from standard input and answers with a line of JSON: the seconds
-of each step, and the process's peak memory.
+bench.py starts one process for each contender and lets the processes take turns. So if the speed of the machine changes, it
+changes for all of them alike. A request is a line of standard input with a number of steps. The answer is a line of JSON: the
+seconds of each step, and the peak memory of the process.
 
     python contender.py npgpt seed
     python contender.py "torch eager float32" seed
     python contender.py "npgpt bfloat16 cuda" "char, batch 64"
-    python contender.py gemm seed                   the step's matrix products alone, same shapes and threads
+    python contender.py gemm seed                   only the matrix products of a step, with the same shapes and threads
 """
 
 import json
@@ -36,20 +36,20 @@ def npgpt_step(workload, mode):
     update = Update(optimizer, 1.0)
     dtype = bfloat16() if "bfloat16" in mode else None
     forward_backward = ParallelStep(model, workers, dtype=dtype, use_tf32="TF32" in mode)
-    if workers.threads > 1:  # as training does when it takes longer than some seconds
+    if workers.threads > 1:  # as in a training run that takes longer than some seconds
         forward_backward.use(Processes)
     number = iter(range(1 << 62))
 
     def step(x, y):
         update.step(forward_backward(x, y, seed=0, number=next(number)), workers.over)
-        ((loss, _),) = update.results()  # waits for the step, as PyTorch's loss.item() does; training asks less often
+        ((loss, _),) = update.results()  # waits for the step, as PyTorch's loss.item() does; training waits less often
         return loss
 
     return step
 
 
 def gemm_step(workload):
-    """Every matrix product of a step, forward and backward, into arrays made beforehand."""
+    """All matrix products of a step, forward and backward. The arrays for the results exist beforehand."""
     from npgpt.parallel.step import micro_batches
     from npgpt.parallel.workers import Workers
 
@@ -60,7 +60,7 @@ def gemm_step(workload):
     shapes = [(c, 3 * c), (c, c), (c, 4 * c), (4 * c, c)]
 
     def products(rows):
-        """Pairs of operands and an output, for one micro-batch."""
+        """(operand, operand, output) of each product, for one micro-batch."""
         n = rows * t
 
         def normal(*shape):
@@ -73,10 +73,10 @@ def gemm_step(workload):
         for n_in, n_out in shapes:
             x, w, dy = normal(n, n_in), normal(n_in, n_out), normal(n, n_out)
             each_layer += [pair(x, w), pair(dy, w.T), pair(x.T, dy)]
-        for start in range(0, t, 64):  # causal blocks: queries of a block meet the keys up to its end
+        for start in range(0, t, 64):  # causal blocks: a block of queries needs the keys up to its own end
             stop = min(t, start + 64)
             q, k, e = normal(rows, h, stop - start, c // h), normal(rows, h, stop, c // h), normal(rows, h, stop - start, stop)
-            # scores, out, dv; then de, dq, dk, which have the same shapes
+            # scores, out, dv; then de, dq, dk, with the same shapes
             each_layer += 2 * [pair(q, k.swapaxes(2, 3)), pair(e, k), pair(e.swapaxes(2, 3), q)]
         x, w, dy = normal(n, c), normal(c, workload.vocab_size), normal(n, workload.vocab_size)
         return each_layer * workload.n_layer + [pair(x, w), pair(dy, w.T), pair(x.T, dy)]
@@ -96,7 +96,7 @@ def gemm_step(workload):
 
 
 def peak_memory_bytes():
-    """Of this process and its children, where the system tells; what they share counts for each."""
+    """The peak memory of this process and its children; shared memory is counted for each. None if the system does not tell."""
     try:
         import resource
     except ImportError:  # not a POSIX system

@@ -1,7 +1,7 @@
 """`make gpu`: the tests on a GPU, the speed of a training step against PyTorch, and a training run to a loss.
 
-One sitting at a borrowed machine: under nine minutes. Writes results/NAME.json and a table. It needs CuPy; PyTorch is
-compared with where it is installed with CUDA.
+This takes less than nine minutes. It prints a table and writes a JSON file. It needs CuPy. If PyTorch is installed with CUDA,
+npgpt is compared with it.
 """
 
 import argparse
@@ -34,13 +34,16 @@ def gpu(cupy):
 
 
 def tests(seconds):
-    """The last line of pytest, and whether all passed. Two processes at once: much of the time kernels are compiled."""
+    """Run the tests marked `gpu`. Returns (the last line of pytest, whether all tests passed).
+
+    Two processes run them, because much of the time goes to compiling kernels.
+    """
     command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-m", "gpu", "tests"]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired as error:
         print((error.stdout or b"").decode()[-6000:], flush=True)
-        return f"not done after {seconds} s", False
+        return f"not finished after {seconds} s", False
     lines = done.stdout.strip().splitlines()
     if done.returncode:
         print(done.stdout[-6000:], done.stderr[-2000:], flush=True)
@@ -48,7 +51,7 @@ def tests(seconds):
 
 
 def run_to_a_loss(text, seconds, extra):
-    """nanoGPT's published run, in bfloat16, or as much of it as `seconds` allow: its best exact held-out loss."""
+    """Train nanoGPT's published configuration in bfloat16, for at most `seconds`. Returns the best exact held-out loss."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "model.npz"
         command = [sys.executable, "-m", "npgpt", "train", text, "--out", out, "--preset", "char", "--device", "cuda", "--bf16"]
@@ -57,7 +60,7 @@ def run_to_a_loss(text, seconds, extra):
         try:
             status = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            process.terminate()  # it saves its state and ends
+            process.terminate()  # the run saves its state and ends
             status = process.wait(60)
         taken = time.perf_counter() - started
         evaluations = [e for e in read_log(RunFiles(out).log) if e["event"] == "evaluation"]
@@ -77,10 +80,10 @@ def run_to_a_loss(text, seconds, extra):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", default=None, help="default: data/tinyshakespeare.txt where it is, else data/tiny.txt")
-    parser.add_argument("--rounds", type=int, default=6, help="turns of each contender")
-    parser.add_argument("--seconds", type=float, default=150, help="at most, for the training run")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "gpu.json", help="where the figures go")
+    parser.add_argument("--text", default=None, help="default: data/tinyshakespeare.txt if it is there, else data/tiny.txt")
+    parser.add_argument("--rounds", type=int, default=6, help="number of turns of each contender")
+    parser.add_argument("--seconds", type=float, default=150, help="longest time of the training run")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "gpu.json", help="the file for the figures")
     args, extra = parser.parse_known_args()
     try:
         cupy = select("cuda").xp

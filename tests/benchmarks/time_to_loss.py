@@ -1,10 +1,10 @@
-"""How long until the validation loss is 1.88? npgpt's `--preset quick` against nanoGPT's configuration for a CPU in PyTorch.
+"""Time to a validation loss of 1.88: npgpt's `--preset quick` against nanoGPT's configuration for a CPU in PyTorch.
 
     python time_to_loss.py data/tinyshakespeare.txt
 
-PyTorch takes 2000 steps of `nano` with nanoGPT's schedule and its evaluations (20 batches of each split every
-250 steps). npgpt's is the whole command: start-up, reading, training, its evaluations and checkpoints. They take
-turns; quoted are medians of wall-clock seconds, and the exact validation losses. Not a test.
+PyTorch does 2000 steps of `nano`, with nanoGPT's schedule and evaluations: 20 batches of each split, every 250 steps. npgpt's
+time is that of the whole command: start-up, reading, training, evaluations and checkpoints. The two take turns. The figures are
+wall-clock seconds and exact validation losses; the ratio is that of the median times. This is not a test.
 """
 
 import argparse
@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 
 
 def train_torch(text, seed):
-    """-> (seconds, exact validation loss) of nanoGPT's run."""
+    """Train nanoGPT's configuration in PyTorch. Returns (seconds, exact validation loss)."""
     import torch
     from torch_gpt import TorchGPT
 
@@ -72,7 +72,7 @@ def train_torch(text, seed):
 
 
 def train_npgpt(text, seed, flags):
-    """-> (seconds of the whole command, exact validation loss)."""
+    """Run `npgpt train` with these flags. Returns (seconds of the whole command, exact validation loss)."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "model.npz"
         environment = os.environ | {"PYTHONPATH": str(HERE.parent.parent)}
@@ -88,10 +88,10 @@ def train_npgpt(text, seed, flags):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("text", help="tiny Shakespeare")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each")
-    parser.add_argument("--flags", default="--preset quick", help="what npgpt trains with")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "time-to-loss.json", help="where the figures go")
+    parser.add_argument("text", help="the file of tiny Shakespeare")
+    parser.add_argument("--rounds", type=int, default=3, help="number of turns of each; turn number k has the seed k")
+    parser.add_argument("--flags", default="--preset quick", help="flags of npgpt train")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "time-to-loss.json", help="the file for the figures")
     args = parser.parse_args()
     runs = {"npgpt": [], "torch": []}
     for seed in range(args.rounds):

@@ -1,7 +1,7 @@
-"""The same GPT in PyTorch, as its users would write it: fused attention, torch.optim.AdamW. Only to compare with."""
+"""The same GPT in PyTorch, as its users would write it: fused attention, torch.optim.AdamW. It is only for comparison."""
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (the name everybody gives it)
+import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import nn
 
 
@@ -41,14 +41,14 @@ class TorchGPT(nn.Module):
     def forward(self, ids, targets=None):
         x = self.dropout(self.wte(ids) + self.wpe(torch.arange(ids.shape[1], device=ids.device)))
         x = self.blocks(x)
-        if targets is None:  # as nanoGPT does it: of the last position alone
+        if targets is None:  # as in nanoGPT: the logits of the last position only
             return self.lm_head(self.ln_f(x[:, -1:]))
         logits = self.lm_head(self.ln_f(x))
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 def make_step(workload, mode):
-    """A function that does one training step on given ids. mode: "eager float32", "compiled bfloat16 cuda", ..."""
+    """A function that does one training step on x and y. mode: "eager float32", "compiled bfloat16 cuda", ..."""
     compiled, dtype, device = [*mode.split(), "cpu"][:3]
     torch.manual_seed(0)
     model = TorchGPT(workload).to(device)
@@ -71,7 +71,7 @@ def make_step(workload, mode):
 
 @torch.inference_mode()
 def draw_without_cache(workload, tokens, context=1):
-    """nanoGPT's way of sampling: the whole window again for each token."""
+    """Sample as nanoGPT does: compute the whole window again for each token."""
     model = TorchGPT(workload).eval()
     ids = torch.zeros((1, context), dtype=torch.long)
     for _ in range(tokens):
@@ -80,7 +80,7 @@ def draw_without_cache(workload, tokens, context=1):
 
 
 def hugging_face(workload):
-    """A function that draws `tokens` with Hugging Face's generate, which keeps keys and values."""
+    """A function that draws a number of tokens with Hugging Face's generate, which has a KV cache."""
     import transformers
 
     transformers.logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""The three training workloads that everything is measured on."""
+"""The training workloads of the benchmarks: three for a CPU, one for a GPU."""
 
 from dataclasses import dataclass
 
