@@ -60,9 +60,9 @@ def progress_bar(iterable: Iterable[Any], **options: Any) -> Iterable[Any]:
 
 
 class BreakableStream:
-    """A stream that may be closed by its reader, such as the terminal of a run that goes on alone.
+    """A stream whose reader may go away, such as a terminal that is closed while a run continues.
 
-    What is written after that is lost, and nothing else happens.
+    Text that is written after that is lost, and nothing else happens.
     """
 
     def __init__(self, stream: Any) -> None:

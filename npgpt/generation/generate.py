@@ -75,7 +75,7 @@ class TokenStream:
         self._next_logits = NextLogits(model, settings.window, settings.threads)
 
     def stop(self, sample: int) -> None:
-        """End this sample. The others go on."""
+        """End this sample. The other samples continue."""
         row = list(self._samples).index(sample)
         del self._samples[sample]
         self._next_logits.select([i for i in range(len(self._samples) + 1) if i != row])

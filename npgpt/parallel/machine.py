@@ -55,7 +55,7 @@ def blas_threads(threads: int) -> Iterator[None]:
             library.set_num_threads(number)
 
 
-def machine(device: str, threads: int) -> dict[str, str]:
+def describe_machine(device: str, threads: int) -> dict[str, str]:
     """What decides how a run rounds, on one processor. If all of it is equal, the same seed gives the same bytes."""
     found = [library for library in _blas().info() if library["user_api"] == "blas"]
     blas = " ".join(str(found[0].get(key)) for key in ("internal_api", "version", "architecture")) if found else "unknown"
@@ -90,7 +90,7 @@ def _has_avx512() -> bool:
 def keep_freed_memory() -> bool:
     """Tell glibc's malloc to keep freed memory for the next step. Returns whether there is a glibc.
 
-    By default malloc returns large blocks to the system when they are freed, and the next step gets every page anew: 30,000
+    By default malloc returns large blocks to the system when they are freed, and the next step has to get every page again: 30,000
     page faults in a step of the default model, one twentieth of its time. All threads share one arena, because malloc
     returns the memory of further arenas in any case. The setting applies to the whole process, so only training asks for
     it. On macOS, Windows and musl nothing is done.

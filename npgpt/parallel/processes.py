@@ -27,7 +27,7 @@ from npgpt.model.gpt import GPT
 from npgpt.parallel.machine import blas_threads, keep_freed_memory
 from npgpt.parallel.step import Share, forward_backward
 
-SECONDS_TO_PAY_OFF = 10.0  # starting processes takes a second or two, and must pay for that
+SECONDS_TO_PAY_OFF = 10.0  # starting processes takes time, which they must win back
 
 # The worker gets its parent's module path, so it imports the same modules in whatever folder it starts. It answers on its
 # standard output, so anything that prints is sent to standard error, before any other import.

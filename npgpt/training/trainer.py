@@ -22,7 +22,7 @@ from npgpt.engine.backend import bfloat16
 from npgpt.evaluation.loss import evaluate
 from npgpt.generation.generate import generate_text
 from npgpt.model.gpt import GPT
-from npgpt.parallel.machine import machine
+from npgpt.parallel.machine import describe_machine
 from npgpt.parallel.processes import Processes, processes_pay_off
 from npgpt.parallel.step import ParallelStep
 from npgpt.parallel.workers import Workers
@@ -73,7 +73,7 @@ class Trainer:
         self._step_seconds: list[float] = []  # of the first steps of this run
         self._workers = Workers(config.threads if model.backend.is_cpu else 1)
         precision = "".join(f", {name}" for name in ("bf16", "tf32") if getattr(config, name))
-        self.machine = machine(model.backend.name + precision, self._workers.threads)
+        self.machine = describe_machine(model.backend.name + precision, self._workers.threads)
         dtype = bfloat16() if config.bf16 else None
         self._forward_backward = ParallelStep(model, self._workers, config.micro_batch, dtype, config.tf32)
         self.optimizer = AdamW(model.parameters(), config.lr, (config.beta1, config.beta2), weight_decay=config.weight_decay)
