@@ -90,8 +90,8 @@ def _has_avx512() -> bool:
 def keep_freed_memory() -> bool:
     """Tell glibc's malloc to keep freed memory for the next step. Returns whether there is a glibc.
 
-    By default malloc returns large blocks to the system when they are freed, and the next step has to get every page again: 30,000
-    page faults in a step of the default model, one twentieth of its time. All threads share one arena, because malloc
+    By default malloc returns large blocks to the system when they are freed. The next step has to get every page again: in
+    the default model, 30,000 page faults a step, one twentieth of its time. All threads share one arena, because malloc
     returns the memory of further arenas in any case. The setting applies to the whole process, so only training asks for
     it. On macOS, Windows and musl nothing is done.
     """
