@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 if sys.version_info < (3, 10):
-    sys.exit("npgpt needs Python 3.10 or later, this is " + sys.version.split()[0])
+    sys.exit("npgpt needs Python 3.10 or later; this is Python " + sys.version.split()[0])
 root = Path(__file__).resolve().parent.parent
 sys.path[0] = str(root)  # instead of bin/, so that modules are found; the current folder is not searched
 try:

@@ -2,7 +2,7 @@
 
 Each folder is a room with one subject. From the bottom up: config (settings), kernels (arithmetic on arrays), engine
 (Tensors and gradients), model (the GPT), text (ids and batches), storage (checkpoints), parallel (workers), generation,
-evaluation, training, console and commands. A file imports from its own room and from rooms below it. The names that
+evaluation, training, console and commands. A file imports from its own room and from earlier rooms. The names that
 users need are imported here.
 """
 

@@ -1,1 +1,1 @@
-"""The commands, one in each file. `parser()` makes the command-line parser; `run(args)` does the work, returns the status."""
+"""The commands, one in each file. `parser()` makes the command-line parser; `run(args)` returns the exit status."""

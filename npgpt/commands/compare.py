@@ -31,7 +31,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "ckpt", nargs="+", metavar="FILE", help="checkpoints written by train; the others are compared with the first"
     )
-    parser.add_argument("--text", metavar="TEXT", help="the text to judge on (default: the held-out part of the first one's)")
+    parser.add_argument(
+        "--text", metavar="TEXT", help="the text to judge on (default: the held-out part of the first checkpoint's text)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object for each checkpoint")
     return parser
 
@@ -90,7 +92,9 @@ def _warn_about_texts(runs: dict[str, Checkpoint], first: Checkpoint, first_name
         if run.fingerprint != first.fingerprint:
             say(f"warning: {name} was trained on another text than {first_name}")
         elif on_held_out and run.train_config and held_out_fraction(run) < held_out_fraction(first):
-            say(f"warning: {name} was trained on a part of what is held out here; put it first")
+            say(
+                f"warning: {name} was trained on a part of this held-out text; name it first, and its own held-out part is used"
+            )
 
 
 def _print_rows(rows: list[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""`npgpt evaluate`: the exact loss of a model on a text, and how like the training text its own text is."""
+"""`npgpt evaluate`: the exact loss of a model on a text, and how similar its samples are to the training text."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="TEXT",
         help="a text file (default: the held-out part of the text the model was trained on)",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines for people")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument(
         "--sample-tokens",
         type=_at_least_0,
@@ -93,9 +93,9 @@ def _samples_of(checkpoint: Checkpoint, tokens: int) -> list[str]:
 def _print_likeness(like: Likeness) -> None:
     print(f"{like.characters:,} sampled characters (temperature 0.8) against the {like.of:,} of the training text:")
     for kind, (ours, theirs) in like.rates.items():
-        print(f"  {kind:13} {100 * ours:5.1f} %, there {100 * theirs:5.1f} %")
+        print(f"  {kind:13} {100 * ours:5.1f} %, in the training text {100 * theirs:5.1f} %")
     if like.known_words is not None:
-        print(f"  {100 * like.known_words:.0f} % of the words occur there")
+        print(f"  {100 * like.known_words:.0f} % of the words occur in the training text")
     if like.new_ngrams is not None:
-        print(f"  {100 * like.new_ngrams:.0f} % of the spans of {NGRAM} characters do not")
+        print(f"  {100 * like.new_ngrams:.0f} % of the spans of {NGRAM} characters do not occur in it")
     print(f"  the longest span copied has {len(like.longest_copy)} characters: {like.longest_copy[:60]!r}")

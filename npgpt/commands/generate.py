@@ -26,8 +26,8 @@ ABOUT = "write text with a trained model"
 def parser() -> argparse.ArgumentParser:
     parser = command_parser(
         "generate",
-        "Write text with a trained model. On a terminal and without a prompt, it asks for one prompt after another, until\n"
-        "end of file (Ctrl-D).",
+        "Write text with a trained model. On a terminal and without a prompt, the command asks for one prompt after\n"
+        "another, until end of file (Ctrl-D).",
         [
             'bin/generate --ckpt model.npz --prompt "HOB:" --temperature 0.7 --top-k 20',
             "bin/generate --ckpt model.npz --num-samples 3 --max-new-tokens 100 --stop HALE:",
@@ -41,8 +41,8 @@ def parser() -> argparse.ArgumentParser:
         "--unknown",
         choices=("error", "skip", "replace"),
         default="error",
-        help="what to do with characters of the prompt that the model does not know; replace puts the other case or the "
-        "letter without its accent in their place, if it is known, and skips the rest (default: error)",
+        help="what to do with a character of the prompt that the model does not know; skip leaves it out; replace uses the "
+        "other case of the letter or the letter without its accent, or leaves it out if neither is known (default: error)",
     )
     parser.add_argument(
         "--stop",
@@ -106,7 +106,7 @@ def _known(checkpoint: Checkpoint, prompt: str, unknown: str) -> str:
 
 
 def _write_samples(checkpoint: Checkpoint, prompt: str, settings: GenerateConfig, args: argparse.Namespace) -> None:
-    """Write the samples to stdout, in their order. The sample that is next is written as it is generated."""
+    """Write the samples to stdout, in order. The first unfinished sample is written while it is generated."""
     started, shown = time.perf_counter(), 0
     tokens: list[Token] = []
     texts = dict.fromkeys(range(settings.num_samples), "")

@@ -1,4 +1,4 @@
-"""`npgpt gradcheck`: check every gradient of a small GPT, or of a checkpoint's model, against finite differences."""
+"""`npgpt gradcheck`: check the gradient of every parameter of a GPT against finite differences."""
 
 from __future__ import annotations
 

@@ -61,8 +61,8 @@ def parser() -> argparse.ArgumentParser:
         "--minutes",
         type=_minutes,
         metavar="X",
-        help="choose the model, batch, learning rate and steps that learn most in about X minutes in all (at least half a "
-        "minute); other settings you give are kept; not with --steps, --preset or --resume",
+        help="choose the model, batch, learning rate and steps that learn most in about X minutes in all (more than "
+        "half a minute is best); other settings you give are kept; not with --steps, --preset or --resume",
     )
     add_flags(parser, TrainConfig)
     add_flags(parser, GPTConfig, skip=("vocab_size",))
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Choice:
-    """What to train. With `last`, the run continues from that state; `elsewhere`: it is not the state of --out."""
+    """What to train. last: the state to continue from. elsewhere: `last` is not the state of --out."""
 
     model: GPTConfig
     training: TrainConfig
@@ -122,7 +122,7 @@ def _files_to_write(text: str) -> RunFiles:
     if out.is_symlink():  # replace the file that the link names, not the link
         out = out.resolve()
     if out.stem.endswith((".last", ".crash", ".previous")):
-        raise RequestError(f"--out must not end in .last, .crash or .previous, which a run's other files do, got {text}")
+        raise RequestError(f"--out must not end in .last, .crash or .previous, because a run's other files do, got {text}")
     if out.is_dir():
         raise RequestError(f"--out must be a file, got a folder: {text}")
     if not out.parent.is_dir():

@@ -52,7 +52,9 @@ class TrainConfig(Settings):
     steps: int = setting(1000, "number of optimiser steps", at_least=1)
     batch_size: int = setting(32, "windows of block_size tokens in each step", at_least=1, at_most=100_000)
     lr: float = setting(1e-3, "peak learning rate", above=0)
-    min_lr: float | None = setting(None, "learning rate of the last step (default: lr / 10)", at_least=0)
+    min_lr: float | None = setting(
+        None, "learning rate of the last step with the cosine schedule (default: lr / 10)", at_least=0
+    )
     warmup_steps: int = setting(100, "number of steps in which the learning rate rises to its peak", at_least=0)
     schedule: str = setting("cosine", "learning-rate schedule after the warm-up", choices=("cosine", "constant"))
     beta1: float = setting(0.9, "AdamW: decay rate of the mean of gradients", at_least=0, below=1)
@@ -77,7 +79,9 @@ class TrainConfig(Settings):
         "ten steps if more than ten seconds remain)",
     )
     micro_batch: int | None = setting(
-        None, "windows in a micro-batch, the part of a batch a worker computes at once (default: about 1024 tokens)", at_least=1
+        None,
+        "windows in a micro-batch, which a worker computes at once (default: about 1024 tokens; on a GPU the whole batch)",
+        at_least=1,
     )
     device: str = setting("auto", "device to train on", choices=("auto", "cpu", "cuda"))
     tf32: bool = setting(
@@ -97,7 +101,7 @@ class TrainConfig(Settings):
 
 # Complete configurations by name. A setting that is missing here has its default.
 PRESETS: dict[str, dict[str, Any]] = {
-    # The fastest of several depths, widths, windows and learning rates to reach the loss of nanoGPT's CPU configuration.
+    # Of several depths, widths, windows and learning rates, these reached the loss of nanoGPT's CPU configuration fastest.
     # In so few steps one block learns fastest. More blocks need a lower learning rate.
     "quick": {
         "n_layer": 1,
@@ -140,7 +144,7 @@ class GenerateConfig(Settings):
         None, "drop tokens whose probability is below this fraction of the likeliest token's", at_least=0, at_most=1
     )
     repetition_penalty: float = setting(
-        1.0, "above 1: tokens that occur in the text already become less likely", at_least=0.01, at_most=100
+        1.0, "above 1: tokens that are already in the text become less likely", at_least=0.01, at_most=100
     )
     window: str = setting(
         "exact",

@@ -1,4 +1,4 @@
-"""Stopping in good order: SIGINT, SIGTERM and SIGHUP as a request that is answered at the end of a step."""
+"""Stopping in good order: the first SIGINT, SIGTERM or SIGHUP asks a run to stop at the end of its step."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def interruptible() -> Iterator[StopRequest]:
             # os.write, because the signal may have interrupted a print.
             os.write(2, b"\nstopping after this step; press Ctrl-C again to stop at once\n")
 
-    # A terminal that closes sends SIGHUP. `nohup` makes the process ignore it, and it stays ignored here.
+    # A closing terminal sends SIGHUP. Under `nohup` the process ignores SIGHUP, and that does not change here.
     numbers = [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         numbers.append(signal.SIGHUP)

@@ -1,4 +1,4 @@
-"""What the commands share: parsers, messages, progress bars, streams that may be closed. No command is known here."""
+"""What the commands share: parsers, messages, progress bars, streams that may be closed. This file knows no particular command."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """Answers a wrong command line in one line, and suggests the flag that a misspelt one may stand for."""
+    """Reports a wrong command line in one line. For a misspelt flag it suggests the closest one."""
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments: "):

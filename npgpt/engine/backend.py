@@ -45,7 +45,7 @@ class Backend:
         return self.xp is np
 
     def asarray(self, array: Any, dtype: Any = None) -> Array:
-        """The array on this device. It is copied only if it is somewhere else."""
+        """The array on this device. It is copied only if it is on another device or has another dtype."""
         if self.is_cpu:
             array = to_numpy(array)
         return self.xp.asarray(array, dtype=dtype)
@@ -152,7 +152,7 @@ def to_numpy(array: Array) -> np.ndarray:
 def _why_no_cuda() -> str | None:
     """What keeps CUDA from being used, with the remedy; None if nothing does.
 
-    It asks the driver directly, which takes milliseconds, before CuPy is imported, which takes much longer.
+    This function asks the driver directly, which takes milliseconds. Importing CuPy takes much longer.
     """
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")

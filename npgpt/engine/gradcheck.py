@@ -26,8 +26,8 @@ from npgpt.engine.tensor import Tensor
 from npgpt.engine.watch import Trace
 
 LEVELS = 4  # step sizes h, h/2, h/4, h/8: truncation error of order h^8
-STEPS = (1e-2, 1e-3, 1e-4)  # h for an element of size up to 1, larger in proportion
-CONVERGED = 1e-10  # if the last extrapolation changed less than this, relatively, a smaller h is not tried
+STEP_SIZES = (1e-2, 1e-3, 1e-4)  # h for elements up to size 1; larger elements use larger steps in proportion
+CONVERGED = 1e-10  # if the relative change by the last extrapolation is below this, no smaller h is tried
 
 
 class GradientError(AssertionError):
@@ -67,7 +67,8 @@ def gradcheck(
     rtol, max_elements, max_kinks, seed: see `check_tensors`.
     names: the names of the inputs in messages.
 
-    Returns one report for each checked input. Raises GradientError for a wrong gradient, TypeError for a float input that
+    Returns one report for each checked input. Raises GradientError for a wrong gradient, its subclass NotSmoothError if more than
+    max_kinks of the derivatives cannot be computed, TypeError for a float input that
     is not float64, and ValueError if fn is not deterministic or no input is float64.
     """
     op = getattr(fn, "__name__", type(fn).__name__)
@@ -94,9 +95,9 @@ def check_tensors(
     """Check d(fn)/d(tensor) for float64 Tensors, such as the parameters of a model.
 
     fn: a function without arguments that computes a Tensor from the `tensors`.
-    rtol: the largest allowed |analytic - numeric| / max(|analytic|, |numeric|, floor). The floor is a thousandth of the
-    tensor's largest derivative or of the largest output, whichever is larger. Finite differences cannot resolve a
-    derivative far below these.
+    rtol: the largest allowed |analytic - numeric| / max(|analytic|, |numeric|, floor). The floor is a thousandth of
+    the larger of two values: the tensor's largest derivative and the largest weighted output. Finite differences cannot
+    resolve a derivative far below these.
     max_elements: for a tensor with more elements, check this many, chosen at random, and the derivatives along three random
     directions, which all elements contribute to. None: check every element.
     max_kinks: the largest fraction of derivatives that may be left out as not smooth.
@@ -271,7 +272,7 @@ def _best_extrapolation(at: Callable[[float], np.ndarray], size: float) -> tuple
     while the extrapolation does not converge.
     """
     best = (math.nan, math.inf)
-    for step in STEPS:
+    for step in STEP_SIZES:
         value, uncertainty = _extrapolate(at, step * size)
         if uncertainty < best[1]:
             best = value, uncertainty
@@ -283,8 +284,8 @@ def _best_extrapolation(at: Callable[[float], np.ndarray], size: float) -> tuple
 def _extrapolate(at: Callable[[float], np.ndarray], h: float) -> tuple[float, float]:
     """(derivative, uncertainty) from the Romberg table of central differences with steps h, h/2, h/4, ...
 
-    The error of the first column is a series in the square of the step. Each further column removes one term of it. The
-    uncertainty is the change by the last level. It is infinite if the slopes on the two sides do not approach each other.
+    The error of the first column is a series in the square of the step. Each further column removes one term of this
+    series. The uncertainty is how much the last level changed the result. It is infinite if the slopes on the two sides do not approach each other.
     """
     centre = at(0.0)
     table: list[float] = []

@@ -1,7 +1,7 @@
 """The graph of recorded operations, and the walk back through it. Tensors and operations are in tensor.py and ops.py.
 
-An operation is a `Node`: it knows where its inputs came from, and a backward function from the gradient of its output to
-the gradients of its inputs. `walk_back` calls these functions from the last operation to the first.
+An operation is a `Node`. It holds the nodes of its inputs and a backward function. That function maps the gradient of the
+output to the gradients of the inputs. `walk_back` calls the backward functions from the last operation to the first.
 
 Backward functions hold arrays, never Tensors, and the graph points only from an output to its inputs. So there are no
 reference cycles: memory is freed as soon as the last reference to it goes, without the garbage collector.
@@ -137,8 +137,8 @@ def current_watch() -> Watch | None:
 def walk_back(root: Node, gradient: Array) -> None:
     """Call the backward functions from `root` to the leaves, without recursion.
 
-    `gradient` is that of the root's output. Each node loses its backward function, and with it the arrays that the function
-    holds, as soon as it was called.
+    gradient: the gradient of the root's output. A node drops its backward function after the call. This frees the arrays
+    that the function holds.
     """
     pending = _PendingGradients()
     pending.add(root, gradient)

@@ -32,7 +32,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def softmax(x: Tensor, axis: int = -1) -> Tensor:
-    """exp(x), normalised to sum to one along `axis`; in the shape of x. A slice of -inf only gives zeros."""
+    """exp(x), normalised to sum to one along `axis`; in the shape of x. If all elements of a slice are -inf, the result is zeros."""
     kernels = _kernels("softmax", x)
     y, saved = kernels.softmax_forward(x.data, axis)
     return record(y, (x,), lambda dy: (kernels.softmax_backward(dy, saved),))
@@ -55,8 +55,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, rng:
     """Scaled dot-product attention (Vaswani et al., 2017, section 3.2.1). No position sees a later one.
 
     q (B, H, T, head_dim), k and v (B, H, S, head_dim) with S >= T -> (B, H, T, head_dim). The queries are the last T of the
-    S positions. `dropout` acts on the attention probabilities, drawn from the generator `rng`; with rng None there is no
-    dropout. Raises ValueError if the shapes do not fit together.
+    S positions. Dropout with probability `dropout` acts on the attention probabilities. The generator `rng` draws it; with
+    None there is no dropout. Raises ValueError if the shapes do not fit together.
     """
     same = q.ndim == k.ndim == 4 and k.shape == v.shape
     if not same or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or q.shape[2] > k.shape[2]:

@@ -122,12 +122,13 @@ class Tensor:
     def backward(self, gradient: Array | None = None) -> None:
         """Add dL/dleaf to `.grad` of every leaf that this tensor was computed from.
 
-        `gradient` is dL/dself, in the shape of self. If self has one element, it may be left out and is 1, so that L is self.
+        `gradient` is dL/dself, in the shape of self. If self has one element, `gradient` may be left out; it is then 1, so L is
+        self.
         The walk back frees the graph and the arrays it saved, so a second call needs a second forward pass. There are no
         gradients of gradients.
 
-        Raises RuntimeError if self does not require a gradient or the graph was used before, and ValueError if `gradient`
-        has another shape.
+        Raises RuntimeError if self does not require a gradient, if the graph was used before, or if `gradient` is left out and
+        self has more than one element. Raises ValueError if `gradient` has another shape.
         """
         if not self.requires_grad:
             raise RuntimeError("backward() needs a tensor computed from one with requires_grad=True (outside no_grad)")

@@ -19,7 +19,7 @@ from npgpt.kernels.reference import Array
 
 
 class NonFiniteError(FloatingPointError):
-    """Under `detect_anomaly`: an operation gave numbers that are not finite, although its inputs were finite.
+    """Under `detect_anomaly`: the first operation whose result or gradient is not finite. Values of leaves are not checked.
 
     `op` is the operation's name. `leaf` is a leaf among its inputs, or else the last leaf used before it, or None.
     """
@@ -95,7 +95,7 @@ class Trace(Watch):
 
 
 def name_of(backward: Callable[..., Any]) -> str:
-    """The name of the operation that a backward function belongs to: the function it is defined in."""
+    """The operation's name: the name of the function that defines the backward function."""
     name = backward.__qualname__.rpartition(".<locals>.")[0].rpartition(".<locals>.")[2]
     if name == "_binary":  # of tensor.py, which wraps the derivatives of the operator that called it
         inner = [cell.cell_contents for cell in backward.__closure__ or () if callable(cell.cell_contents)]

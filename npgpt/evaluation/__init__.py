@@ -1,1 +1,1 @@
-"""How good a model is, and how like its training text its own text is. No training."""
+"""How good a model is, and how similar its samples are to its training text. No training."""

@@ -1,4 +1,4 @@
-"""How like its training text a generated text is: rates of characters, known words, copied spans. Only counting; no model.
+"""How similar samples are to the training text: rates of characters, known words, copied spans. Only counting; no model.
 
 The numbers answer two questions that a loss does not answer. Has the model learned the look of the text? And does it write
 new text or copy?

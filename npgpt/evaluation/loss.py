@@ -74,7 +74,7 @@ def compare(runs: Sequence[tuple[GPT, np.ndarray]], workers: Workers | None = No
     length.
     """
     if len({len(ids) for _, ids in runs}) > 1:
-        raise RequestError(f"the same text must have as many ids for each model, got {[len(ids) for _, ids in runs]}")
+        raise RequestError(f"the text must have the same number of ids for every model, got {[len(ids) for _, ids in runs]}")
     # Models with different block_size have different windows. All losses are added up over spans of the longest window.
     span, n = max(model.config.block_size for model, _ in runs), len(runs[0][1]) - 1
     starts = np.arange(0, n, span)

@@ -1,6 +1,7 @@
-"""The logits of the next token of texts that grow by one token at a time. Which token is chosen is in sampling.py.
+"""The logits of the next token. The choice of the token is in sampling.py.
 
-While a text fits into block_size, a KV cache makes each token cost one position. Past block_size this no longer works,
+While a text fits into block_size, a KV cache holds the keys and values, so the model computes only one position for each
+new token. Past block_size this no longer works,
 because positions are learned: when the oldest token leaves the window, every other token gets a new position, and every
 key changes. The setting `window` says what happens then:
 

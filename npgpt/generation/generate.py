@@ -54,8 +54,8 @@ class Token:
 class TokenStream:
     """Samples of the same context, generated side by side. Iterating yields one Token after another.
 
-    With a seed, sample k is the same whichever samples are generated beside it. There is one exception: a product with more
-    rows may round differently, so a draw within a millionth of a boundary may fall on its other side.
+    With a seed, sample k does not depend on the other samples. There is one exception: a matrix product with more rows may
+    round differently, and then a draw very close to a boundary may give another token.
     """
 
     def __init__(self, model: GPT, context_ids: Sequence[int], settings: GenerateConfig, samples: Sequence[int] = (0,)) -> None:
@@ -168,7 +168,7 @@ def generate_text(
 
 
 def default_context(tokenizer: CharTokenizer) -> str:
-    """The context for an empty prompt: a line break, as if a line were about to begin, or else the first character."""
+    """The context for an empty prompt: a line break, or the first character if the vocabulary has no line break."""
     return "\n" if "\n" in tokenizer.stoi else tokenizer.itos[0]
 
 

@@ -32,13 +32,14 @@ def log_probabilities(logits: np.ndarray, ids: np.ndarray) -> np.ndarray:
 
 
 def _weights(logits: np.ndarray, settings: GenerateConfig, texts: Sequence[Sequence[int]]) -> np.ndarray:
-    """Probabilities up to a factor, or, with temperature 0, logits; (B, V).
+    """(B, V). With temperature 0: logits. Otherwise: probabilities that are not normalised.
 
     The restrictions apply in this order:
     - `repetition_penalty` acts on the logits of ids that occur in the text: a positive logit is divided by it, a negative
       one is multiplied ("CTRL", Keskar et al., 2019);
     - `top_k` keeps the k likeliest ids, and all ids as likely as the k-th;
-    - `top_p` keeps the smallest set of the likeliest ids whose probabilities add up to it ("The Curious Case of Neural Text
+    - then the logits are divided by the temperature;
+    - `top_p` keeps the smallest set of the likeliest ids whose probabilities add up to at least top_p ("The Curious Case of Neural Text
       Degeneration", Holtzman et al., 2020);
     - `min_p` keeps ids with at least this fraction of the highest probability ("Turning Up the Heat: Min-p Sampling",
       Nguyen et al., 2024).

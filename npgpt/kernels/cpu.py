@@ -24,14 +24,14 @@ QUERY_BLOCK = 64  # queries in a block of attention; they share a range of keys
 SAFE_SCORE = 40.0  # exp(40), summed over any context, is far below the largest float32
 
 # For few_rows_product.
-FEW_ROWS = 32  # the most rows that are multiplied in pieces
-FEW_ROWS_WITH_BLAS_THREADS = 8  # the same with a BLAS that runs threads: it does not divide small products among them
+FEW_ROWS = 32  # the largest number of rows that are multiplied in pieces
+FEW_ROWS_WITH_BLAS_THREADS = 8  # the same if the BLAS has several threads: it computes a small product on one
 COLUMNS = 128  # columns of a piece
 SMALL_PRODUCT = 1_000_000  # multiplications; OpenBLAS copies the operands of larger products
 
 
 def _blocks(n: int, width: int) -> Iterator[slice]:
-    """Slices that cut n rows of `width` elements into blocks of the size of the cache."""
+    """Slices that cut n rows of `width` elements into blocks of about BLOCK elements."""
     rows = max(1, BLOCK // max(1, width))
     for start in range(0, n, rows):
         yield slice(start, min(start + rows, n))
@@ -48,7 +48,10 @@ def _column_sums(x: Array) -> Array:
 
 
 def few_rows_product(x: Array, weight: Array, blas_threads: int = 1) -> Array:
-    """x (B, n) @ weight (n, m), faster than `@` for 2 to 32 rows.
+    """x (B, n) @ weight (n, m), for a few rows.
+
+    It is faster than `@` for 2 to 32 rows with one BLAS thread, or 2 to 8 rows with several, if m is a multiple of 128. It
+    uses `@` for all other products.
 
     OpenBLAS copies the weights of a large product into another order before it multiplies. For a few rows, that copy
     takes longer than the product itself. With its AVX-512 kernels, OpenBLAS reads the weights of a small product where

@@ -51,7 +51,7 @@ class Kernels:
     #
     #   y[n, j] = sum_i x[n, i] weight[i, j] + bias[j]
     #   dx = dy @ weight^T          every output j sends its gradient back along weight[:, j]
-    #   dweight = x^T @ dy          each pair (i, j) met once per row n, summed over rows
+    #   dweight = x^T @ dy          weight[i, j] is used once in each row n: a sum over rows
     #   dbias = dy summed over rows
 
     def linear_forward(self, x: Array, weight: Array, bias: Array | None) -> tuple[Array, Saved]:
@@ -80,8 +80,8 @@ class Kernels:
     #
     #   dx_j = sum_i dp_i p_i (1[i = j] - p_j) = p_j (dp_j - sum_i dp_i p_i)
     #
-    # A row of -inf only (a query that may attend to nothing) has no distribution. Its probabilities
-    # are zeros, and so is its gradient.
+    # A row whose elements are all -inf (a query that may attend to nothing) has no distribution. Its
+    # probabilities are zeros, and so is its gradient.
 
     def softmax_forward(self, x: Array, axis: int = -1) -> tuple[Array, Saved]:
         """x -> probabilities of the shape of x; they sum to one along `axis`."""
@@ -203,8 +203,8 @@ class Kernels:
     # The gradient at xhat is g = dy * weight. Three paths lead from xhat back to x: the element
     # itself; the mean, which moves every element by -1/C; and the variance, which scales every
     # element and whose derivative contains xhat. Their sum is a projection of g. It removes the
-    # component of g along the constant vector and the component along xhat: moving x in either
-    # direction leaves xhat as it is, so x can have no gradient there.
+    # component of g along the constant vector and the component along xhat. A change of x in these
+    # two directions does not change xhat, so dx has no component along them:
     #
     #   dx = rstd * (g - mean(g) - xhat * mean(g * xhat))
 

@@ -10,7 +10,8 @@ from npgpt.kernels.reference import Array
 
 
 class KVCache:
-    """Keys and values of the tokens so far, for `batch` sequences. With them, one more token costs one position.
+    """Keys and values of the tokens so far, for `batch` sequences. With them, the model computes only one position for a new
+    token.
 
     There is room for block_size tokens; `length` of them have been seen. No gradient flows through what is kept.
     """

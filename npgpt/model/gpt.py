@@ -103,8 +103,8 @@ class Block(Module):
 class GPT(Module):
     """The model: `logits, loss = model(ids, targets)`.
 
-    `seed` draws the weights; with None they stay zero, because they are about to be loaded. `dtype` is float32, or float64
-    to check gradients.
+    `seed` draws the weights. With None, matrices, tables and biases are zeros and layer-norm weights are ones, for weights
+    that are loaded afterwards. `dtype` is float32, or float64 to check gradients.
     """
 
     def __init__(self, config: GPTConfig, seed: int | None = 1337, backend: Backend = CPU, dtype: Any = np.float32):
@@ -131,14 +131,15 @@ class GPT(Module):
     ) -> tuple[Tensor, Tensor | None]:
         """ids (B, T), integers, T <= block_size -> (logits (B, T, V), loss).
 
-        targets: integers (B, T). The loss is then the mean cross-entropy in nats, and None without targets.
+        targets: integers (B, T). With targets, loss is the mean cross-entropy in nats; without, it is None.
         rng: the generator for dropout, from `model.backend.generator(...)`. None: no dropout.
-        cache: the ids follow the tokens in this cache, and are added to it.
+        cache: keys and values of earlier tokens. `ids` follow these tokens, and their keys and values are added.
         last_only: compute the logits (B, 1, V) and the loss of the last position only; targets are then (B, 1).
         dtype: the dtype of everything between the embeddings and the loss. None means that of the weights. On a GPU, and
         without a cache, it may be bfloat16.
 
-        Raises ValueError if ids has another shape or does not fit into block_size, and IndexError for an id outside [0, V).
+        Raises ValueError if ids has another shape or does not fit into block_size, or if `dtype` does not fit the device or the
+        cache. Raises IndexError for an id outside [0, V).
         """
         ids = ids.data if isinstance(ids, Tensor) else ids if hasattr(ids, "ndim") else np.asarray(ids)
         seen = cache.length if cache else 0
@@ -158,9 +159,9 @@ class GPT(Module):
         return logits, ops.cross_entropy(logits, targets)
 
     def decode(self, ids: Array, cache: KVCache, blas_threads: int = 1) -> Array:
-        """The logits after one more token of each sequence: ids (B,) -> (B, V). On a CPU, without a graph.
+        """The logits after one more token of each sequence: ids (B,) -> (B, V).
 
-        The cache must have room for one more token. blas_threads: the number of threads that the BLAS uses.
+        This works only on a CPU and records no graph. The cache must have room for one more token. blas_threads: the number of threads that the BLAS uses.
         """
         x = self.wte.decode(ids) + self.wpe.decode(cache.length)  # (B, C)
         for block in self.blocks:

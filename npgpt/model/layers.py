@@ -1,13 +1,13 @@
 """The layers of a model: linear, embedding, layer norm, activations, dropout, residual connection. No attention, no GPT.
 
-Each layer has two forward passes side by side:
+A layer that generation needs has two forward passes side by side:
 
     layer(x)            x is a Tensor; the graph is recorded. For training and evaluation.
     layer.decode(x)     x is a NumPy array with one row for each sequence; no graph. For one more token of each sequence.
 
-Decoding a token multiplies vectors with matrices, so its time is the time to read the weights. Everything around the
-products shows: Tensors, checks, and kernels made for thousands of rows would take more than half of the time. A test
-compares the two forward passes at every position.
+To decode a token, the model multiplies vectors with matrices, so the time is the time to read the weights. Tensors, checks
+and kernels for thousands of rows would take more than half of that time. So `decode` uses none of them. A test compares
+the two forward passes at every position.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _parameter(backend: Backend, shape: tuple[int, ...], dtype: Any, fill: float
 
 
 class Linear(Module):
-    """y = x @ weight + bias, with weight (in, out) and bias (out,). Both are zeros until the model draws its weights."""
+    """y = x @ weight + bias, with weight (in, out) and bias (out,). Both start as zeros. The model then draws the weight."""
 
     def __init__(self, n_in: int, n_out: int, bias: bool = True, backend: Backend = CPU, dtype: Any = np.float32):
         self.weight = _parameter(backend, (n_in, n_out), dtype)
@@ -48,7 +48,7 @@ class Linear(Module):
 
 
 class Embedding(Module):
-    """A table of `n` vectors of size `dim`, looked up by id. The table is zeros until the model draws its weights."""
+    """A table of `n` vectors of size `dim`, looked up by id. It starts as zeros. The model then draws it."""
 
     def __init__(self, n: int, dim: int, backend: Backend = CPU, dtype: Any = np.float32):
         self.weight = _parameter(backend, (n, dim), dtype)

@@ -21,7 +21,7 @@ class Parameters(list[Tensor]):
 
     `data` and `grad` are the flat arrays, both of shape (n,). Parameters of two or more dimensions come first. They fill
     `data[:n_decay]`, the slice that weight decay acts on. So one pass over one vector updates a whole model, and the norm
-    of its gradient is one dot product.
+    of its gradient needs no loop over parameters.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
@@ -43,7 +43,7 @@ class Parameters(list[Tensor]):
         self.bind(data, xp.zeros_like(data))
 
     def bind(self, data: Array, grad: Array) -> None:
-        """Make the parameters views into these two arrays, with the values the arrays hold.
+        """Make the parameters views into these two arrays. The parameters take the arrays' values.
 
         Raises ValueError if an array has another shape or dtype.
         """

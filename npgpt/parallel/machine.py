@@ -1,4 +1,4 @@
-"""What this computer is: cores, memory, BLAS. Also the two settings of the process that speed depends on."""
+"""This computer: its cores, memory and BLAS. Two settings of the process are also here: BLAS threads and malloc."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ def blas_threads(threads: int) -> Iterator[None]:
 
 
 def describe_machine(device: str, threads: int) -> dict[str, str]:
-    """What decides how a run rounds, on one processor. If all of it is equal, the same seed gives the same bytes."""
+    """The properties that decide rounding: device, threads, NumPy, BLAS.
+
+    On one processor, runs with equal properties and the same seed give the same bytes."""
     found = [library for library in _blas().info() if library["user_api"] == "blas"]
     blas = " ".join(str(found[0].get(key)) for key in ("internal_api", "version", "architecture")) if found else "unknown"
     return {"device": device, "threads": str(threads), "NumPy": np.__version__, "BLAS": blas}
@@ -76,7 +78,7 @@ def describe_blas() -> str:
     if kernel and kernel.lower() not in AVX512_KERNELS and _has_avx512():
         pinned = os.environ.get("OPENBLAS_CORETYPE")
         because = f"because OPENBLAS_CORETYPE={pinned}" if pinned else "try OPENBLAS_CORETYPE=SkylakeX"
-        text += f", which leave this processor's AVX-512 unused: {because}"
+        text += f"; this processor's AVX-512 is unused ({because})"
     return text
 
 
@@ -90,8 +92,8 @@ def _has_avx512() -> bool:
 def keep_freed_memory() -> bool:
     """Tell glibc's malloc to keep freed memory for the next step. Returns whether there is a glibc.
 
-    By default malloc returns large blocks to the system when they are freed. The next step has to get every page again: in
-    the default model, 30,000 page faults a step, one twentieth of its time. All threads share one arena, because malloc
+    By default malloc returns large freed blocks to the system, and the next step gets new pages. In the default model this
+    costs 30,000 page faults a step, a twentieth of its time. All threads share one arena, because malloc
     returns the memory of further arenas in any case. The setting applies to the whole process, so only training asks for
     it. On macOS, Windows and musl nothing is done.
     """

@@ -1,7 +1,7 @@
 """Worker processes: the same work as worker threads, without one Python lock for all.
 
-Threads share one interpreter. When an operation ends, its thread has to wait for the interpreter's lock. With small models
-this waiting is a third of the time, and more with more cores. Each process has an interpreter of its own.
+Threads share one interpreter. When an operation ends, its thread has to wait for the interpreter's lock. In small
+models this takes about a quarter of a step, and more with more cores. Each process has an interpreter of its own.
 
 Weights and gradients are in shared memory, and the batch goes through a pipe. The shares of the workers and the order of
 the sums are the same as with threads, so the results have the same bits. If a process dies, threads repeat the step.
@@ -27,16 +27,16 @@ from npgpt.model.gpt import GPT
 from npgpt.parallel.machine import blas_threads, keep_freed_memory
 from npgpt.parallel.step import Share, forward_backward
 
-SECONDS_TO_PAY_OFF = 10.0  # starting processes takes time, which they must win back
+SECONDS_TO_PAY_OFF = 10.0  # processes start only if more than this remains, because starting them takes time
 
-# The worker gets its parent's module path, so it imports the same modules in whatever folder it starts. It answers on its
-# standard output, so anything that prints is sent to standard error, before any other import.
+# The worker gets its parent's module path, so it imports the same modules in any folder. Its answers go to standard output.
+# So before any other import, everything that is printed goes to standard error.
 MAIN = (
     "import os, sys; answers = os.dup(1); os.dup2(2, 1); sys.path[:] = sys.argv[1:]; "
     "from npgpt.parallel.processes import work; work(answers)"
 )
 ONE_THREAD = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-PATIENCE = 5.0  # seconds that a worker gets to finish its share when the processes are closed
+SECONDS_TO_FINISH = 5.0  # a worker gets this long to finish its share when the processes are closed
 
 
 def processes_pay_off(seconds_left: float) -> bool:
@@ -178,7 +178,7 @@ class Processes:
                 with contextlib.suppress(OSError):  # the child may have died without reading its pipe
                     if pipe:
                         pipe.close()
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + SECONDS_TO_FINISH
         for child in self._children:
             with contextlib.suppress(subprocess.TimeoutExpired):  # the child is in the middle of a long step
                 child.wait(max(0.0, deadline - time.monotonic()))

@@ -5,7 +5,7 @@ threads run all operations side by side; a BLAS with threads of its own would sp
 share the weights, and each has gradients of its own. The gradients are added up in a fixed order, so the same seed and
 the same number of threads give the same bytes.
 
-There are no formulas here. Of the GPT, only its call is known.
+This file has no formulas. It uses only the GPT's call, its parameters and its configuration.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class ParallelStep:
         return sum(losses)
 
     def use(self, start: Callable[[GPT, int], RemoteWorkers]) -> None:
-        """From now on, share steps with `start(model, number of workers)` instead of threads.
+        """From now on, remote workers share the steps instead of threads. `start(model, n)` starts n of them.
 
         This moves the model's flat arrays: a view into the old ones no longer sees the model. Raises OSError if the workers
         cannot be started.
@@ -110,8 +110,8 @@ class ParallelStep:
     def diagnose(self, x: np.ndarray, y: np.ndarray, seed: int, number: int) -> str:
         """Say why the loss or the gradient of a step is not finite.
 
-        This repeats the step in one thread and checks every operation. The answer names the weight, or the operation and a
-        weight near it, or the gradient.
+        This repeats the step in one thread and checks every operation. The answer names a weight or a gradient that is
+        not finite, or the first such operation and a weight near it.
         """
         names = {id(p): name for name, p in self.model.named_parameters()}
         isfinite = self.model.backend.xp.isfinite
@@ -123,10 +123,10 @@ class ParallelStep:
                 forward_backward(self.model, x, y, list(enumerate(self._micro_batches(x))), seed, number, self.dtype)
         except NonFiniteError as error:
             leaf = names.get(id(error.leaf))
-            return f"{error}" + (f", at or just after {leaf}" if leaf else "")
+            return f"{error}" + (f", near the weight {leaf}" if leaf else "")
         for p in self.model.parameters():
             if not isfinite(p.grad).all():
-                return f"the gradient of {names[id(p)]} is not finite, but the gradients of its micro-batches are"
+                return f"the gradient of {names[id(p)]} became infinite or NaN when those of the micro-batches were added up"
         with np.errstate(over="ignore"):
             norm = float(self.model.flat.grad @ self.model.flat.grad)
         return (
@@ -153,13 +153,14 @@ class ParallelStep:
             return losses
         except (EOFError, OSError):
             warnings.warn(
-                "a worker process has died (perhaps for lack of memory; --threads starts fewer); going on with threads",
+                "a worker process has died, perhaps because memory ran out (--threads lowers the number of workers); "
+                "training continues with threads",
                 RuntimeWarning,
                 stacklevel=3,
             )
             return None
         finally:
-            if not done:  # otherwise the answers that are still to come would be taken for those of the next step
+            if not done:  # late answers of this step must not be taken for answers of the next one
                 self.close()
 
     def _micro_batches(self, x: np.ndarray) -> list[slice]:
@@ -193,7 +194,7 @@ def micro_batches(rows: int, tokens_in_row: int, size: int | None = None) -> lis
     """
     if size is None:
         n = -(-rows * tokens_in_row // MICRO_BATCH_TOKENS)
-        n = min(rows, n + n % 2)  # an even number, for an even number of cores
+        n = min(rows, n + n % 2)  # rounded up to an even number, so that two workers get equally many
     else:
         n = -(-rows // size)
     return even_slices(rows, n)

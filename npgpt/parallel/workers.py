@@ -1,4 +1,4 @@
-"""Worker threads that work through a list together. What they compute is not known here."""
+"""Worker threads that work through a list together. This file does not know what they compute."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Result = TypeVar("Result")
 
 
 class Workers:
-    """A number of threads, as a context manager.
+    """A pool of worker threads, as a context manager.
 
     Inside `with`, the BLAS uses one thread, because the workers themselves are the threads. On leaving, the BLAS gets back
     the number of threads it had.
@@ -38,8 +38,8 @@ class Workers:
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
         """[function(item) for item in items], computed side by side.
 
-        An exception is raised here, with its traceback, after all workers have finished. With one thread, the caller's own
-        thread does the work: a GPU's library has settings for each thread, and they are set in the caller's.
+        An exception is raised here, with its traceback, after all workers have finished. With one thread, the caller's
+        thread does the work, because GPU libraries keep settings for each thread.
         """
         if self.threads == 1:
             return [function(item) for item in items]

@@ -1,4 +1,4 @@
-"""The bytes of a checkpoint: a zip file with one JSON text and NumPy arrays. What they mean is not known here.
+"""The bytes of a checkpoint: a zip file with one JSON text and NumPy arrays. This file does not know what they mean.
 
 The zip file is an `.npz` that `numpy.load` can read. Its members are stored without compression, because weights hardly
 shrink, and without dates, so the same contents give the same bytes.
@@ -47,7 +47,7 @@ class CheckpointError(RequestError):
 
 
 class UnusableError(CheckpointError):
-    """The file is not damaged, but this version cannot use it. The message continues after the file's name."""
+    """The file is not damaged, but this version cannot use it. The message starts with a verb: the file's name is put before it."""
 
 
 # ---------------------------------------------------------------- writing
@@ -98,7 +98,7 @@ def write_archive(path: Path, header: bytes, arrays: Mapping[str, EncodedArray],
 
 
 class Archive:
-    """An open archive. Its directory has been checked, its arrays have not been read."""
+    """An open archive. Its directory has been checked. Its arrays have not been read."""
 
     def __init__(self, archive: zipfile.ZipFile, file_bytes: int) -> None:
         """file_bytes: the size of the file."""
@@ -116,7 +116,7 @@ class Archive:
         return dtype, shape
 
     def array(self, name: str, digest: str | None, dtype: Any = None, finite: bool = True) -> np.ndarray:
-        """Read an array, as `dtype`. digest: its expected SHA-256, if known. finite: refuse numbers that are not finite."""
+        """Read an array as `dtype`. digest: the expected SHA-256, or None. finite: whether to refuse infinities and NaN."""
         info = self._members[name + ".npy"]
         with self._zip.open(info) as member:
             stored, shape, header = _read_npy_header(name, member, info.file_size)
@@ -133,7 +133,7 @@ class Archive:
         with np.errstate(over="ignore", invalid="ignore"):  # the check below finds what became infinite
             array = array.astype(dtype or stored.newbyteorder("="), copy=False)
         if finite and array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise CheckpointError(f"array {name} does not hold finite numbers")
+            raise CheckpointError(f"array {name} has a number that is not finite")
         return array
 
     def check_hash(self, name: str, digest: str) -> None:
@@ -161,7 +161,7 @@ def open_archive(path: Path) -> Iterator[Archive]:
             with zipfile.ZipFile(file) as archive:
                 found = Archive(archive, file_bytes)
                 if not complete:
-                    raise CheckpointError("there is something after its end")
+                    raise CheckpointError("the file continues after the end of the archive")
                 yield found
     except FileNotFoundError:
         raise CheckpointError(f"no such checkpoint: {path}; bin/train writes one") from None
@@ -196,7 +196,7 @@ def _checked_members(archive: zipfile.ZipFile, file_bytes: int) -> dict[str, zip
         shown = ", ".join(map(shortened, list(members)[:3])) + (", ..." if len(members) > 3 else "")
         raise UnusableError(f"is not an npgpt checkpoint: it has no {HEADER}, but {shown or 'nothing'}")
     if min(info.header_offset for info in members.values()) != 0:
-        raise CheckpointError("there is something before its beginning")
+        raise CheckpointError("the file has bytes before the first member")
     if others:
         raise CheckpointError(f"its member {shortened(others[0])} is not an array")
     if total > file_bytes:

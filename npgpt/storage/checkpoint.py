@@ -108,7 +108,10 @@ def _arrays_of(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     if (checkpoint.crash is None) != (checkpoint.batch is None):
         raise ValueError("a crash file needs its batch, and no other file has one")
     if checkpoint.tokenizer.vocab_size != checkpoint.config.vocab_size:
-        raise ValueError(f"vocabulary of {checkpoint.tokenizer.vocab_size} characters, model of {checkpoint.config.vocab_size}")
+        raise ValueError(
+            f"the vocabulary has {checkpoint.tokenizer.vocab_size} characters, but the model's vocab_size is "
+            f"{checkpoint.config.vocab_size}"
+        )
     arrays = checkpoint.model.state_dict()
     if checkpoint.optimizer_state:
         arrays |= {name: checkpoint.optimizer_state[name.removeprefix("optimizer.")] for name in MOMENTS}
@@ -116,9 +119,9 @@ def _arrays_of(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
         arrays |= {name: np.asarray(ids, dtype=np.int64) for name, ids in zip(BATCH, checkpoint.batch, strict=True)}
     for name, array in arrays.items():
         if array.dtype.str not in DTYPES:
-            raise ValueError(f"a checkpoint holds float32 and float64, {name} is {array.dtype}")
+            raise ValueError(f"expected an array of float32 or float64, {name} is {array.dtype}")
         if checkpoint.crash is None and not np.isfinite(array).all():
-            raise ValueError(f"{name} does not hold finite numbers, so it is not saved")
+            raise ValueError(f"{name} has a number that is not finite, so it is not saved")
     return arrays
 
 
@@ -175,7 +178,7 @@ def _opened(path: Path) -> Iterator[_OpenCheckpoint]:
 
 
 class _OpenCheckpoint:
-    """An open checkpoint. Its header has been parsed and checked, its arrays have not been read."""
+    """An open checkpoint. Its header has been parsed and checked. Its arrays have not been read."""
 
     def __init__(self, archive: Archive) -> None:
         self._archive = archive
@@ -185,7 +188,9 @@ class _OpenCheckpoint:
         self.train_config = None if trained is None else TrainConfig.from_dict(trained)
         vocabulary, n = self.header["vocabulary"], self.config.num_parameters()
         if len(vocabulary) != self.config.vocab_size:
-            raise CheckpointError(f"vocabulary of {len(vocabulary)} characters, model of {self.config.vocab_size}")
+            raise CheckpointError(
+                f"its vocabulary has {len(vocabulary)} characters, but its vocab_size is {self.config.vocab_size}"
+            )
         if 4 * n > archive.total_bytes:  # checked before a model of that size is made
             raise CheckpointError(
                 f"its configuration describes {n:,} parameters, more than its {archive.total_bytes:,} bytes can hold"
@@ -197,7 +202,8 @@ class _OpenCheckpoint:
             raise CheckpointError(f"its list of hashes and its arrays differ: {first_few(differing)}")
 
     def check_shapes(self, expected: dict[str, tuple[int, ...]]) -> None:
-        """Raise CheckpointError unless the arrays are exactly those that the configuration demands, in its shapes.
+        """Raise CheckpointError if an array is missing or unknown, or has another shape or dtype than the configuration
+        requires.
 
         expected: the shapes of the parameters.
         """

@@ -1,4 +1,4 @@
-"""Writing files that are always complete, even if the writing is interrupted, and a lock. File contents are not known here."""
+"""Writing files that are always complete, even if the writing is interrupted, and a lock. This file does not know what the files contain."""
 
 from __future__ import annotations
 
@@ -21,7 +21,13 @@ if sys.platform == "win32":
 else:
     import fcntl
 
-NOT_SUPPORTED = (errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # the file system cannot do it
+NOT_SUPPORTED = (
+    errno.EINVAL,
+    errno.ENOLCK,
+    errno.ENOSYS,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+)  # errors of a file system that has no locks or no fsync
 COPY_BYTES = 1 << 20  # bytes copied at a time
 # Seconds between attempts to replace a file. On Windows a file cannot be replaced while another process reads it.
 PAUSES = (0.05, 0.2, 1.0) if sys.platform == "win32" else ()
@@ -31,8 +37,8 @@ PAUSES = (0.05, 0.2, 1.0) if sys.platform == "win32" else ()
 def whole_file(path: Path, verify: Callable[[Path], None]) -> Iterator[BinaryIO]:
     """Open a file for writing that replaces `path` at the end of the `with` block.
 
-    It replaces `path` only if the block ends without an error, the file is on disk, and `verify(file)` raises nothing. Until
-    then, and after a loss of power at any moment, the old file at `path` is still there.
+    It replaces `path` only if the block ends without an error, the file is on disk, and `verify(file)` raises nothing. At
+    every moment, also after a loss of power, `path` is the complete old file or the complete new file.
 
     Raises OSError if the file cannot be written, and passes on what the block or `verify` raises. No temporary file is left
     behind then.
@@ -104,10 +110,10 @@ def remove_leftovers(path: Path) -> None:
 
 @contextlib.contextmanager
 def lock(path: Path, what: str) -> Iterator[None]:
-    """Hold the lock file `path` inside the `with` block. `what` is locked by it, for the message.
+    """Hold the lock file `path` inside the `with` block. what: what the lock protects, for the message.
 
-    The system releases the lock when the process ends, in whatever way. Raises RequestError, with the number of the other
-    process, if the lock is taken.
+    The system releases the lock when the process ends, in whatever way. Raises RequestError, with the process ID of the
+    other run, if the lock is taken.
     """
     while True:
         file = path.open("a+", encoding="ascii")

@@ -47,7 +47,7 @@ def _is_line(value: Any) -> bool:
 
 
 def _is_vocabulary(value: Any) -> bool:
-    """Whether a text can be encoded as UTF-8. JSON can also spell halves of characters, which cannot."""
+    """Whether a text can be encoded as UTF-8. JSON escapes can spell single surrogates, which cannot."""
     return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
@@ -127,7 +127,7 @@ def parse_header(data: bytes) -> dict[str, Any]:
         return dict(pairs)
 
     def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not a number")
+        raise ValueError(f"{constant} is not allowed")
 
     try:
         header = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)

@@ -68,17 +68,17 @@ class RunFiles:
         return lock(self.best.with_name(f".{self.best.name}.lock"), str(self.best))
 
     def adopt(self, step: int) -> None:
-        """The files belong to this run, which has just loaded its state at `step` from them."""
+        """Mark the files as this run's own. step: the step of the state that was loaded from them."""
         self._owned, self.saved_step = True, step
 
     def disown(self) -> None:
-        """The files do not belong to this run: `claim` will set them aside."""
+        """Mark the files as another run's: `claim` will set them aside."""
         self._owned, self.saved_step = False, None
 
     def claim(self) -> bool:
         """Make the files this run's own, and set aside those of an earlier run. The caller must hold the lock.
 
-        Returns whether the best checkpoint there is of this run. Raises RequestError if another run has continued from the
+        Returns whether the checkpoint at `best` belongs to this run. Raises RequestError if another run has continued from the
         state in the meantime.
         """
         for path in self.all():
@@ -98,10 +98,10 @@ class RunFiles:
     # ---------------------------------------------------------------- saving
 
     def save(self, checkpoint: Checkpoint, is_best: bool) -> None:
-        """Write the state of the run, and, if it is the best so far or there is no best, the checkpoint. Raises OSError."""
+        """Write the run's state to `last`. Copy it to `best` if it is the best so far or `best` is missing. Raises OSError."""
         save(self.last, checkpoint)
         self.saved_step = checkpoint.step
-        if is_best or not self.best.exists():  # a run interrupted before its first evaluation leaves a model too
+        if is_best or not self.best.exists():  # a run that stops before its first evaluation leaves a model too
             copy_whole(self.last, self.best)
 
     # ---------------------------------------------------------------- the log

@@ -93,8 +93,7 @@ class CharTokenizer:
     def without_unknown(self, text: str, replace: bool) -> str:
         """`text` without its unknown characters.
 
-        replace: put the closest known character in place of an unknown one, if there is one. The closest is the other case
-        of the letter, or the letter without its accent.
+        replace: whether an unknown character becomes the closest known one; without a close one it is left out.
         """
         closest = {c: (self._closest(c) if replace else None) or "" for c in self.unknown(text)}
         return "".join(closest.get(c, c) for c in text)
@@ -111,7 +110,10 @@ class CharTokenizer:
         return RequestError(f"unknown character{plural} {'; '.join(shown)}{more}: not in the text the model was trained on")
 
     def _closest(self, character: str) -> str | None:
-        """The closest known character: the other case of the letter, or the letter without its accent; or None."""
+        """The closest known character, or None.
+
+        It is the other case of the letter, else its plain form without accent or ligature (Unicode NFKD), else the other
+        case of the plain form."""
         plain = unicodedata.normalize("NFKD", character)[:1]
         candidates = (character.swapcase(), plain, plain.swapcase())
         return next((c for c in candidates if c in self.stoi), None)

@@ -1,4 +1,4 @@
-"""A text's ids as training data: the split, the batches, the windows. Files are in reading.py; no model is known here."""
+"""A text's ids as training data: the split, the batches, the windows. Files are in reading.py. This file knows no model."""
 
 from __future__ import annotations
 
@@ -61,6 +61,8 @@ class Dataset:
 
         split: "train" or "val". k: the number of the batch; None: the next one of this split, counted from 0. backend: the
         device for the batch. The ids are copied to that device once, and batches are gathered there.
+
+        Raises ValueError for another split, and RequestError if the part is shorter than one window.
         """
         ids = self.ids_of(split)
         if len(ids) < self.block_size + 1:
@@ -97,8 +99,8 @@ def fingerprint(ids: np.ndarray) -> str:
 def window_starts(n_ids: int, block_size: int, max_tokens: int | None = None) -> np.ndarray:
     """The starts of windows of block_size tokens that lie side by side, from the first token on.
 
-    Each window has a token after it. Tokens that remain at the end are fewer than a window. With `max_tokens`, only as many
-    windows are returned as have `max_tokens` targets; they are spread evenly.
+    A token follows each window. A rest shorter than a window is left out. With `max_tokens`, only about
+    max_tokens / block_size windows are returned, at least one, evenly spread.
     """
     n = (n_ids - 1) // block_size
     kept = n if max_tokens is None else max(1, min(n, max_tokens // block_size))

@@ -50,7 +50,7 @@ def read_ids(
     ids = np.empty(sum(map(len, pieces)), dtype=tokenizer.id_dtype)
     done = 0
     for _ in track(range(len(pieces)), total=len(pieces), desc="Encoding", **_MIB_PER_PIECE):
-        piece = pieces.popleft()  # the memory of the text goes as the ids come
+        piece = pieces.popleft()  # each piece is freed after it is encoded
         ids[done : done + len(piece)] = tokenizer.encode_array(piece, position=done)
         done += len(piece)
     return tokenizer, ids
@@ -77,7 +77,7 @@ def _pieces_of(path: str | Path, track: Track = _untracked) -> Iterator[str]:
 
 
 def decoded(pieces: Iterable[bytes], name: str) -> Iterator[str]:
-    """The text of some bytes, in the same pieces. `name` is their source, for messages.
+    """Decode pieces of bytes to pieces of text. name: the source of the bytes, for messages.
 
     Raises RequestError as `read_text` does.
     """

@@ -10,7 +10,7 @@ from npgpt.training.events import Outcome
 
 
 def advice(progress: Progress, config: TrainConfig, model: GPTConfig, outcome: Outcome) -> str:
-    """What the losses of a run show, and the one setting to change next, in one line."""
+    """One line: what the losses of a run show, and the setting to change next. Empty after an interruption."""
     lower = f"lower the learning rate (--lr {min(config.lr / 3, 1e-3):.1g}, it was {config.lr:g})"
     if outcome is Outcome.DIVERGED:
         return (
@@ -21,7 +21,9 @@ def advice(progress: Progress, config: TrainConfig, model: GPTConfig, outcome: O
     if outcome is Outcome.INTERRUPTED:
         return ""
     if len(rows) < 2:
-        return "One evaluation is too little to judge by: train longer (--steps) or evaluate more often (--eval-interval)."
+        return (
+            "There are too few evaluations to judge the run: train longer (--steps) or evaluate more often (--eval-interval)."
+        )
     first_train, last_train = rows[0][1], rows[-1][1]
     if last_train > math.log(model.vocab_size) + 0.1:
         return f"The training loss, {last_train:.2f}, is worse than guessing ({math.log(model.vocab_size):.2f}): {lower}."
@@ -32,8 +34,8 @@ def advice(progress: Progress, config: TrainConfig, model: GPTConfig, outcome: O
     best, last, noise = min(losses), losses[-1], rows[-1][3] or 0.0
     if rows[-1][2] is not None and last > best + max(0.01 * best, 0.5 * noise):
         return (
-            f"Over-fitting since step {progress.best_step}: the validation loss rose from {best:.2f} to {last:.2f} while the "
-            f"training loss fell to {last_train:.2f}. More text helps most; else use more dropout (--dropout "
+            f"Over-fitting since step {progress.best_step}: the validation loss rose from {best:.2f} to {last:.2f}; the training "
+            f"loss is {last_train:.2f}. More text helps most. Otherwise use more dropout (--dropout "
             f"{min(0.5, model.dropout + 0.1):.1f}) or a smaller model."
         )
     middle = losses[(len(losses) - 1) // 2]

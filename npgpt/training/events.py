@@ -15,7 +15,7 @@ class Step:
     grad_norm: float  # before clipping
     lr: float
     tokens: int
-    seconds: float
+    seconds: float  # on a GPU, the mean over a group of steps
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Evaluation:
     train_loss: float  # the mean over the steps since the last evaluation
     val_loss: float | None  # over at most `eval_tokens` held-out tokens; None if no text is held out
     val_stderr: float | None  # the standard error of val_loss
-    best: bool  # whether val_loss is the lowest so far
+    best: bool  # whether val_loss is the lowest so far; always true without held-out text
     sample: str
     seconds: float
 

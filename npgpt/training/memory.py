@@ -33,13 +33,13 @@ def estimate_memory(model: GPTConfig, config: TrainConfig) -> int:
 
 
 def check_memory(model: GPTConfig, config: TrainConfig) -> None:
-    """Raise RequestError if training would take more memory than the machine has, if that is known.
+    """Raise RequestError if training needs more memory than the machine has. If that is unknown, nothing is checked.
 
     Operating systems promise more memory than there is, and kill the process when it uses too much.
     """
     have = physical_memory()
     if have is not None and estimate_memory(model, config) > have:
-        raise RequestError(f"this machine has {have / 2**30:.1f} GiB of memory, {memory_advice(model, config)}")
+        raise RequestError(f"this machine has {have / 2**30:.1f} GiB of memory, but {memory_advice(model, config)}")
 
 
 def memory_advice(model: GPTConfig, config: TrainConfig) -> str:

@@ -59,7 +59,7 @@ class AdamW:
         self.exp_avg_sq: Array = first.backend.xp.zeros(n, dtype=first.dtype)
 
     def step(self, over: OverSlices = _at_once, scale: Array | None = None) -> None:
-        """Update the parameters from their gradients. A parameter without a gradient keeps its value.
+        """Update the parameters from their gradients. In a plain list, a parameter whose `.grad` is None keeps its value.
 
         over: spreads the update over slices; `Workers.over` computes them side by side. The bits of the result do not depend
         on it, because no element depends on another.

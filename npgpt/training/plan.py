@@ -1,8 +1,8 @@
 """Choosing what to train in a given time.
 
-Each candidate is a configuration with the losses that it reached on tiny Shakespeare. `plan` times some steps of the
-candidates on this machine and this text, and takes the one whose measured loss is lowest for as many steps as fit into the
-time. The models trained here are thrown away. No flags are parsed here.
+Each candidate is a configuration with the losses that it reached on tiny Shakespeare. `plan` times some steps of each
+candidate on this machine and this text. From that it computes how many steps fit into the time. It takes the candidate
+with the lowest expected loss at that number. The models trained here are thrown away. No flags are parsed here.
 """
 
 from __future__ import annotations
@@ -54,9 +54,10 @@ class Candidate:
         return float(np.interp(np.log(steps), np.log(measured), losses))
 
 
-# The fastest learners of about thirty configurations, each trained for 20 seconds to 5 minutes on two cores, and two of them
-# for 20 minutes. A larger depth or width pays off late, a window of 128 early. Dropout costs such small models more than it
-# gives, unless the text is read many times. The last candidate is nanoGPT's configuration for a GPU, with its published loss.
+# About thirty configurations were trained for 20 seconds to 5 minutes on two cores, two of them for 20 minutes. These are the
+# fastest learners. More depth or width helps only long runs; a window of 128 helps short runs too. Dropout costs such small
+# models more than it gives, unless the text is read many times. The last candidate is nanoGPT's configuration for a GPU, with
+# its published loss.
 CANDIDATES = (
     Candidate(
         {"n_layer": 1, "n_embd": 128, "block_size": 64, "batch_size": 12, "lr": 6e-3},
@@ -121,7 +122,10 @@ def plan(
     """
     seconds = until - time.perf_counter()
     if fixed.get("processes") is None:
-        fixed = {**fixed, "processes": processes_pay_off(seconds)}  # decided here, as the run itself would decide it
+        fixed = {
+            **fixed,
+            "processes": processes_pay_off(seconds),
+        }  # the same rule as in the run, so that timing uses the same workers
     planner = _Planner(seconds, ids, tokenizer, backend, fixed)
     choices = planner.time_candidates(candidates)
     best = planner.with_dropout(choices[0][1])
@@ -143,9 +147,9 @@ def plan(
 
 
 def dropout_for(epochs: float, parameters: int) -> float:
-    """The dropout for a model of so many parameters that reads its text `epochs` times.
+    """The dropout for a model with `parameters` parameters that reads its text `epochs` times.
 
-    Measured on texts of a million and of a hundred thousand characters, with one block and with two. At 6 million
+    A parameter-epoch is parameters times epochs. Measured on texts of a million and of a hundred thousand characters, with one block and with two. At 6 million
     parameter-epochs, dropout 0.1 cost 0.1 nats. At 14 million, the validation loss rose again without dropout. At 27
     million, 0.1 was best, and 0.2 cost 0.06 to 0.08 nats. At 65 million, the loss rose again with 0.1.
     """
@@ -153,7 +157,7 @@ def dropout_for(epochs: float, parameters: int) -> float:
 
 
 class _Planner:
-    """Times candidates for one text, one machine and `seconds` of training."""
+    """Measures how long a step of each candidate takes, for one text, one machine and `seconds` of training."""
 
     def __init__(
         self, seconds: float, ids: np.ndarray, tokenizer: CharTokenizer, backend: Backend, fixed: Mapping[str, Any]
@@ -166,7 +170,7 @@ class _Planner:
         The expected loss is infinite if it was not measured for so few steps. Raises RequestError if no candidate fits.
         """
         choices: list[tuple[float, _Timed]] = []
-        refused = RequestError(f"there is no time for a step in {self._seconds:.2g} s; give it more --minutes")
+        refused = RequestError(f"no step fits into {self._seconds:.2g} s; raise --minutes")
         for candidate in candidates:
             try:
                 model, training = self._configs(candidate)
@@ -186,7 +190,7 @@ class _Planner:
         return sorted(choices, key=lambda choice: choice[0])
 
     def with_dropout(self, timed: _Timed) -> _Timed:
-        """The candidate with the dropout that fits the number of epochs, unless its dropout is given."""
+        """The candidate with a dropout for its number of epochs. A dropout from the user or the candidate is kept."""
         if "dropout" in self._fixed or "dropout" in timed.candidate.settings:
             return timed
         epochs = timed.epochs(timed.steps_in(self._seconds), len(self._ids))
@@ -194,9 +198,9 @@ class _Planner:
         return dataclasses.replace(timed, model=dataclasses.replace(timed.model, dropout=dropout))
 
     def time(self, candidate: Candidate, model: GPTConfig, training: TrainConfig, seconds: tuple[float, float]) -> _Timed:
-        """Measure the time of a step. seconds: (usual, longest) time for it.
+        """Measure the time of a step. seconds: (usual, longest) time for the measurement.
 
-        The first two steps do not count. At least two further steps are timed, unless that takes the longest time.
+        The first two steps do not count. Timing stops after the usual time and four steps, or after the longest time.
         """
         usual, longest = seconds
         endless = dataclasses.replace(training, steps=10**9, eval_interval=10**9)
@@ -210,7 +214,7 @@ class _Planner:
         events = list(trainer.run(enough))
         if isinstance(events[-1], End) and events[-1].outcome is Outcome.DIVERGED:
             raise RequestError(
-                f"it diverges at step {events[-1].step + 1}: lower the learning rate (--lr, now {training.lr:g})"
+                f"training diverges at step {events[-1].step + 1}: lower the learning rate (--lr, now {training.lr:g})"
             )
         times = [event.seconds for event in events if isinstance(event, Step)]
         return _Timed(candidate, model, training, statistics.median(times[2:] or times[-1:]))
@@ -227,7 +231,7 @@ class _Planner:
             events = list(self._trainer(best.model, once, self._ids[-MAX_TIMED_CHARACTERS:]).run())
             taken += [event.seconds for event in events if isinstance(event, Evaluation)]
         if len(taken) < 2:
-            raise RequestError(f"it diverges in one step: lower the learning rate (--lr, now {best.training.lr:g})")
+            raise RequestError(f"training diverges in one step: lower the learning rate (--lr, now {best.training.lr:g})")
         token_seconds = max(1e-9, (taken[1] - taken[0]) / (more - few))
         held_out = int(len(self._ids) * best.training.val_fraction)
         if fixed_tokens is None:
@@ -247,9 +251,9 @@ class _Planner:
         )
 
     def _is_fast_enough(self, candidate: Candidate, model: GPTConfig, training: TrainConfig, last: _Timed) -> bool:
-        """Whether there is time for the shortest run in which this candidate was measured.
+        """Whether the shortest measured run of this candidate fits into 1.5 times the time.
 
-        This is judged by a candidate that was timed: the time of a step is in proportion to parameters times tokens.
+        The time of a step is estimated from the last timed candidate, in proportion to parameters times tokens.
         """
 
         def work(model: GPTConfig, training: TrainConfig) -> float:
@@ -274,9 +278,7 @@ def _steps_and_interval(
         steps = best.steps_in(seconds_left - evaluations * evaluation_seconds)
         interval = -(-steps // evaluations)
     if steps < 1:
-        raise RequestError(
-            f"there is no time for a step, which takes {best.step_seconds:.2g} s, after it was timed; give it more --minutes"
-        )
+        raise RequestError(f"a step takes {best.step_seconds:.2g} s, and no time for one is left after timing; raise --minutes")
     return steps, interval
 
 
@@ -285,15 +287,15 @@ def _reasons(
 ) -> tuple[str, str]:
     why = str(best)
     if fixed.keys() & set(CANDIDATE_SETTINGS):
-        why += ": your settings, with the rest of a candidate"
+        why += ": your settings; the others are from a measured candidate"
     elif math.isinf(choices[0][0]):
         why += ": the fastest candidate; its loss after so few steps was not measured"
     else:
-        others = [f"{timed} reached {loss:.2f}" for loss, timed in choices[1:2]]
-        why += f": it reached {choices[0][0]:.2f} on tiny Shakespeare" + (f" ({', '.join(others)})" if others else "")
+        others = [f"{timed}: {loss:.2f}" for loss, timed in choices[1:2]]
+        why += f": expected loss {choices[0][0]:.2f} on tiny Shakespeare" + (f" ({', '.join(others)})" if others else "")
     megabytes = estimate_memory(best.model, training) / 1e6
     return (
         why,
-        f"a step takes {1e3 * best.step_seconds:.3g} ms here; the run reads the text {epochs:.1f} times, so dropout is "
+        f"a step takes {1e3 * best.step_seconds:.3g} ms here; the run reads the text {epochs:.1f} times; dropout is "
         f"{best.model.dropout:g}; it needs about {megabytes:,.0f} MB of memory",
     )

@@ -1,7 +1,7 @@
 """The training loop: steps, evaluations, checkpoints, the end of a run.
 
-`Trainer.run()` does the work and yields a record of each event (events.py). Showing the records to people is the business
-of the commands. There is no command line here, and no global state.
+`Trainer.run()` does the work and yields a record of each event (events.py). The commands show the records. There is no command
+line here, and no global state.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ STEPS_BEFORE_PROCESSES = 10  # after these steps the time of a step is known
 STEPS_IN_GROUP, SECONDS_IN_GROUP, FIRST_STEPS = 10, 0.25, 4
 LONGEST_HISTORY = 10_000  # evaluations that a checkpoint remembers; the log has all of them
 
-# Settings that may differ between a run and its resumption: none of them changes a step or which evaluation is the best.
+# A resumed run may change these settings. `steps` changes the later learning rates of the cosine schedule. `eval_interval` and
+# `patience` change when the run evaluates and when it stops early.
 MAY_DIFFER = ("steps", "eval_interval", "patience", "log_interval", "sample_tokens")
 MAY_DIFFER_ON_ANOTHER_MACHINE = ("threads", "processes", "device", "tf32", "bf16")
 
@@ -111,8 +112,7 @@ class Trainer:
 
         Returns what differs about the machine: the number of threads, NumPy, the BLAS, the device. With such a difference,
         the same seed gives other bytes. Raises RequestError, naming the difference, if `last` has another text, vocabulary
-        or configuration. The number of steps may differ, and so may settings that change neither a step nor which
-        evaluation is the best.
+        or configuration. The number of steps may differ, and so may the settings of evaluations, samples and the log.
         """
         if last.optimizer_state is None or last.train_config is None:
             raise RequestError(
@@ -175,7 +175,7 @@ class Trainer:
         """Take steps and evaluate until the run ends; returns why it ended."""
         p, config = self.progress, self.config
         while p.step < config.steps or self._evaluation_due:
-            if not self._evaluation_due:  # it is due here if an earlier iteration was left before it
+            if not self._evaluation_due:  # an evaluation is still due if an earlier iteration ended before it
                 self._start_processes_if_worthwhile()
                 for step in self._take_steps(self._group_size()):
                     if len(self._step_seconds) <= STEPS_BEFORE_PROCESSES:

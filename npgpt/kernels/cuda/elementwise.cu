@@ -3,7 +3,7 @@
 const double GELU_SCALE = 0.7978845608028654;  // sqrt(2 / pi)
 const double GELU_CUBIC = 0.044715;
 
-// y (n, c) += bias, in place. A thread works on one column, from row blockIdx.y on.
+// y (n, c) += bias, in place. A thread works on one column: the rows blockIdx.y, blockIdx.y + gridDim.y, and so on.
 extern "C" __global__ void add_bias(T* y, const A* bias, long long n, long long c) {
     long long column = thread_number();
     if (column >= c) return;
@@ -65,8 +65,8 @@ extern "C" __global__ void sum_of_squares(const A* x, A* partial, long long n) {
     if (lane() == 0) partial[row_of_warp()] = sum;
 }
 
-// One warp in all. Adds up the n sums of sum_of_squares to the gradient's norm. Writes to scale the factor that makes the norm
-// at most max_norm; or -1 if the loss or the norm is not finite, or scale was negative already. Writes (loss, norm) to seen.
+// The grid is one warp. It adds up the n partial sums; the square root is the gradient's norm. It writes to scale the factor that makes the norm
+// at most max_norm; or -1 if the loss or the norm is not finite, or scale was negative already. It writes (loss, norm) to seen.
 extern "C" __global__ void clip(const A* partial, long long n, const A* loss, double max_norm, A* scale, A* seen) {
     A sum = 0;
     for (long long i = lane(); i < n; i += WARP) sum += partial[i];
@@ -79,7 +79,7 @@ extern "C" __global__ void clip(const A* partial, long long n, const A* loss, do
 }
 
 // correction1 and correction2 are 1 - beta^step. Weight decay acts on the first n_decay elements. If scale is not null, it
-// multiplies the gradient; if it is negative, nothing is updated.
+// multiplies the gradient. A negative scale means: change nothing.
 extern "C" __global__ void adamw(
     A* parameter, const A* gradient, A* exp_avg, A* exp_avg_sq, const A* scale, long long n, long long n_decay,
     double lr, double beta1, double beta2, double correction1, double correction2, double eps, double weight_decay) {

@@ -35,7 +35,7 @@ extern "C" __global__ void causal_softmax_forward(
     }
 }
 
-// dkept is the gradient of kept -> dscores. With threshold 0 there was no dropout. dscores may be the same array as dkept.
+// Input: dkept, the gradient of kept. Output: dscores, the gradient of scores. With threshold 0 there was no dropout. dscores may be the same array as dkept.
 extern "C" __global__ void causal_softmax_backward(
     const T* dkept, const T* p, T* dscores, long long n, long long n_query, long long n_key, double scale,
     unsigned long long key, long long use, long long threshold, double kept_scale) {
