@@ -8,9 +8,10 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
+from support import devices
 
 import npgpt
-from npgpt.engine.backend import _why_no_cuda
+from npgpt.engine.backend import DeviceError, _why_no_cuda, bfloat16, select
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,3 +53,30 @@ def trained(tmp_path, text, tokenizer, small_config):
     out = tmp_path / "model.npz"
     list(npgpt.Trainer(model, tokenizer, dataset, config, out).run())
     return out
+
+
+@pytest.fixture(params=["float32", "float64"])
+def dtype(request) -> np.dtype:
+    return np.dtype(request.param)
+
+
+@pytest.fixture
+def cuda_kernels(monkeypatch):
+    """The CUDA kernels on NumPy's arrays."""
+    return devices.kernels_on_numpy(monkeypatch)
+
+
+@pytest.fixture(params=[pytest.param("run on the CPU", marks=devices.on_cpu), pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request, monkeypatch):
+    """The backend "cuda": first a pretended one that computes on the CPU, then the real one."""
+    devices.use_two_warps(monkeypatch)
+    return select("cuda") if request.param == "cuda" else devices.pretended_device(monkeypatch)
+
+
+@pytest.fixture
+def bf16():
+    """The dtype bfloat16; the test is skipped where NumPy cannot have it."""
+    try:
+        return bfloat16()
+    except DeviceError as error:
+        pytest.skip(str(error))

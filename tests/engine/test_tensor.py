@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from npgpt import Tensor, no_grad, ops
-from npgpt.engine.backend import CPU, backend_of, select
+from npgpt.engine.backend import CPU
 from npgpt.engine.tensor import record
 
 
@@ -287,13 +287,3 @@ def test_dropout_statistics():
         assert abs(rows.std() - np.sqrt(p * (1 - p) / 500)) < 0.004
     assert ops.dropout(x, 0.0, np.random.default_rng(0)) is x
     assert ops.dropout(x, 0.5, None) is x
-
-
-def test_the_array_decides_where_it_runs():
-    assert backend_of(np.ones(1)) is CPU
-    assert Tensor([1.0]).backend is CPU
-    assert select("cpu") is CPU
-    with pytest.raises(TypeError, match="list"):
-        backend_of([1.0])
-    with pytest.raises(ValueError, match="device"):
-        select("tpu")

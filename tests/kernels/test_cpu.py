@@ -8,17 +8,12 @@ from npgpt import GPT, AdamW, Dataset, GPTConfig
 from npgpt.engine import backend
 from npgpt.engine.backend import CPU
 from npgpt.kernels import cpu
-from npgpt.kernels.cpu import CpuKernels
+from npgpt.kernels.cpu import CpuKernels, few_rows_product
 from npgpt.kernels.reference import AdamWStep, Kernels
 from npgpt.parallel.step import ParallelStep
 from npgpt.parallel.workers import Workers
 
 REFERENCE = Kernels(np)
-
-
-@pytest.fixture(params=[np.float32, np.float64], ids=["float32", "float64"])
-def dtype(request):
-    return request.param
 
 
 @pytest.fixture(params=[7, 65_536], ids=["tiny blocks", "usual blocks"])
@@ -131,3 +126,11 @@ def test_every_override_is_what_runs_and_is_tested():
     assert all(getattr(CPU.kernels, name).__func__ is vars(CpuKernels)[name] for name in overridden)
     tested = {"causal_attention", "layer_norm", "gelu", "embedding", "adamw"}
     assert {name.removesuffix("_forward").removesuffix("_backward") for name in overridden} == tested
+
+
+@pytest.mark.parametrize("rows", [1, 2, 16, 32, 33])
+@pytest.mark.parametrize("shape", [(64, 128), (1537, 384), (1024, 256), (40, 130)])
+def test_products_in_pieces(rng, rows, shape):
+    """Of any number of rows, columns that are a multiple of a piece or not, one part of the sum or several."""
+    x, weight = rng.standard_normal((rows, shape[0])), rng.standard_normal(shape)
+    np.testing.assert_allclose(few_rows_product(x, weight), x @ weight, rtol=0, atol=1e-10)

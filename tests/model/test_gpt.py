@@ -7,7 +7,12 @@ import pickle
 import numpy as np
 import pytest
 
-from npgpt import GPT, AdamW, GPTConfig, RequestError, ops
+from npgpt import (
+    GPT,
+    AdamW,
+    GPTConfig,
+    ops,
+)
 from npgpt.engine.streams import Stream, generator
 
 
@@ -151,16 +156,13 @@ def test_bad_requests(model):
             model(ids)
     with pytest.raises(IndexError):
         model([[model.config.vocab_size]])
-    for wrong, words in [
-        ({"n_embd": 10, "n_head": 4}, "multiple of n_head"),
-        ({"n_layer": 0}, "n_layer must be a whole number at least 1, got 0"),
-        ({"dropout": 1.0}, "below 1"),
-        ({"dropout": float("nan")}, "dropout must be a number"),
-        ({"activation": "tanh"}, "'gelu' or 'relu'"),
-        ({"bias": 1}, "True or False"),
-        ({"block_size": 2.5}, "whole number"),
-        ({"n_head": True}, "whole number"),
-    ]:
-        with pytest.raises(RequestError, match=words):
-            GPTConfig(65, **wrong)
-    assert GPTConfig(np.int64(65)).vocab_size == 65
+
+
+def test_dtypes_of_activations():
+    model = GPT(GPTConfig(7, block_size=8, n_layer=1, n_head=2, n_embd=8))
+    ids = np.zeros((1, 2), np.int64)
+    assert model(ids, dtype="float32")[0].dtype == np.float32
+    with pytest.raises(ValueError, match="dtype must be None, float32, or on a GPU bfloat16, got int8"):
+        model(ids, dtype=np.int8)
+    with pytest.raises(ValueError, match="leave out `cache` or `dtype`"):
+        model(np.zeros((1, 2), np.int64), cache=model.new_cache(), dtype=np.float64)

@@ -11,9 +11,17 @@ import pytest
 from studies import reliability
 
 import npgpt
-from npgpt import GPT, Checkpoint, CheckpointError, GPTConfig, RequestError
+from npgpt import (
+    GPT,
+    Checkpoint,
+    CheckpointError,
+    GPTConfig,
+    evaluate,
+    generate,
+    load,
+    save,
+)
 from npgpt.cli import main
-from npgpt.storage.files import lock
 from npgpt.storage.header import Progress
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -72,17 +80,6 @@ def test_every_released_format_loads(number):
     assert checkpoint.model.flat.data.sum(dtype=np.float64) == pytest.approx(12.0, abs=1.5)  # three norms of four ones
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"bias": False}, {"tie_weights": True}, {"d_ff": 7, "n_layer": 3}, {"bias": False, "tie_weights": True}]
-)
-def test_the_number_of_parameters_is_known_beforehand(changes):
-    config = GPTConfig(**({"vocab_size": 11, "block_size": 6, "n_layer": 2, "n_head": 2, "n_embd": 8} | changes))
-    assert config.num_parameters() == GPT(config, seed=None).num_parameters()
-
-
-# ---------------------------------------------------------------- writing
-
-
 @posix_only
 def test_a_save_stopped_anywhere_leaves_the_old_or_the_new(tmp_path):
     reliability.sound(reliability.prefixes(tmp_path))  # R2
@@ -135,25 +132,6 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path):
     assert not list(tmp_path.iterdir())
     npgpt.save(path, Checkpoint(GPT(reliability.TINY), tokenizer, source="caf\udce9\n.txt"))
     assert npgpt.load(path).source == "caf\\udce9\\n.txt"
-
-
-def test_a_lock_is_held_once_and_let_go(tmp_path):
-    path = tmp_path / "lock"
-    with lock(path, "model.npz"):
-        with (
-            pytest.raises(RequestError, match=f"model.npz is in use by another run \\(process {os.getpid()}\\)"),
-            lock(path, "model.npz"),
-        ):
-            pass
-        assert path.exists()
-    assert not path.exists()
-    path.write_text("99999\n", encoding="ascii")  # left by a killed process
-    with lock(path, "model.npz"):
-        assert path.read_text(encoding="ascii") == f"{os.getpid()}\n"
-    assert not path.exists()
-
-
-# ---------------------------------------------------------------- reading
 
 
 def test_flipped_bits_are_seen(tmp_path):
@@ -230,3 +208,16 @@ def test_what_differs_from_the_configuration_is_named(tmp_path):
                 archive.writestr(name, content)
         with pytest.raises(CheckpointError, match=words):
             npgpt.load(bad)
+
+
+def test_a_checkpoint_moves_between_devices(device, tmp_path, tokenizer):
+    model = GPT(GPTConfig(tokenizer.vocab_size, block_size=16, n_layer=1, n_head=2, n_embd=16), backend=device)
+    save(tmp_path / "model.npz", model, tokenizer)
+    on_cpu = load(tmp_path / "model.npz").model
+    ids = np.arange(12)[None]
+    np.testing.assert_allclose(on_cpu(ids)[0].numpy(), model(ids)[0].numpy(), rtol=0, atol=1e-5)
+    assert generate(model, [1, 2], 30, temperature=0) == generate(on_cpu, [1, 2], 30, temperature=0)
+    there = load(tmp_path / "model.npz", backend=device).model
+    np.testing.assert_array_equal(model(ids)[0].numpy(), there(ids)[0].numpy())
+    text = np.arange(300) % tokenizer.vocab_size
+    np.testing.assert_allclose(evaluate(there, text).loss, evaluate(on_cpu, text).loss, rtol=1e-5)

@@ -18,14 +18,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
-TESTS = ["engine", "kernels/test_cpu.py", "model"]
+TESTS = ["engine/test_gradients.py", "engine/test_properties.py", "engine/test_tensor.py", "kernels/test_cpu.py", "model"]
+GPU_TESTS = ["kernels/test_cuda.py", "kernels/test_products.py", "engine/test_device.py", "training/test_device.py"]
 REFERENCE, CPU = "kernels/reference.py", "kernels/cpu.py"
 GRAPH, TENSOR, OPS = "engine/graph.py", "engine/tensor.py", "engine/ops.py"
 NORM, ELEMENTWISE, SOFTMAX = "kernels/cuda/norm.cu", "kernels/cuda/elementwise.cu", "kernels/cuda/softmax.cu"
 EMBEDDING, COMMON = "kernels/cuda/embedding.cu", "kernels/cuda/common.cu"
 CUDA, PRODUCTS = "kernels/cuda/kernels.py", "kernels/cuda/products.py"
 
-OF_A_GPU = {NORM, ELEMENTWISE, SOFTMAX, EMBEDDING, COMMON, CUDA, PRODUCTS}  # test_cuda.py looks at them
+OF_A_GPU = {NORM, ELEMENTWISE, SOFTMAX, EMBEDDING, COMMON, CUDA, PRODUCTS}  # GPU_TESTS test these files
 
 # (name, file, what is there, once, and what takes its place).
 BUGS = [
@@ -192,7 +193,7 @@ def caught(bug):
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         plant(bug, folder)
-        tests = [f"tests/{file}" for file in (["kernels/test_cuda.py"] if bug[1] in OF_A_GPU else TESTS)]
+        tests = [f"tests/{file}" for file in (GPU_TESTS if bug[1] in OF_A_GPU else TESTS)]
         pytest = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--timeout", "300"]
         result = subprocess.run(
             [*pytest, *tests],

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+BFLOAT16_EPS = 2**-8  # the distance from 1 to the next number in bfloat16, halved
+
 
 def close(found, expected, dtype, size=1.0):
     """Equal within rounding, of terms up to `size`: a result may be their small difference."""

@@ -1,24 +1,21 @@
-"""Learning, the run and its files, resuming, checkpoints, exact evaluation."""
+"""Training: it learns, a run's events and files, resuming, divergence, worker processes."""
 
 import dataclasses
 import json
 import math
-import re
 
 import numpy as np
 import pytest
 
 import npgpt
-from npgpt import GPT, AdamW, Dataset, GPTConfig, RequestError, TrainConfig, Trainer, evaluate, ops
-from npgpt.evaluation.loss import Loss, compare
+from npgpt import GPT, AdamW, Dataset, GPTConfig, RequestError, TrainConfig, Trainer, evaluate
 from npgpt.parallel.processes import Processes
-from npgpt.storage.header import Progress
 from npgpt.storage.run import RunFiles
-from npgpt.training.advice import advice
 from npgpt.training.events import Evaluation, Outcome, Step
-from npgpt.training.memory import estimate_memory
 
 GOLDEN_CONFIG = GPTConfig(63, block_size=32, n_layer=2, n_head=2, n_embd=32, dropout=0.1)
+
+
 # Losses of the first ten steps with seed 1337, in float32. Rounding differs between processors and BLAS
 # kernels; anything beyond it means that the model, a gradient, a random stream or the optimiser changed.
 GOLDEN_LOSSES = [4.141188, 4.141778, 4.115736, 4.081378, 4.055082, 4.014167, 3.975874, 3.927432, 3.962293, 3.955101]
@@ -197,94 +194,6 @@ def test_without_held_out_text(text, tokenizer, small_config, tmp_path):
     evaluations = [e for e in events if isinstance(e, Evaluation)]
     assert all(e.val_loss is None and e.best for e in evaluations)
     assert npgpt.load(out).step == 6
-
-
-@pytest.mark.parametrize(
-    ("history", "words"),
-    [
-        ([[100, 2.5, 2.6, 0.02], [200, 1.5, 2.0, 0.02], [300, 1.0, 2.4, 0.02]], "Over-fitting since step 200"),
-        ([[100, 2.5, 2.6, 0.02], [200, 2.2, 2.3, 0.02], [300, 2.0, 2.1, 0.02]], "still falling.*--resume --steps 2000"),
-        ([[10, 3.69, 3.68, 0.02], [20, 3.65, 3.63, 0.02]], "still falling"),
-        ([[i, 2.5, 2.6 - 0.001 * i, 0.02] for i in range(1, 7)], "levelled off"),
-        ([[100, 2.5, 2.6, 0.02], [200, 3.9, 3.9, 0.02], [300, 4.2, 4.1, 0.02]], "diverged: lower the learning rate"),
-        ([[100, 2.5, None, None], [200, 2.0, None, None]], "training loss was still falling"),
-        ([[100, 90.0, 86.0, 2.0], [200, 12.0, 4.9, 0.2]], r"worse than guessing \(4.17\): lower the learning rate"),
-        ([[100, 2.5, 2.6, 0.02]], "too little to judge"),
-    ],
-)
-def test_advice(history, words):
-    scored = [row for row in history if row[2] is not None]
-    best_step = min(scored, key=lambda row: row[2])[0] if scored else history[-1][0]
-    progress = Progress(step=history[-1][0], best_step=best_step, history=history)
-    line = advice(progress, TrainConfig(), GPTConfig(65), Outcome.FINISHED)
-    assert re.search(words, line), line
-    assert "\n" not in line
-
-
-def test_memory_estimate_grows_with_every_dimension():
-    base = {"vocab_size": 65, "block_size": 64, "n_layer": 2, "n_head": 2, "n_embd": 64}
-    config = TrainConfig(micro_batch=8, threads=1)
-    small = estimate_memory(GPTConfig(**base), config)
-    assert estimate_memory(GPTConfig(**base), dataclasses.replace(config, micro_batch=16)) > 1.5 * small
-    assert estimate_memory(GPTConfig(**base), dataclasses.replace(config, threads=2)) > 1.5 * small
-    for name in base:
-        assert estimate_memory(GPTConfig(**base | {name: 2 * base[name]}), config) > small, name
-
-
-# ---------------------------------------------------------------- evaluation
-
-
-def test_evaluation_is_exact(tokenizer, text, small_config):
-    model = GPT(small_config, seed=1)
-    ids = tokenizer.encode_array(text[:1000])
-    result = evaluate(model, ids)
-    assert result.n_targets == 999
-    losses = []
-    for start in range(0, 999, 16):
-        x, y = ids[start : start + 16][: 999 - start], ids[start + 1 : start + 17]
-        logits, _ = model(x[None].astype(int))
-        losses.append(ops.cross_entropy(logits, y[None].astype(int), reduction="none").data[0])
-    assert result.loss == pytest.approx(np.mean(np.concatenate(losses)), rel=1e-6)
-    means = [window.mean() for window in losses]
-    assert result.stderr == pytest.approx(np.std(means, ddof=1) / math.sqrt(len(means)), rel=0.05)
-    assert evaluate(model, ids) == result
-    assert evaluate(model, ids[:10]).stderr is None
-    with pytest.raises(RequestError, match="at least 2"):
-        evaluate(model, ids[:1])
-    assert evaluate(model, ids, max_tokens=999) == result
-    quick_look = evaluate(model, ids, max_tokens=5 * 16)
-    assert quick_look.n_targets == 80
-    assert quick_look.loss == pytest.approx(np.mean([losses[i * 62 // 5] for i in range(5)]), rel=1e-6)
-    assert Loss(math.log(8), None, 1).bits_per_token == pytest.approx(3)
-    assert Loss(math.log(8), None, 1).perplexity == pytest.approx(8)
-
-
-def test_compare_is_the_paired_difference(tokenizer, text, small_config):
-    ids = tokenizer.encode_array(text[:2000])
-    longer = dataclasses.replace(small_config, block_size=32)
-    models = [GPT(small_config, seed=1), GPT(longer, seed=2), GPT(small_config, seed=1)]
-    results = compare([(model, ids) for model in models])
-    losses = [evaluate(model, ids) for model in models]
-    for (loss, _), alone in zip(results, losses, strict=True):
-        assert loss.loss == pytest.approx(alone.loss, rel=1e-9)
-        assert loss.n_targets == 1999
-    assert results[0][1] is None
-    other, same = results[1][1], results[2][1]
-    assert other.difference == pytest.approx(losses[1].loss - losses[0].loss, rel=1e-6)
-    spans = []
-    for model in models[:2]:
-        x, y = ids[:-1], ids[1:]
-        each = []
-        for start in range(0, 1984, model.config.block_size):
-            piece = slice(start, start + model.config.block_size)
-            logits, _ = model(x[None, piece].astype(int))
-            each.append(ops.cross_entropy(logits, y[None, piece].astype(int), reduction="none").data[0])
-        spans.append(np.concatenate(each)[:1984].reshape(62, 32).sum(axis=1))
-    expected = np.std(spans[1] - spans[0], ddof=1) / math.sqrt(62) / 32
-    assert other.stderr == pytest.approx(expected, rel=0.05)
-    assert (same.difference, same.stderr) == (0, 0)
-    with pytest.raises(RequestError, match="as many ids"):
-        compare([(models[0], ids), (models[1], ids[1:])])
 
 
 def test_worker_processes_change_no_byte(text, tokenizer, small_config, monkeypatch):

@@ -1,0 +1,149 @@
+"""`npgpt train` as a user runs it: its messages, resuming, signals, a full disk, closed streams, a lack of memory."""
+
+import errno
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.commands import QUICK, ROOT, npgpt_command
+
+import npgpt
+import npgpt.cli
+from npgpt.storage.run import RunFiles
+
+
+def test_train_shows_what_happens(workshop):
+    shown = (workshop / "train.stderr").read_text(encoding="utf-8")
+    assert re.search(r"6,000 characters, \d+ different; 5,400 to train on, 600 held out", shown)
+    assert re.search(
+        r"step 3: train loss \d\.\d{4}, val loss \d\.\d{4} ± \d\.\d{4} \(best\), [\d,]+ tokens/s, \d+ s left", shown
+    )
+    assert "\n    | " in shown  # a sample
+    assert "write with: bin/generate --ckpt model.npz" in shown
+    assert "\r" not in shown  # no bar: stderr is no terminal
+    assert {"model.npz", "model.last.npz", "model.jsonl"} <= {p.name for p in workshop.iterdir()}
+
+
+def test_resume_continues(workshop, tmp_path):
+    for name in ("model.npz", "model.last.npz", "text.txt", "model.jsonl"):
+        shutil.copy(workshop / name, tmp_path)
+    result = npgpt_command("train", "text.txt", "--resume", "--steps", "9", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "resumed at step 6" in result.stderr
+    assert npgpt.load(tmp_path / "model.last.npz").step == 9
+    result = npgpt_command("train", "text.txt", "--resume", "model.npz", "--steps", "9", "--lr", "1", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "lr was 0.001 and is now 1.0" in result.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals to a process are POSIX")
+@pytest.mark.parametrize(("signal_name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_interrupting_saves_and_resumes(workshop, tmp_path, signal_name, status):
+    import signal
+    import time
+
+    shutil.copy(workshop / "text.txt", tmp_path)
+    arguments = [*QUICK, "--steps", "100000", "--eval-interval", "100000", "--log-interval", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "npgpt", "train", "text.txt", *arguments],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    )
+    log = tmp_path / "model.jsonl"
+    while not (log.exists() and '"step"' in log.read_text(encoding="utf-8")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(getattr(signal, signal_name))
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == status
+    assert "bin/train text.txt --resume" in errors
+    assert "Traceback" not in errors
+    done = npgpt.load(tmp_path / "model.last.npz").step
+    assert done >= 1
+    assert f"stopped after step {done}" in errors
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(workshop, tmp_path, capsys, monkeypatch):
+    for path in workshop.iterdir():
+        shutil.copy(path, tmp_path) if path.is_file() else None
+    monkeypatch.chdir(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.npz")}
+
+    def full_disk(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    assert npgpt.cli.main(["train", "text.txt", "--resume", "--steps", "20"]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(
+        "npgpt train: cannot write: No space left on device: model.last.npz; model.last.npz is complete, continue"
+    )
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.npz")} == before
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_damaged_state_points_to_the_best(workshop, tmp_path, capsys, monkeypatch):
+    for path in workshop.iterdir():
+        shutil.copy(path, tmp_path) if path.is_file() else None
+    monkeypatch.chdir(tmp_path)
+    Path("model.last.npz").write_bytes(Path("model.last.npz").read_bytes()[:-100])
+    assert npgpt.cli.main(["train", "text.txt", "--resume", "--steps", "20"]) == 2
+    assert "--resume model.npz continues from the best state instead" in capsys.readouterr().err
+    assert npgpt.cli.main(["train", "text.txt", "--resume", "model.npz", "--steps", "8"]) == 0
+
+
+def test_a_checkpoint_in_use_is_refused(workshop, capsys, monkeypatch):
+    monkeypatch.chdir(workshop)
+    before = {path.name: path.stat().st_mtime_ns for path in workshop.iterdir()}
+    with RunFiles(Path("model.npz")).locked():
+        assert npgpt.cli.main(["train", "text.txt", "--steps", "5", "--batch-size", "2"]) == 2
+    assert f"model.npz is in use by another run (process {os.getpid()})" in capsys.readouterr().err
+    assert {path.name: path.stat().st_mtime_ns for path in workshop.iterdir()} == before
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="address-space limits are Linux's")
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--n-embd", "4096"], "lower --n-embd"),
+        (["--batch-size", "200", "--micro-batch", "200", "--threads", "1"], "lower --micro-batch first"),
+    ],
+)
+def test_out_of_memory_says_what_to_lower(workshop, flags, words):
+    limited = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30)); "
+        "from npgpt.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", limited, "train", "text.txt", *flags, "--out", "big.npz"],
+        cwd=workshop,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=100,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert re.search(rf"out of memory: this run needs roughly [\d.]+ GiB; {words}", result.stderr), result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closed pipes are told differently elsewhere")
+def test_training_goes_on_when_nobody_reads(workshop, tmp_path):
+    shutil.copy(workshop / "text.txt", tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "npgpt", "train", "text.txt", *QUICK, "--eval-interval", "1"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+    )
+    process.stderr.readline()
+    process.stderr.close()
+    assert process.wait(60) == 0
+    assert npgpt.load(tmp_path / "model.last.npz").step == 6

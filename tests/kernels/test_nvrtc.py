@@ -1,0 +1,47 @@
+"""NVIDIA's run-time compiler accepts every CUDA kernel. It needs no GPU."""
+
+import ctypes
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+from support import cuda_on_cpu
+
+from npgpt.kernels.cuda import launch
+
+
+def nvrtc():
+    """NVIDIA's run-time compiler, which needs no GPU; None when it is not installed."""
+    found = importlib.util.find_spec("nvidia")
+    pattern = "nvrtc64*.dll" if sys.platform == "win32" else "libnvrtc.so*"
+    for folder in found.submodule_search_locations or [] if found else []:
+        for builtins in Path(folder).rglob("libnvrtc-builtins.so*"):  # some versions do not find it by themselves
+            ctypes.CDLL(str(builtins))
+        for path in sorted(Path(folder).rglob(pattern)):
+            return ctypes.CDLL(str(path))
+    return None
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("dtype", launch.ELEMENTS)
+def test_every_kernel_compiles(architecture, dtype):
+    library = nvrtc()
+    if library is None:
+        pytest.skip("the CUDA compiler is not installed: make nvrtc")
+    program = ctypes.c_void_p()
+    source = launch.source().encode()
+    assert library.nvrtcCreateProgram(ctypes.byref(program), source, b"kernels.cu", 0, None, None) == 0
+    options = [option.encode() for option in (*launch.compiler_options(dtype), f"--gpu-architecture={architecture}")]
+    status = library.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
+    size = ctypes.c_size_t()
+    library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+    log = ctypes.create_string_buffer(size.value)
+    library.nvrtcGetProgramLog(program, log)
+    assert (status, log.value.decode()) == (0, "")
+    library.nvrtcGetCUBINSize(program, ctypes.byref(size))
+    binary = ctypes.create_string_buffer(size.value)
+    library.nvrtcGetCUBIN(program, binary)
+    library.nvrtcDestroyProgram(ctypes.byref(program))
+    for name in cuda_on_cpu.entry_points(launch.source()):
+        assert name.encode() in binary.raw

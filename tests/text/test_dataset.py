@@ -1,0 +1,80 @@
+"""The dataset: the split of a text, its batches, the windows of an evaluation."""
+
+import numpy as np
+import pytest
+
+from npgpt import Dataset, RequestError
+from npgpt.text.dataset import window_starts, windows_at
+
+
+def test_split_is_ninety_ten_in_order():
+    data = Dataset(np.arange(1005), block_size=8, batch_size=2)
+    assert len(data.val) == 100
+    np.testing.assert_array_equal(np.concatenate([data.train, data.val]), np.arange(1005))
+    assert len(Dataset(np.arange(100), 8, 2, val_fraction=0).val) == 0
+    assert data.ids.dtype == np.uint16
+
+
+def test_a_fingerprint_tells_texts_apart_and_not_dtypes():
+    ids = np.arange(100)
+    same = [Dataset(ids.astype(dtype), 8, 1).fingerprint() for dtype in (np.uint8, np.int64, ">u4")]
+    assert len(set(same)) == 1
+    assert Dataset(ids[::-1], 8, 1).fingerprint() != same[0]
+
+
+def test_batches_are_shifted_windows_of_their_split():
+    data = Dataset(np.arange(1000), block_size=8, batch_size=64)
+    for split, low, high in (("train", 0, 900), ("val", 900, 1000)):
+        x, y = data.get_batch(split)
+        assert x.shape == y.shape == (64, 8)
+        np.testing.assert_array_equal(y, x + 1)
+        np.testing.assert_array_equal(np.diff(x), 1)
+        assert x.min() >= low
+        assert y.max() < high
+
+
+def test_every_window_can_be_drawn_and_no_other():
+    data = Dataset(np.arange(12), block_size=8, batch_size=500, val_fraction=0)
+    x, _ = data.get_batch("train")
+    assert set(x[:, 0]) == {0, 1, 2, 3}
+
+
+def test_batch_k_is_a_function_of_seed_and_k():
+    a, b = (Dataset(np.arange(500), 8, 4, seed=5) for _ in range(2))
+    drawn = [a.get_batch("train")[0] for _ in range(4)]
+    b.get_batch("val")
+    for k in (3, 0, 2):
+        np.testing.assert_array_equal(b.get_batch("train", k)[0], drawn[k])
+    np.testing.assert_array_equal(b.get_batch("train")[0], drawn[0])
+    assert not np.array_equal(drawn[0], drawn[1])
+    assert not np.array_equal(Dataset(np.arange(500), 8, 4, seed=6).get_batch("train")[0], drawn[0])
+
+
+def test_windows_lie_side_by_side():
+    for n in (1, 2, 8, 9, 10, 17, 50):
+        starts = window_starts(n, block_size=8)
+        x, y = windows_at(np.arange(n), starts, 8)
+        np.testing.assert_array_equal(y, x + 1)
+        np.testing.assert_array_equal(y.ravel(), np.arange(1, 8 * len(starts) + 1))
+        assert n - 1 - y.size < 8  # less than a window is left over
+
+
+def test_some_windows_are_spread_evenly():
+    assert window_starts(1001, 10, max_tokens=40).tolist() == [0, 250, 500, 750]
+    assert window_starts(1001, 10, max_tokens=3).tolist() == [0]
+    np.testing.assert_array_equal(window_starts(1001, 10, max_tokens=5000), window_starts(1001, 10))
+
+
+def test_bad_datasets():
+    with pytest.raises(RequestError, match=r"too short.*8 tokens.*needs 9"):
+        Dataset(np.arange(8), block_size=8, batch_size=1, val_fraction=0)
+    with pytest.raises(RequestError, match="val part has 2"):
+        Dataset(np.arange(20), block_size=8, batch_size=1).get_batch("val")
+    with pytest.raises(RequestError, match="integers"):
+        Dataset([0.5] * 20, 8, 1)
+    with pytest.raises(RequestError, match="integers"):
+        Dataset([-1] * 20, 8, 1)
+    with pytest.raises(RequestError, match="val_fraction"):
+        Dataset(np.arange(20), 8, 1, val_fraction=1.0)
+    with pytest.raises(ValueError, match="split"):
+        Dataset(np.arange(20), 8, 1).get_batch("test")

@@ -1,0 +1,32 @@
+"""The advice at the end of a run: one line for each shape of the losses."""
+
+import re
+
+import pytest
+
+from npgpt import GPTConfig, TrainConfig
+from npgpt.storage.header import Progress
+from npgpt.training.advice import advice
+from npgpt.training.events import Outcome
+
+
+@pytest.mark.parametrize(
+    ("history", "words"),
+    [
+        ([[100, 2.5, 2.6, 0.02], [200, 1.5, 2.0, 0.02], [300, 1.0, 2.4, 0.02]], "Over-fitting since step 200"),
+        ([[100, 2.5, 2.6, 0.02], [200, 2.2, 2.3, 0.02], [300, 2.0, 2.1, 0.02]], "still falling.*--resume --steps 2000"),
+        ([[10, 3.69, 3.68, 0.02], [20, 3.65, 3.63, 0.02]], "still falling"),
+        ([[i, 2.5, 2.6 - 0.001 * i, 0.02] for i in range(1, 7)], "levelled off"),
+        ([[100, 2.5, 2.6, 0.02], [200, 3.9, 3.9, 0.02], [300, 4.2, 4.1, 0.02]], "diverged: lower the learning rate"),
+        ([[100, 2.5, None, None], [200, 2.0, None, None]], "training loss was still falling"),
+        ([[100, 90.0, 86.0, 2.0], [200, 12.0, 4.9, 0.2]], r"worse than guessing \(4.17\): lower the learning rate"),
+        ([[100, 2.5, 2.6, 0.02]], "too little to judge"),
+    ],
+)
+def test_advice(history, words):
+    scored = [row for row in history if row[2] is not None]
+    best_step = min(scored, key=lambda row: row[2])[0] if scored else history[-1][0]
+    progress = Progress(step=history[-1][0], best_step=best_step, history=history)
+    line = advice(progress, TrainConfig(), GPTConfig(65), Outcome.FINISHED)
+    assert re.search(words, line), line
+    assert "\n" not in line

@@ -1,0 +1,188 @@
+"""Training on a GPU's backend: a pretended device everywhere, a real GPU where there is one."""
+
+import numpy as np
+import pytest
+from support import device_array
+from support.arrays import BFLOAT16_EPS
+from support.devices import on_cpu, pretended_device
+
+from npgpt import (
+    GPT,
+    AdamW,
+    CharTokenizer,
+    Dataset,
+    GPTConfig,
+    RequestError,
+    TrainConfig,
+)
+from npgpt.engine import backend
+from npgpt.engine.backend import CPU
+from npgpt.parallel.step import ParallelStep
+from npgpt.parallel.workers import Workers
+from npgpt.training import trainer
+from npgpt.training.events import Evaluation, Outcome, Step
+from npgpt.training.optim import Update, clip_grad_norm
+from npgpt.training.trainer import Trainer
+
+
+@pytest.fixture(autouse=True)
+def steps_in_groups(monkeypatch):
+    """The losses of several steps are read together, however long a step takes."""
+    monkeypatch.setattr(trainer, "SECONDS_IN_GROUP", 1e9)
+
+
+def losses_of_training(device, dropout, steps=20, dtype=None):
+    model = GPT(GPTConfig(13, block_size=40, n_layer=2, n_head=2, n_embd=24, dropout=dropout), seed=1, backend=device)
+    optimizer = AdamW(model.parameters(), lr=3e-3)
+    dataset = Dataset(np.arange(5000) ** 2 // 7 % 13, 40, 4)
+    losses = []
+    with Workers(1) as workers:
+        step = ParallelStep(model, workers, dtype=dtype)
+        for number in range(steps):
+            losses.append(float(step(*dataset.get_batch("train", number), seed=1, number=number)))
+            clip_grad_norm(model.parameters(), 1.0)
+            optimizer.step()
+    return losses
+
+
+def test_training_is_the_same_as_on_the_cpu(device, monkeypatch):
+    found = losses_of_training(device, 0.0)
+    np.testing.assert_allclose(found, losses_of_training(CPU, 0.0), rtol=1e-4)
+    assert found[-1] < found[0] - 0.1
+
+
+def test_training_with_dropout_repeats_itself(device):
+    first, again = (losses_of_training(device, 0.2) for _ in range(2))
+    assert first == again
+    assert first != losses_of_training(device, 0.0)
+    assert first[-1] < first[0] - 0.1
+
+
+def test_training_in_bfloat16(device, bf16, monkeypatch):
+    """Close to float32, and learning as it does; the weights and their gradients are float32."""
+    found, wide = (losses_of_training(device, 0.2, steps=25, dtype=dtype) for dtype in (bf16, None))
+    np.testing.assert_allclose(found, wide, rtol=5 * BFLOAT16_EPS)
+    assert found != wide
+    assert found[-1] < found[0] - 0.2
+    model = GPT(GPTConfig(13, block_size=8, n_layer=1, n_head=2, n_embd=8, tie_weights=True), backend=device)
+    logits, loss = model(device.asarray(np.arange(8)[None]), device.asarray(np.arange(8)[None]), dtype=bf16)
+    loss.backward()
+    assert (logits.dtype, loss.dtype) == (bf16, np.float32)
+    assert {p.grad.dtype for p in model.parameters()} == {np.dtype(np.float32)}
+    assert all(device.xp.abs(p.grad).max() > 0 for p in model.parameters())
+
+
+def run_of_trainer(device, tmp_path, steps=25, **settings):
+    model = GPT(GPTConfig(7, block_size=16, n_layer=1, n_head=2, n_embd=16, dropout=0.0), seed=1, backend=device)
+    tokenizer = CharTokenizer("abcdefg")
+    dataset = Dataset(np.arange(3000) ** 2 // 7 % 7, 16, 4, seed=3)
+    config = TrainConfig(
+        steps=steps, batch_size=4, seed=3, eval_interval=12, lr=3e-3, warmup_steps=2, sample_tokens=3, threads=1, **settings
+    )
+    return Trainer(model, tokenizer, dataset, config, tmp_path and tmp_path / f"{device.name}.npz")
+
+
+def test_a_run(device, tmp_path, monkeypatch):
+    """Steps whose losses are asked for after several: the same records and weights as the CPU's."""
+    run = run_of_trainer(device, tmp_path)
+    found = list(run.run())
+    other = run_of_trainer(CPU, tmp_path)
+    expected = list(other.run())
+    assert [type(e) for e in found] == [type(e) for e in expected]
+    for a, b in zip(found, expected, strict=True):
+        if isinstance(a, Step):
+            assert (a.step, a.tokens, a.lr) == (b.step, b.tokens, b.lr)
+            np.testing.assert_allclose([a.loss, a.grad_norm], [b.loss, b.grad_norm], rtol=1e-3)
+        elif isinstance(a, Evaluation):
+            np.testing.assert_allclose(a.val_loss, b.val_loss, rtol=1e-3)
+    assert run.optimizer.steps == run.progress.step == 25
+    x, _ = run.dataset.get_batch("train", 3, device)
+    assert isinstance(x, device.xp.ndarray)
+    np.testing.assert_array_equal(backend.to_numpy(x), other.dataset.get_batch("train", 3)[0])
+
+
+def test_a_run_that_diverges(device, tmp_path, monkeypatch):
+    """In the middle of steps nobody waits for: the weights are left as they were before the first that is not finite."""
+    run = run_of_trainer(device, tmp_path)
+    batch, before = run.dataset.get_batch, {}
+
+    def get_batch(split, k, where=CPU):
+        if k == 15 and not before:
+            before["weights"] = backend.to_numpy(run.model.flat.data).copy()
+            run.model.wpe.weight.data[3, 2] = np.nan
+        return batch(split, k, where)
+
+    monkeypatch.setattr(run.dataset, "get_batch", get_batch)
+    end = list(run.run())[-1]
+    assert (end.step, end.outcome) == (15, Outcome.DIVERGED)
+    assert "wpe.weight" in end.reason
+    assert run.optimizer.steps == 15
+    after = backend.to_numpy(run.model.flat.data)
+    assert np.isnan(after).sum() == 1
+    at = ~np.isnan(after)
+    np.testing.assert_array_equal(after[at], before["weights"][at])
+
+
+def test_a_run_goes_on_after_an_exception_and_after_diverging(device, monkeypatch):
+    """What was taken counts, and nothing is taken twice."""
+    straight = run_of_trainer(device, None)
+    list(straight.run())
+    expected = backend.to_numpy(straight.model.flat.data)
+    run = run_of_trainer(device, None)
+    batch, fail = run.dataset.get_batch, [9]
+
+    def get_batch(split, k, where=CPU):
+        if k in fail:
+            fail.remove(k)
+            raise KeyboardInterrupt
+        return batch(split, k, where)
+
+    monkeypatch.setattr(run.dataset, "get_batch", get_batch)
+    with pytest.raises(KeyboardInterrupt):
+        list(run.run())
+    assert run.optimizer.steps == run.progress.step == 9
+    list(run.run())
+    assert run.optimizer.steps == 25
+    np.testing.assert_array_equal(backend.to_numpy(run.model.flat.data), expected)
+
+    run = run_of_trainer(device, None)
+    good, spoil = run._forward_backward, [14]
+
+    def forward_backward(x, y, seed, number):
+        loss = good(x, y, seed, number)
+        if number in spoil:
+            spoil.remove(number)
+            run.model.flat.grad[5] = np.inf
+        return loss
+
+    for name in ("close", "diagnose"):
+        monkeypatch.setattr(forward_backward, name, getattr(good, name), raising=False)
+    run._forward_backward = forward_backward
+    end = list(run.run())[-1]
+    assert (end.outcome, end.step, run.optimizer.steps) == (Outcome.DIVERGED, 14, 14)
+    assert list(run.run())[-1].outcome is Outcome.FINISHED
+    np.testing.assert_array_equal(backend.to_numpy(run.model.flat.data), expected)
+
+
+@pytest.mark.parametrize("flag", ["bf16", "tf32"])
+def test_fewer_bits_are_for_gpus(flag):
+    with pytest.raises(RequestError, match=f"{flag} works on a GPU only, and this run is on the CPU; use --no-{flag}"):
+        run_of_trainer(CPU, None, **{flag: True})
+
+
+@on_cpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.2, "tie_weights": True}, {"bias": False, "activation": "relu"}])
+def test_a_step_waits_for_nothing(cuda_kernels, bf16, monkeypatch, dtype, options):
+    """On its way nothing goes to the host; then, once, the losses."""
+    device = pretended_device(monkeypatch)
+    model = GPT(GPTConfig(7, block_size=16, n_layer=2, n_head=2, n_embd=16, **options), seed=1, backend=device)
+    update, dataset = Update(AdamW(model.parameters()), 1.0), Dataset(np.arange(3000) % 7, 16, 4)
+    with Workers(1) as workers:
+        step = ParallelStep(model, workers, dtype=bf16 if dtype == "bfloat16" else None)
+        device_array.waits.clear()
+        for number in range(3):
+            update.step(step(*dataset.get_batch("train", number, device), seed=1, number=number))
+        assert device_array.waits == []
+        assert len(update.results()) == 3
+        assert device_array.waits == ["get"]
