@@ -8,6 +8,8 @@ from npgpt import (
     GPTConfig,
     RequestError,
 )
+from npgpt.config.fields import fields_of
+from npgpt.config.settings import PRESETS, TrainConfig
 
 
 @pytest.mark.parametrize(
@@ -38,3 +40,21 @@ def test_wrong_values_are_refused(wrong, words):
 
 def test_numpy_integers_are_accepted():
     assert GPTConfig(np.int64(65)).vocab_size == 65
+
+
+def test_a_default_can_follow_another_setting():
+    assert GPTConfig(65, n_embd=32).d_ff == 128
+    assert GPTConfig(65, n_embd=32, d_ff=7).d_ff == 7
+    assert TrainConfig(lr=0.5).min_lr == 0.05
+    assert TrainConfig(lr=0.5, min_lr=0.5).min_lr == 0.5
+    with pytest.raises(RequestError, match=r"min_lr must not be above lr, got min_lr=0\.6 and lr=0\.5"):
+        TrainConfig(lr=0.5, min_lr=0.6)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_valid(name):
+    of_model = {field.name for field in fields_of(GPTConfig)}
+    model = {k: v for k, v in PRESETS[name].items() if k in of_model}
+    training = {k: v for k, v in PRESETS[name].items() if k not in of_model}
+    assert vars(GPTConfig(65, **model)).items() >= model.items()
+    assert vars(TrainConfig(**training)).items() >= training.items()

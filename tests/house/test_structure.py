@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 PACKAGE = ROOT / "npgpt"
+TESTS = ROOT / "tests"
 
 
 # Rooms from the left to the right, in stages. A file may import from its own room and from rooms of earlier stages.
@@ -80,3 +81,29 @@ def test_third_party_imports(file):
 @pytest.mark.parametrize("file", FILES)
 def test_every_file_says_what_it_is(file):
     assert ast.get_docstring(ast.parse((PACKAGE / file).read_text(encoding="utf-8")))
+
+
+# ---------------------------------------------------------------- the tests
+
+TEST_FILES = sorted(p.relative_to(TESTS).as_posix() for p in TESTS.rglob("*.py"))
+SHARED = {"conftest.py", "support", "studies"}  # what a test file may import from tests/
+OTHER_FOLDERS = {"support", "house", "studies", "benchmarks"}  # folders of tests/ that are not rooms
+
+
+@pytest.mark.parametrize("file", TEST_FILES)
+def test_no_file_imports_a_test_file(file):
+    """A helper that two test files need is in support/ or in a conftest.py."""
+    own_names = {path.split("/")[0].removesuffix(".py") for path in TEST_FILES}
+    for module in imports(TESTS / file):
+        names = module.split(".")
+        assert names[0] != "tests", f"{file} imports {module}; write it without `tests.`"
+        assert not any(name.startswith("test_") or name == "conftest" for name in names), f"{file} imports {module}"
+        if names[0] in own_names and not file.startswith("benchmarks/"):
+            assert names[0] in SHARED, f"{file} imports {module}, which is in another folder of tests"
+
+
+@pytest.mark.parametrize("file", [file for file in TEST_FILES if file.split("/")[-1].startswith("test_")])
+def test_every_test_file_is_in_the_folder_of_a_room(file):
+    folder = file.split("/")[0]
+    assert folder in set(STAGE_OF) | OTHER_FOLDERS
+    assert ast.get_docstring(ast.parse((TESTS / file).read_text(encoding="utf-8"))), f"{file} does not say what it tests"

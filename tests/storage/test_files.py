@@ -1,5 +1,6 @@
 """Files that are written whole, and the lock."""
 
+import errno
 import os
 
 import pytest
@@ -7,7 +8,8 @@ import pytest
 from npgpt import (
     RequestError,
 )
-from npgpt.storage.files import lock
+from npgpt.storage import files
+from npgpt.storage.files import lock, whole_file
 
 
 def test_a_lock_is_held_once_and_let_go(tmp_path):
@@ -24,3 +26,73 @@ def test_a_lock_is_held_once_and_let_go(tmp_path):
     with lock(path, "model.npz"):
         assert path.read_text(encoding="ascii") == f"{os.getpid()}\n"
     assert not path.exists()
+
+
+# ---------------------------------------------------------------- whole files
+
+
+def nothing(path):
+    """A check that accepts every file."""
+
+
+def test_a_file_is_replaced_at_the_end_of_the_block(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    with whole_file(path, nothing) as file:
+        file.write(b"new")
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("existing", [b"old", None])
+def test_an_error_in_the_block_leaves_the_old_file(tmp_path, existing):
+    path = tmp_path / "a"
+    if existing is not None:
+        path.write_bytes(existing)
+
+    def write_half():
+        with whole_file(path, nothing) as file:
+            file.write(b"half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        write_half()
+    assert (path.read_bytes() if path.exists() else None) == existing
+    assert len(list(tmp_path.iterdir())) == (existing is not None)
+
+
+def test_a_file_that_fails_its_check_is_not_kept(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    seen = []
+
+    def refuse(written):
+        seen.append(written.read_bytes())
+        raise OSError(errno.EIO, "refused")
+
+    with pytest.raises(OSError, match="refused") as caught, whole_file(path, refuse) as file:
+        file.write(b"new")
+    assert caught.value.filename == str(path)
+    assert seen == [b"new"]
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_copy_is_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "COPY_BYTES", 7)
+    source, path = tmp_path / "a", tmp_path / "b"
+    source.write_bytes(bytes(range(256)))
+    files.copy_whole(source, path)
+    assert path.read_bytes() == source.read_bytes()
+    with pytest.raises(FileNotFoundError):
+        files.copy_whole(tmp_path / "none", path)
+    assert path.read_bytes() == source.read_bytes()
+    assert sorted(tmp_path.iterdir()) == [source, path]
+
+
+def test_leftovers_of_one_path_are_removed(tmp_path):
+    for name in (".a[1].npz.5.tmp", ".a[1].npz.77.tmp", ".a1.npz.5.tmp", "a[1].npz", ".a[1].npz.lock"):
+        (tmp_path / name).write_bytes(b"")
+    files.remove_leftovers(tmp_path / "a[1].npz")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".a1.npz.5.tmp", ".a[1].npz.lock", "a[1].npz"]
