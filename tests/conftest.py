@@ -1,9 +1,10 @@
-"""What the tests share: a small text, a small model."""
+"""What the tests share: a small text, a small model, a trained checkpoint, kernels and devices."""
 
 import os
 from pathlib import Path
 
-# Tests run side by side, in processes; a BLAS with threads of its own would fight with itself. Before NumPy.
+# Tests run in several processes at once. BLAS threads in each of them would compete for the cores. NumPy reads this
+# variable when it is imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
@@ -45,7 +46,7 @@ def small_config(tokenizer) -> npgpt.GPTConfig:
 
 @pytest.fixture
 def trained(tmp_path, text, tokenizer, small_config):
-    """The path of a checkpoint after a few steps, with the files of its run beside it."""
+    """The path of a checkpoint after six steps. The other files of its run are beside it."""
     config = npgpt.TrainConfig(steps=6, batch_size=4, eval_interval=3, sample_tokens=10, warmup_steps=2, log_interval=2)
     ids = tokenizer.encode_array(text[:4000])
     dataset = npgpt.Dataset(ids, small_config.block_size, config.batch_size, seed=config.seed)
@@ -75,7 +76,7 @@ def device(request, monkeypatch):
 
 @pytest.fixture
 def bf16():
-    """The dtype bfloat16; the test is skipped where NumPy cannot have it."""
+    """The dtype bfloat16. The test is skipped if ml_dtypes is missing or NumPy is too old."""
     try:
         return bfloat16()
     except DeviceError as error:

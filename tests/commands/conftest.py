@@ -1,4 +1,4 @@
-"""The fixture the tests of the commands share: a folder with a text and a trained model."""
+"""The fixture that the tests of the commands share: a folder with a text and a trained model."""
 
 import pytest
 from support.commands import QUICK, ROOT, npgpt_command

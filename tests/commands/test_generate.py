@@ -38,8 +38,8 @@ def test_generate_options(workshop):
     assert stopped.stdout == one.stdout[: one.stdout.index(stop)] + "\n"
 
 
-@pytest.mark.skipif(os.name != "posix", reason="closed pipes are told differently elsewhere")
-def test_a_closed_pipe_is_quiet(workshop):
+@pytest.mark.skipif(os.name != "posix", reason="other systems report closed pipes differently")
+def test_a_closed_pipe_ends_generation_quietly(workshop):
     command = [sys.executable, "-m", "npgpt", "generate", "--ckpt", "model.npz", "--max-new-tokens", "5000"]
     process = subprocess.Popen(
         command, cwd=workshop, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -52,7 +52,7 @@ def test_a_closed_pipe_is_quiet(workshop):
     assert errors == b""
 
 
-def test_prompts_from_elsewhere(workshop):
+def test_prompts_from_stdin_and_files(workshop):
     def text_of(*flags, stdin=None):
         result = npgpt_command(
             "generate", "--ckpt", "model.npz", "--seed", "4", "--max-new-tokens", "5", *flags, cwd=workshop, stdin=stdin
@@ -93,8 +93,8 @@ def test_samples_as_json(workshop):
     assert plain == "HOB:" + rows[0]["text"] + "\n"
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals")
-def test_a_conversation(workshop):
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
+def test_a_conversation_on_a_terminal(workshop):
     import pty
 
     ours, theirs = pty.openpty()

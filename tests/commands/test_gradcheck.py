@@ -23,7 +23,7 @@ def test_gradcheck_of_a_checkpoint(workshop):
     assert result.stderr == ""
 
 
-def test_gradcheck_names_what_is_wrong(capsys, monkeypatch):
+def test_gradcheck_names_the_wrong_operation(capsys, monkeypatch):
     kernels = type(CPU.kernels)
     real = kernels.gelu_backward
     monkeypatch.setattr(kernels, "gelu_backward", lambda self, dy, saved: real(self, dy, saved) * 1.001)

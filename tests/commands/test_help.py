@@ -19,7 +19,7 @@ def test_help(name, tmp_path):
     assert f"bin/{name}" in result.stdout
 
 
-def test_help_and_version_of_all(tmp_path):
+def test_help_and_version_of_npgpt(tmp_path):
     assert "npgpt train" in npgpt_command("--help", cwd=tmp_path).stdout
     version = npgpt_command("--version", cwd=tmp_path).stdout
     assert npgpt.__version__ in version
@@ -29,7 +29,7 @@ def test_help_and_version_of_all(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX streams")
-def test_streams_that_are_closed(workshop):
+def test_closed_streams_and_full_devices(workshop):
     def run(command):
         environment = os.environ | {"PYTHONPATH": str(ROOT), "PY": sys.executable}
         done = subprocess.run(

@@ -24,7 +24,7 @@ def test_train_shows_what_happens(workshop):
     )
     assert "\n    | " in shown  # a sample
     assert "write with: bin/generate --ckpt model.npz" in shown
-    assert "\r" not in shown  # no bar: stderr is no terminal
+    assert "\r" not in shown  # no progress bar, because stderr is not a terminal
     assert {"model.npz", "model.last.npz", "model.jsonl"} <= {p.name for p in workshop.iterdir()}
 
 
@@ -40,7 +40,7 @@ def test_resume_continues(workshop, tmp_path):
     assert "lr was 0.001 and is now 1.0" in result.stderr
 
 
-@pytest.mark.skipif(os.name != "posix", reason="signals to a process are POSIX")
+@pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
 @pytest.mark.parametrize(("signal_name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_interrupting_saves_and_resumes(workshop, tmp_path, signal_name, status):
     import signal
@@ -88,7 +88,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(workshop, tmp_path, capsys, m
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_damaged_state_points_to_the_best(workshop, tmp_path, capsys, monkeypatch):
+def test_a_damaged_state_names_the_best_checkpoint(workshop, tmp_path, capsys, monkeypatch):
     for path in workshop.iterdir():
         shutil.copy(path, tmp_path) if path.is_file() else None
     monkeypatch.chdir(tmp_path)
@@ -107,7 +107,7 @@ def test_a_checkpoint_in_use_is_refused(workshop, capsys, monkeypatch):
     assert {path.name: path.stat().st_mtime_ns for path in workshop.iterdir()} == before
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="address-space limits are Linux's")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux enforces a limit on the address space")
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -134,8 +134,8 @@ def test_out_of_memory_says_what_to_lower(workshop, flags, words):
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.skipif(os.name != "posix", reason="closed pipes are told differently elsewhere")
-def test_training_goes_on_when_nobody_reads(workshop, tmp_path):
+@pytest.mark.skipif(os.name != "posix", reason="other systems report closed pipes differently")
+def test_training_continues_when_stderr_is_closed(workshop, tmp_path):
     shutil.copy(workshop / "text.txt", tmp_path)
     process = subprocess.Popen(
         [sys.executable, "-m", "npgpt", "train", "text.txt", *QUICK, "--eval-interval", "1"],

@@ -1,4 +1,4 @@
-"""Wrong requests: each is answered with one line on stderr and exit status 2, and nothing is written."""
+"""Wrong requests: the answer is one line on stderr and exit status 2, and no file is written."""
 
 import re
 from pathlib import Path
@@ -166,7 +166,7 @@ WRONG = {
 
 @pytest.mark.parametrize(("name", "arguments", "words"), [(n, a, w) for n, rows in WRONG.items() for a, w in rows])
 def test_a_wrong_request_is_one_line(name, arguments, words, workshop, capsys, monkeypatch):
-    """In this process, for speed: what `npgpt` prints and returns."""
+    """`npgpt.cli.main` runs in this process, because starting a process for each request would be slow."""
     monkeypatch.chdir(workshop)
     for file, content in FILES.items():
         Path(file).write_bytes(content)
@@ -174,14 +174,14 @@ def test_a_wrong_request_is_one_line(name, arguments, words, workshop, capsys, m
     before = {p.name: p.stat().st_mtime_ns for p in workshop.iterdir()}
     try:
         status = npgpt.cli.main([name, *arguments.split()])
-    except SystemExit as stopped:  # argparse's way
+    except SystemExit as stopped:  # argparse ends the process this way
         status = stopped.code
     captured = capsys.readouterr()
     assert status == 2
     assert captured.out == ""
     assert captured.err.count("\n") == 1, captured.err
     assert re.search(words, captured.err), captured.err
-    assert {p.name: p.stat().st_mtime_ns for p in workshop.iterdir()} == before  # nothing written
+    assert {p.name: p.stat().st_mtime_ns for p in workshop.iterdir()} == before  # no file was written
 
 
 def test_wrong_requests_as_processes(workshop):

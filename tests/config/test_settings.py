@@ -15,7 +15,7 @@ from npgpt.config.settings import PRESETS, TrainConfig
 @pytest.mark.parametrize(
     "changes", [{}, {"bias": False}, {"tie_weights": True}, {"d_ff": 7, "n_layer": 3}, {"bias": False, "tie_weights": True}]
 )
-def test_the_number_of_parameters_is_known_beforehand(changes):
+def test_the_number_of_parameters(changes):
     config = GPTConfig(**({"vocab_size": 11, "block_size": 6, "n_layer": 2, "n_head": 2, "n_embd": 8} | changes))
     assert config.num_parameters() == GPT(config, seed=None).num_parameters()
 

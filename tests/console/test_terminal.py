@@ -40,7 +40,7 @@ def test_no_bar_where_stderr_is_no_terminal(capsys):
 
 
 class Broken(io.StringIO):
-    """A stream whose reader has gone. It is not a file."""
+    """A stream that is not a file and whose reader has closed it."""
 
     def write(self, text):
         raise BrokenPipeError
@@ -73,7 +73,7 @@ def test_a_stream_whose_reader_has_gone_is_silenced():
         stream = BreakableStream(pipe)
         os.close(reader)
         stream.write("lost")
-        stream.flush()  # the system refuses the text only now
+        stream.flush()  # only now does the system refuse the text
         pipe.write("discarded")
         pipe.flush()  # the pipe itself no longer fails
 

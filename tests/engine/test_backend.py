@@ -13,7 +13,7 @@ from npgpt.engine import backend
 from npgpt.engine.backend import CPU, Backend, _why_no_cuda, backend_of, select
 
 
-def test_a_gpu_left_alone_is_said(monkeypatch):
+def test_auto_warns_when_a_gpu_is_not_used(monkeypatch):
     monkeypatch.setattr(backend, "_why_no_cuda", lambda: "CuPy is not installed; install it with: pip")
     with pytest.warns(RuntimeWarning, match="the GPU of this machine is not used: CuPy is not installed"):
         assert select("auto") is CPU
@@ -21,7 +21,7 @@ def test_a_gpu_left_alone_is_said(monkeypatch):
     assert select("auto") is CPU
 
 
-def test_bfloat16_needs_what_cupy_needs(monkeypatch):
+def test_bfloat16_names_what_it_needs(monkeypatch):
     monkeypatch.setattr(np, "__version__", "2.1.0")
     monkeypatch.setitem(sys.modules, "ml_dtypes", sys.modules.get("ml_dtypes") or SimpleNamespace())
     with pytest.raises(backend.DeviceError, match=r"needs NumPy 2\.1\.2 or newer, this is 2\.1\.0"):
@@ -31,7 +31,7 @@ def test_bfloat16_needs_what_cupy_needs(monkeypatch):
         backend.bfloat16()
 
 
-def test_tf32_is_on_for_a_time(cuda_kernels):
+def test_tf32_is_on_inside_its_block(cuda_kernels):
     pretended = Backend("cuda", np, cuda_kernels)
     seen = []
     for yes in (True, False):
@@ -43,7 +43,7 @@ def test_tf32_is_on_for_a_time(cuda_kernels):
         pass
 
 
-def test_what_is_missing_is_said(monkeypatch):
+def test_the_missing_part_is_named(monkeypatch):
     def driver_of(gpus, version=13_000, init=0):
         def write(value):
             return lambda pointer: setattr(pointer._obj, "value", value) or 0
@@ -66,7 +66,7 @@ def test_what_is_missing_is_said(monkeypatch):
     assert _why_no_cuda() is None
 
 
-def test_the_array_decides_where_it_runs():
+def test_the_array_decides_the_backend():
     assert backend_of(np.ones(1)) is CPU
     assert Tensor([1.0]).backend is CPU
     assert select("cpu") is CPU

@@ -1,4 +1,4 @@
-"""Operations and gradients on a GPU's backend: a pretended device everywhere, a real GPU where there is one."""
+"""Operations and gradients on the backend of a GPU. A pretended device computes on the CPU; tests marked gpu use a real GPU."""
 
 import numpy as np
 import pytest
@@ -16,14 +16,14 @@ from npgpt.engine.backend import CPU
 from npgpt.engine.gradcheck import check_tensors
 from npgpt.engine.streams import Stream
 
-NUMPY_S_OWN = {"array operand", "array matmul", "astype"}  # NumPy's arrays, generators and long doubles are the CPU's
+NUMPY_S_OWN = {"array operand", "array matmul", "astype"}  # cases that use NumPy's arrays or long doubles
 DRAWN = {name for name in CASES if "dropout" in name}
 
 
 @pytest.mark.parametrize("dims", [Dims(), Dims(lead=(), a=7, b=2, c=1, past=0), Dims(lead=(33,), a=65, b=40, c=8)])
 @pytest.mark.parametrize("name", sorted(set(CASES) - NUMPY_S_OWN - DRAWN))
 def test_every_operation_on_a_device(device, name, dims, dtype):
-    """The same results and gradients as the CPU's."""
+    """The results and gradients equal those of the CPU."""
     case = CASES[name]
     arrays = [a.astype(dtype) for a in inputs_of(case, dims, np.random.default_rng(7))]
     results = []

@@ -1,8 +1,7 @@
-"""Properties every operation has, whatever its inputs look like, over the table in op_cases.py.
+"""Properties that every operation has, for inputs of any size and memory layout. The operations are those of op_cases.py.
 
-Each example draws sizes and the memory layout of each input: plain, Fortran order, every second element,
-backwards, read-only, one value seen many times. GRADCHECK_EXAMPLES in the environment sets how many are drawn
-(`make gradcheck-full`: 200).
+Each example draws the sizes and a memory layout for each input: plain, Fortran order, every second element, backwards,
+read-only, or broadcast. The environment variable GRADCHECK_EXAMPLES sets the number of examples (`make gradcheck-full`: 200).
 """
 
 import gc
@@ -31,12 +30,12 @@ dims = st.builds(
     c=st.integers(1, 4),
     past=st.integers(0, 3),
 )
-# derandomize: the same examples on every machine and run.
+# derandomize: every run on every machine draws the same examples.
 usual = settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 
 
 def laid_out(array, layout):
-    """The same values in another layout; broadcast: the values of the first row everywhere."""
+    """The same values in another memory layout. Exception: "broadcast" repeats the values of the first row."""
     if layout == "fortran":
         return np.asfortranarray(array)
     if layout in ("strided", "backwards") and array.ndim:
@@ -55,7 +54,7 @@ def laid_out(array, layout):
 
 
 def run(case, arrays, upstream=None):
-    """(output, gradients, upstream)."""
+    """Returns (output, gradients, upstream gradient)."""
     leaves = [Tensor(a, requires_grad=True) for a in arrays]
     y = case.fn(*leaves)
     if upstream is None:
@@ -68,7 +67,7 @@ def run(case, arrays, upstream=None):
 @usual
 @given(dims=dims, layouts=st.lists(st.sampled_from(LAYOUTS), min_size=3, max_size=3), single=st.booleans())
 def test_layout_dtype_and_ownership(name, dims, layouts, single):
-    """G2. The same numbers whatever the layout; nothing written to, nothing shared, the dtype kept."""
+    """The layout does not change the numbers. Inputs stay as they are, results share no memory, and the dtype is kept."""
     case, dtype = CASES[name], np.float32 if single else np.float64
     arrays = [a.astype(dtype) for a in inputs_of(case, dims, np.random.default_rng(1))]
     arrays = [laid_out(a, layout) for a, layout in zip(arrays, layouts, strict=False)]
@@ -95,7 +94,7 @@ def test_layout_dtype_and_ownership(name, dims, layouts, single):
 @usual
 @given(dims=dims)
 def test_against_finite_differences(name, dims):
-    """G1, on any shape; at gate size of large inputs some elements and three directions."""
+    """Gradients agree with finite differences for any shape. With few examples, large inputs are checked in some elements."""
     case = CASES[name]
     arrays = inputs_of(case, dims, np.random.default_rng(2))
     everything = EXAMPLES >= 200
@@ -106,7 +105,7 @@ def test_against_finite_differences(name, dims):
 @usual
 @given(dims=dims)
 def test_gradients_accumulate_and_graphs_are_freed(name, dims):
-    """G2. A second backward call adds; the graph is gone after one; nothing waits for the garbage collector."""
+    """A second backward call adds its gradient. The first call frees the graph, without the garbage collector."""
     case = CASES[name]
     leaves = [Tensor(a, requires_grad=True) for a in inputs_of(case, dims, np.random.default_rng(3))]
     once = case.fn(*leaves)
@@ -131,7 +130,7 @@ def test_gradients_accumulate_and_graphs_are_freed(name, dims):
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if len(case.shapes(Dims())) == 2])
 def test_an_input_used_twice(name):
-    """G2. f(x, x): both gradients arrive at x; and through a diamond, f(2x, 3x)."""
+    """In f(x, x) both gradients arrive at x, and also in f(2x, 3x)."""
     case = CASES[name]
     shapes = case.shapes(Dims(lead=(), a=3, b=3, c=3))
     if shapes[0] != shapes[1]:
@@ -148,8 +147,8 @@ ELEMENTWISE += ["exp", "log", "sqrt", "tanh", "sum", "reshape", "gelu", "relu", 
 
 
 @pytest.mark.parametrize("name", ELEMENTWISE)
-def test_no_dimensions(name):
-    """G2. A single number is an array like any other."""
+def test_arrays_without_dimensions(name):
+    """An array of no dimensions, which holds a single number, has an array as its gradient."""
     case = CASES[name]
     arrays = [np.array(1.5 + i) for i in range(len(case.shapes(Dims())))]
     gradcheck(case.fn, arrays)
@@ -163,8 +162,8 @@ def test_no_dimensions(name):
 )
 @usual
 @given(dims=dims, single=st.booleans())
-def test_kernels_agree(name, dims, single):
-    """G5. The CPU's kernels against the reference, and proof that each ran."""
+def test_cpu_kernels_agree_with_the_reference(name, dims, single):
+    """The CPU kernels and the reference give the same results. The test also asserts that each of them ran."""
     case, dtype = CASES[name], np.float32 if single else np.float64
     arrays = [a.astype(dtype) for a in inputs_of(case, dims, np.random.default_rng(6))]
     results = []
@@ -185,7 +184,7 @@ def test_kernels_agree(name, dims, single):
         np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * size)
 
 
-# ---------------------------------------------------------------- nothing without a row
+# ---------------------------------------------------------------- every operation and kernel has a row
 
 
 def test_every_operation_has_a_row():
@@ -232,13 +231,13 @@ def test_every_operation_has_a_row():
 
 
 def _names(code):
-    """Every name a function's code uses, the functions in it included."""
+    """Every name that a function's code uses, and the code of the functions inside it."""
     inner = [c for c in code.co_consts if hasattr(c, "co_names")]
     return {*code.co_names, *(name for c in inner for name in _names(c))}
 
 
-def test_every_kernel_is_reached():
-    """Each pair of kernels is called by some row, so that finite differences see it."""
+def test_every_kernel_is_called_by_some_row():
+    """Each pair of kernels is called by at least one row, so finite differences check it."""
     called = set()
 
     class Counting(CpuKernels):
@@ -257,13 +256,13 @@ def test_every_kernel_is_reached():
     assert pairs <= called, pairs - called
 
 
-# ---------------------------------------------------------------- G4: extremes
+# ---------------------------------------------------------------- extremes
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("kernels", [Kernels(np), CpuKernels()], ids=["reference", "cpu"])
 def test_extremes(dtype, kernels, monkeypatch):
-    """Finite and right where the numbers are as large as they get."""
+    """Results and gradients are finite and right for the largest numbers that can occur."""
     monkeypatch.setitem(backend._backends, np.ndarray, backend.Backend("cpu", np, kernels))
     largest = np.finfo(dtype).max
 
@@ -307,7 +306,7 @@ def test_extremes(dtype, kernels, monkeypatch):
         y, slope = there_and_back(ops.gelu, [big])
         assert (y[0], slope[0]) == (max(0, dtype(big)), 1.0 if big > 0 else 0.0)
 
-    for size in (1e4, np.sqrt(largest) / 4):  # scores at the limit: each query sees its best key alone
+    for size in (1e4, np.sqrt(largest) / 4):  # scores at the limit: each query attends to its best key only
         q = np.array([size, size]).reshape(1, 1, 2, 1)
         k = np.array([-size, size]).reshape(1, 1, 2, 1)
         out, *_ = there_and_back(ops.causal_attention, q, k, np.array([3.0, 7.0]).reshape(1, 1, 2, 1))

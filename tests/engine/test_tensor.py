@@ -1,4 +1,4 @@
-"""The engine: recording, walking back, memory, dtypes."""
+"""The engine: recording a graph, the backward pass, memory, dtypes, and the operations' results by hand."""
 
 import gc
 import threading
@@ -24,7 +24,7 @@ def test_numbers_become_float32_and_arrays_keep_their_dtype():
 
 
 @pytest.mark.parametrize("other", [2, 2.5, np.float64(2.5), np.float32(2.5)])
-def test_numbers_do_not_widen(other):
+def test_numbers_do_not_widen_the_dtype(other):
     a = Tensor([1.0, 2.0], requires_grad=True)
     for y in (a + other, other + a, a - other, other - a, a * other, other * a, a / other, other / a, a**other):
         assert y.dtype == np.float32
@@ -74,12 +74,12 @@ def test_many_uses_of_one_result():
     np.testing.assert_allclose(a.grad, np.full(4, 1 + 2 + 3 + 4))
 
 
-def test_an_input_without_gradient_costs_nothing():
+def test_an_input_without_gradient_is_not_kept():
     a, b = leaf(2), Tensor(np.ones(2))
     held = weakref.ref(a.data)
     y = b * a.detach()  # no graph at all
     assert not y.requires_grad
-    y = a * b  # the gradient of a needs b's values; nothing needs a's
+    y = a * b  # the gradient of a needs the values of b; no gradient needs the values of a
     a.data = np.zeros(2)
     assert held() is None
     y.sum().backward()
@@ -133,7 +133,7 @@ def test_long_chains_need_no_recursion():
     del y  # freeing an unused graph must not recurse either
 
 
-def test_memory_goes_by_reference_count():
+def test_memory_is_freed_by_reference_count():
     gc.collect()
     gc.disable()
     try:
@@ -151,13 +151,13 @@ def test_memory_goes_by_reference_count():
         del big
         assert array() is not None  # the backward function of * needs it
         z.backward()
-        assert array() is None  # and lets it go once used
+        assert array() is None  # and releases it after use
 
         big = np.zeros(1000)
         array = weakref.ref(big)
         unused = (a[0] * big).sum()
         del big, unused
-        assert array() is None  # a graph that is dropped without going back is freed too
+        assert array() is None  # a graph is also freed if backward never runs
     finally:
         gc.enable()
 
@@ -270,7 +270,7 @@ def test_forward_values_worked_out_by_hand():
     np.testing.assert_allclose(ops.gelu(Tensor(np.array([1.0]))).data, [0.8411919906082768], rtol=1e-12)
     normal = ops.layer_norm(Tensor(np.array([[1.0, 3.0]])), Tensor(np.array([2.0, 2.0])), Tensor(np.array([0.0, 1.0])), 0.0)
     np.testing.assert_allclose(normal.data, [[-2, 3]])
-    # Two tokens: the first sees itself alone; the second weighs both by exp(q.k / sqrt(1)).
+    # Two tokens: the first attends to itself only. The second weighs both by exp(q.k / sqrt(1)).
     q, v = np.array([1.0, np.log(3)]).reshape(1, 1, 2, 1), np.array([4.0, 8.0]).reshape(1, 1, 2, 1)
     k = np.array([0.0, 1.0]).reshape(1, 1, 2, 1)
     np.testing.assert_allclose(ops.causal_attention(Tensor(q), Tensor(k), Tensor(v)).data.ravel(), [4, (4 + 3 * 8) / 4])
@@ -283,7 +283,7 @@ def test_dropout_statistics():
         kept = (y != 0).mean()
         assert abs(kept - (1 - p)) < 5 * np.sqrt(p * (1 - p) / y.size)  # five standard errors
         np.testing.assert_allclose(y[y != 0], 1 / (1 - p), rtol=1e-6)
-        rows = (y != 0).mean(axis=1)  # and no row or column is special
+        rows = (y != 0).mean(axis=1)  # each row keeps its share
         assert abs(rows.std() - np.sqrt(p * (1 - p) / 500)) < 0.004
     assert ops.dropout(x, 0.0, np.random.default_rng(0)) is x
     assert ops.dropout(x, 0.5, None) is x

@@ -1,4 +1,4 @@
-"""Sampling: the distribution drawn from, the context used, streaming and stopping."""
+"""Generation: the context that is used, streaming, several samples, stop texts, wrong requests."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def model(tokenizer):
     model = GPT(GPTConfig(tokenizer.vocab_size, block_size=8, n_layer=1, n_head=2, n_embd=8), seed=1)
     rng = np.random.default_rng(0)
     for p in model.parameters():
-        p.data[...] += rng.standard_normal(p.shape)  # opinions strong enough to test
+        p.data[...] += rng.standard_normal(p.shape)  # so that the logits differ clearly
     return model
 
 
@@ -45,7 +45,7 @@ def test_the_last_block_size_tokens_decide(model):
     assert greedy[8:] == a
 
 
-def test_threads_are_those_of_the_blas(model, monkeypatch):
+def test_threads_sets_the_threads_of_the_blas(model, monkeypatch):
     seen = []
 
     def decode(self, ids, cache, blas_threads):
@@ -61,7 +61,7 @@ def test_threads_are_those_of_the_blas(model, monkeypatch):
 
 
 def test_every_token_is_drawn_from_the_logits_of_its_window(model):
-    """Greedy, far past block_size: as if each had been computed from nothing."""
+    """With temperature 0 and far past block_size, each token is the likeliest of the logits that its window alone gives."""
     for window in ("exact", "half"):
         settings = GenerateConfig(max_new_tokens=40, temperature=0, window=window)
         tokens = list(TokenStream(model, [3, 1, 4], settings))
@@ -113,7 +113,7 @@ def test_text_streams_and_repeats(model, tokenizer):
     assert tokenizer.encode("ab" + text) == generate(model, tokenizer.encode("ab"), 40, seed=3)
     assert "".join(generate_text(model, tokenizer, "ab", settings, sample=1)) != text
     first_run = generate_text(model, tokenizer, "ab", settings)
-    assert next(first_run) == text[0]  # before the rest is drawn
+    assert next(first_run) == text[0]  # the first text comes before the rest is sampled
 
 
 def test_stop(model, tokenizer):

@@ -10,7 +10,7 @@ from npgpt.generation.sampling import sample_ids
 def frequencies(logits, n=20_000, **settings):
     rng, ids = np.random.default_rng(0), settings.pop("ids", ())
     config = GenerateConfig(**({"temperature": 1.0} | settings))
-    rows = np.vstack([logits, np.roll(logits, 1)])  # the second row is not to matter to the first
+    rows = np.vstack([logits, np.roll(logits, 1)])  # the second row must not change the first
     drawn = [sample_ids(rows, config, [rng, rng], [ids, ids])[0] for _ in range(n)]
     return np.bincount(drawn, minlength=len(logits)) / n
 
@@ -35,7 +35,7 @@ LOGITS = np.log([0.1, 0.2, 0.3, 0.4])
         ({"min_p": 0.0}, [0.1, 0.2, 0.3, 0.4]),
         ({"min_p": 1.0}, [0, 0, 0, 1]),
         ({"min_p": 0.3, "temperature": 0.5}, [0, 0, 9 / 25, 16 / 25]),
-        # log p is negative, so the penalty multiplies: a seen p becomes p^2, before normalising.
+        # log p is negative, so the penalty multiplies it: the p of a seen token becomes p^2, before normalising.
         ({"repetition_penalty": 2.0, "ids": [3, 3]}, np.array([0.1, 0.2, 0.3, 0.16]) / 0.76),
         ({"repetition_penalty": 2.0}, [0.1, 0.2, 0.3, 0.4]),
         ({"repetition_penalty": 100.0, "ids": [3], "temperature": 0}, [0, 0, 1, 0]),
@@ -44,7 +44,7 @@ LOGITS = np.log([0.1, 0.2, 0.3, 0.4])
     ],
 )
 def test_distribution(settings, expected):
-    """Chi-square over what may be drawn, at a level of 1e-6; nothing else is drawn."""
+    """A chi-square test, at a level of 1e-6, over the ids that are possible. No other id is drawn."""
     n = 20_000
     found, expected = frequencies(LOGITS, n, **settings), np.array(expected)
     possible = expected > 0
@@ -58,7 +58,7 @@ def test_a_positive_logit_is_divided_by_the_penalty():
     assert found[0] == pytest.approx(0.5, abs=0.02)
 
 
-def test_equals_of_the_kth_are_kept():
+def test_top_k_keeps_ties_with_the_kth():
     found = frequencies([1.0, 1.0, 0.0], n=500, top_k=1)
     assert (found[:2] > 0.3).all()
     assert found[2] == 0

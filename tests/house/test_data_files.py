@@ -1,4 +1,4 @@
-"""The texts: what tiny.txt must be, and fetching tiny Shakespeare."""
+"""The texts in data/: the properties of tiny.txt, and the download of tiny Shakespeare by fetch.py."""
 
 import collections
 import hashlib
@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 
 
-def test_tiny_is_a_play_of_its_own(text):
+def test_tiny_is_a_long_play_without_repetition(text):
     assert len(text) >= 80_000
     lines = [line for line in text.split("\n") if len(line) > 20]
     repeated = sum(n for n in collections.Counter(lines).values() if n > 1)
@@ -22,7 +22,7 @@ def test_tiny_is_a_play_of_its_own(text):
     assert text.count("[") == text.count("]") > 100  # stage directions
 
 
-# ---------------------------------------------------------------- fetching
+# ---------------------------------------------------------------- the download
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ CONTENT = b"What is the city but the people? " * 5000
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """Serves CONTENT, from an offset when asked; the server's `breaks_after` cuts an answer short."""
+    """Serves CONTENT, from the offset in the request. The server's `breaks_after` is the number of bytes it sends at most."""
 
     def do_GET(self):
         offset = int(self.headers.get("Range", "bytes=0-")[6:-1])
@@ -73,7 +73,7 @@ def arguments(server, folder, content=CONTENT):
     }
 
 
-def test_fetch_once(fetch, server, tmp_path):
+def test_a_file_is_fetched_once(fetch, server, tmp_path):
     assert "as expected" in fetch(**arguments(server, tmp_path))
     assert (tmp_path / "text.txt").read_bytes() == CONTENT
     assert "already there" in fetch(**arguments(server, tmp_path))

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def test_the_readmes_python_runs(tmp_path):
-    """The Python interface shown in the README, as written, one piece after the other, on the text it names."""
+    """The README's Python snippets run as they are written, one after the other, on the text that they name."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     snippets = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
     assert snippets
@@ -30,13 +30,13 @@ def test_the_readmes_python_runs(tmp_path):
     assert len(result.stdout.splitlines()) > 6
 
 
-def test_the_tours_examples_are_what_python_prints():
+def test_the_tours_examples_print_what_it_shows():
     failures, tried = doctest.testfile(str(ROOT / "docs" / "tour.md"), module_relative=False)
     assert tried > 3
     assert failures == 0
 
 
-def test_links_in_the_documentation_lead_somewhere():
+def test_links_in_the_documentation_lead_to_files():
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "data" / "README.md"]:
         for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
             if "://" not in target:

@@ -10,7 +10,7 @@ from support.commands import ROOT
 
 @pytest.mark.skipif(os.name != "posix", reason="bin/ holds POSIX shell scripts")
 def test_bin_scripts(trained, tmp_path):
-    python = tmp_path / "python3"  # where there is no .venv, they take python3 from PATH
+    python = tmp_path / "python3"  # without a .venv, the scripts take python3 from PATH
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n', encoding="utf-8")
     python.chmod(0o755)
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
@@ -33,7 +33,7 @@ def test_bin_scripts(trained, tmp_path):
 
 
 def test_import_needs_neither_cupy_nor_torch():
-    """With both made unimportable, the package imports and works."""
+    """The package can be imported and used when cupy and torch cannot be imported."""
     program = (
         "import sys; sys.modules['cupy'] = sys.modules['torch'] = None\n"
         "import npgpt\n"

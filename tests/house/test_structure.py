@@ -1,4 +1,4 @@
-"""The house rules: who may import whom, what import pulls in, what the documentation shows."""
+"""The rules of the house: which room may import which, third-party imports, docstrings, and the folders of tests/."""
 
 import ast
 import sys
@@ -11,19 +11,19 @@ PACKAGE = ROOT / "npgpt"
 TESTS = ROOT / "tests"
 
 
-# Rooms from the left to the right, in stages. A file may import from its own room and from rooms of earlier stages.
+# The rooms from left to right, in stages. A file may import from its own room and from rooms of earlier stages.
 STAGES = "config kernels | engine | model text | storage parallel | generation evaluation | training | console | commands | cli"
 
 
 STAGE_OF = {room: i for i, stage in enumerate(STAGES.split("|")) for room in stage.split()}
-SURFACE = {"__init__.py", "__main__.py"}  # what a user imports or runs; they may import anything
+SURFACE = {"__init__.py", "__main__.py"}  # what a user imports or runs; these files may import any room
 OF_GPUS = {"cupy", "ml_dtypes"}
 MAY_IMPORT_THEM = {"engine/backend.py"}
 CORE = {"numpy", "threadpoolctl", "tqdm"}
 
 
 def imports(path: Path) -> set[str]:
-    """The modules a file imports, as dotted names."""
+    """The modules that a file imports, as dotted names."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -53,7 +53,7 @@ def test_imports_point_to_the_left_only(file):
         if module.startswith("npgpt."):
             other = module.split(".")[1]
             if own == "cli" and other not in STAGE_OF:
-                continue  # a name of the package itself, such as its version
+                continue  # a name in npgpt/__init__.py, such as the version
             assert other in STAGE_OF, f"{file} imports {module}, which is in no room"
             assert other == own or STAGE_OF[other] < STAGE_OF[own], f"{file} imports {module}, which is further right"
 
@@ -92,7 +92,7 @@ OTHER_FOLDERS = {"support", "house", "studies", "benchmarks"}  # folders of test
 
 @pytest.mark.parametrize("file", TEST_FILES)
 def test_no_file_imports_a_test_file(file):
-    """A helper that two test files need is in support/ or in a conftest.py."""
+    """A helper that two test files need must be in support/ or in a conftest.py."""
     own_names = {path.split("/")[0].removesuffix(".py") for path in TEST_FILES}
     for module in imports(TESTS / file):
         names = module.split(".")

@@ -1,4 +1,4 @@
-"""Every override in cpu.py against the reference: the same results and gradients, on awkward shapes."""
+"""The CPU kernels: each override gives the results and gradients of the reference, also for unusual shapes."""
 
 import numpy as np
 import pytest
@@ -18,14 +18,14 @@ REFERENCE = Kernels(np)
 
 @pytest.fixture(params=[7, 65_536], ids=["tiny blocks", "usual blocks"])
 def fast(request, monkeypatch):
-    """The CPU kernels; with blocks so small that every loop over them turns several times, and unevenly."""
+    """The CPU kernels. With tiny blocks, every loop over blocks runs several times, and its last block is incomplete."""
     monkeypatch.setattr(cpu, "BLOCK", request.param)
     monkeypatch.setattr(cpu, "QUERY_BLOCK", 3 if request.param < 100 else 64)
     return CpuKernels()
 
 
 def same(fast, name, inputs, dtype, *rest, seed=None, size=1.0):
-    """Run forward and backward of both with equal inputs and generators, compare everything."""
+    """Run forward and backward of both kernels with equal inputs and generators, and compare all results."""
     for array in inputs:
         if array is not None:
             array.flags.writeable = False  # an operation that writes to its input fails here
@@ -58,7 +58,7 @@ def test_layer_norm(fast, dtype, shape):
 
 @pytest.mark.parametrize(("n_query", "n_key"), [(1, 1), (7, 7), (8, 8), (9, 9), (2, 6), (1, 5), (65, 65), (130, 130)])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("size", [1.0, 8.0], ids=["small scores", "large scores"])  # with and without the row maximum
+@pytest.mark.parametrize("size", [1.0, 8.0], ids=["small scores", "large scores"])  # only large ones use the row maximum
 def test_attention(fast, dtype, n_query, n_key, dropout, size):
     q, k, v = (size * normal(dtype, 2, n, 3, 4).transpose(0, 2, 1, 3) for n in (n_query, n_key, n_key))
     same(fast, "causal_attention", (q, k, v), dtype, dropout, seed=5, size=10 * size**3)
@@ -86,7 +86,7 @@ def test_embedding(fast, dtype, ids):
     same(fast, "embedding", (normal(dtype, 5, 3), np.array(ids, dtype=np.int64)), dtype)
 
 
-def test_adamw_is_the_reference_to_the_bit(fast, dtype):
+def test_adamw_gives_the_bits_of_the_reference(fast, dtype):
     rng = np.random.default_rng(0)
     start = [rng.standard_normal(100).astype(dtype) for _ in range(2)] + [rng.random(100).astype(dtype) for _ in range(2)]
     results = []
@@ -101,8 +101,8 @@ def test_adamw_is_the_reference_to_the_bit(fast, dtype):
         np.testing.assert_array_equal(found, expected)
 
 
-def test_training_with_either_is_the_same(monkeypatch):
-    """Twenty steps, dropout on: the losses differ by rounding alone."""
+def test_training_with_the_reference_gives_the_same_losses(monkeypatch):
+    """The losses of twenty steps with dropout differ only by rounding."""
     config = GPTConfig(13, block_size=70, n_layer=2, n_head=2, n_embd=24, dropout=0.2)
     losses = []
     for kernels in (REFERENCE, CPU.kernels):
@@ -120,7 +120,7 @@ def test_training_with_either_is_the_same(monkeypatch):
     assert losses[19] < losses[0]
 
 
-def test_every_override_is_what_runs_and_is_tested():
+def test_every_override_runs_and_is_tested():
     overridden = {name for name in vars(CpuKernels) if not name.startswith("_")}
     assert overridden <= set(dir(Kernels)), "an operation that the reference does not have"
     assert all(getattr(CPU.kernels, name).__func__ is vars(CpuKernels)[name] for name in overridden)
@@ -130,7 +130,7 @@ def test_every_override_is_what_runs_and_is_tested():
 
 @pytest.mark.parametrize("rows", [1, 2, 16, 32, 33])
 @pytest.mark.parametrize("shape", [(64, 128), (1537, 384), (1024, 256), (40, 130)])
-def test_products_in_pieces(rng, rows, shape):
-    """Of any number of rows, columns that are a multiple of a piece or not, one part of the sum or several."""
+def test_few_rows_product(rng, rows, shape):
+    """The product is right for any number of rows, for columns that do not fill the last piece, and for split sums."""
     x, weight = rng.standard_normal((rows, shape[0])), rng.standard_normal(shape)
     np.testing.assert_allclose(few_rows_product(x, weight), x @ weight, rtol=0, atol=1e-10)

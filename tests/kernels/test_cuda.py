@@ -1,4 +1,4 @@
-"""The CUDA kernels' arithmetic: compiled for a CPU and compared with the reference, and on a GPU compared with that."""
+"""The arithmetic of the CUDA kernels: compiled for a CPU, they agree with the reference; on a GPU, they agree with the CPU."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from npgpt.kernels.reference import AdamWStep, Kernels
 
 
 class SameDraws(Kernels):
-    """The reference, dropping out what the CUDA kernels would."""
+    """The reference with the dropout masks of the CUDA kernels."""
 
     def __init__(self, cuda_kernels):
         super().__init__(np)
@@ -23,18 +23,18 @@ class SameDraws(Kernels):
 
 
 def same(cuda_kernels, name, inputs, dtype, *rest, key=None, size=1.0):
-    """Run forward and backward of both with equal inputs and draws, compare everything."""
+    """Run forward and backward of both kernels with equal inputs and draws, and compare all results."""
     before = [None if a is None else a.copy() for a in inputs]
     results = []
     for kernels in (SameDraws(cuda_kernels), cuda_kernels):
         y, saved = getattr(kernels, f"{name}_forward")(*inputs, *rest, *([] if key is None else [Key(key)]))
         if kernels is cuda_kernels:
-            # The way back through a table needs nothing of the way there but the reference's.
+            # The backward pass of an embedding saves the same as the reference's.
             assert isinstance(saved, cuda.CudaSaved) or name == "embedding" or not inputs[0].size, "not the kernel"
         dy = np.random.default_rng(1).standard_normal(y.shape).astype(dtype)
         gradients = getattr(kernels, f"{name}_backward")(dy, saved)
         every = (y, *(gradients if isinstance(gradients, tuple) else (gradients,)))
-        results.append([np.asarray(a) if isinstance(a, np.generic) else a for a in every])  # of no dimensions
+        results.append([np.asarray(a) if isinstance(a, np.generic) else a for a in every])  # scalars become arrays
     for expected, found in zip(*results, strict=True):
         close(found, expected, dtype, size)
     for array, untouched in zip(inputs, before, strict=True):
@@ -82,14 +82,17 @@ def test_dropout(cuda_kernels, dtype, shape, p):
 
 
 @on_cpu
-def test_draws_are_philox(cuda_kernels):
-    """The published first output of Philox4x32-10 for a key and counter of zeros (Random123's known answers)."""
+def test_dropout_draws_are_philox(cuda_kernels):
+    """The first draws are the published output of Philox4x32-10 for a key and counter of zeros (Random123's known answers).
+
+    Also: every use and every row has other draws, and the draws are uniform.
+    """
     draws, threshold = cuda_kernels.dropout_draws((2, 9), 0.25, Key(0))
     assert threshold == 16384
     np.testing.assert_array_equal(draws[0, :8].view(np.uint32), [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8])
     key = Key(2**62 + 3)
     many = [cuda_kernels.dropout_draws((200, 50), 0.25, key)[0] for _ in range(2)]
-    assert (many[0] != many[1]).mean() > 0.99  # another use
+    assert (many[0] != many[1]).mean() > 0.99  # a second use of a key has other draws
     assert len({row.tobytes() for row in many[0]}) == 200
     counts = np.bincount(many[0].reshape(-1) // 4096, minlength=16)
     assert ((counts - 625) ** 2 / 625).sum() < 50  # chi-square, 15 degrees of freedom, a level of 1e-5
@@ -131,10 +134,10 @@ def test_linear(cuda_kernels, dtype, shape):
 
 @on_cpu
 def test_rounding_to_bfloat16(cuda_kernels, bf16):
-    """To the nearest, of two to the even one; infinities and NaN stay what they are."""
+    """Numbers are rounded to the nearest, and halfway to the even one. Infinities and NaN stay infinities and NaN."""
     bits = np.random.default_rng(0).integers(0, 2**32, 100_000, dtype=np.uint32)
     bits[:6] = 0x3F808000, 0x3F818000, 0x7F7FFFFF, 0x7F800000, 0x7F800001, 0xFFFFFFFF  # ties, the largest, inf, NaN, NaN
-    bits = np.concatenate([bits, np.array([0, 1, 0x80000000, 0x8001, 0x7FFF, 0x8000], dtype=np.uint32)])  # denormal numbers
+    bits = np.concatenate([bits, np.array([0, 1, 0x80000000, 0x8001, 0x7FFF, 0x8000], dtype=np.uint32)])  # subnormal numbers
     numbers = bits.view(np.float32)
     found = np.zeros((1, len(numbers)), dtype=bf16)
     cuda_kernels._launch("add_bias", "bfloat16", (-(-len(numbers) // 64), 1), 64, (found, numbers, *found.shape))
@@ -162,7 +165,7 @@ def test_rounding_to_bfloat16(cuda_kernels, bf16):
     ],
 )
 def test_kernels_in_bfloat16(cuda_kernels, bf16, name, shapes, parameters, rest):
-    """What the reference computes in float32 from the same numbers, rounded; parameters and losses stay float32."""
+    """The result is that of the reference in float32, rounded to bfloat16. Parameters and losses stay float32."""
     inputs = [normal(np.float32, *shape, seed=i).astype(bf16) for i, shape in enumerate(shapes)]
     inputs += [None if shape is None else normal(np.float32, *shape, seed=9) for shape in parameters]
     if name == "cross_entropy":
@@ -181,7 +184,7 @@ def test_kernels_in_bfloat16(cuda_kernels, bf16, name, shapes, parameters, rest)
     in_float32 = {"cross_entropy": [0]}.get(name, [i for i in range(len(results[0])) if i > len(shapes)])
     for i, (expected, found) in enumerate(zip(*results, strict=True)):
         if expected is None:
-            assert found is None or name == "layer_norm"  # the bias's, which ops leaves out
+            assert found is None or name == "layer_norm"  # the gradient of a bias that is None
             continue
         assert found.dtype == (np.float32 if i in in_float32 else bf16)
         assert found.shape == expected.shape
@@ -206,8 +209,8 @@ def test_adamw(cuda_kernels, dtype):
 
 
 @on_cpu
-def test_arguments_as_they_may_come(cuda_kernels, dtype):
-    """No dimensions, not contiguous, of another float type, more rows than a grid has chunks."""
+def test_unusual_arguments(cuda_kernels, dtype):
+    """Arrays of no dimensions, arrays that are not contiguous, and parameters of another float type."""
     scalar = normal(dtype)
     for name, rest, key in [("gelu", [], None), ("dropout", [np.float32(0.25)], 3)]:
         same(cuda_kernels, name, (scalar,), dtype, *rest, key=key)
@@ -220,7 +223,7 @@ def test_arguments_as_they_may_come(cuda_kernels, dtype):
 
 
 @on_cpu
-def test_grids_have_an_end(cuda_kernels, dtype, monkeypatch):
+def test_more_rows_than_a_grid_has_chunks(cuda_kernels, dtype, monkeypatch):
     monkeypatch.setattr(cuda, "MAX_CHUNKS", 2)
     monkeypatch.setattr(cuda, "MIN_CHUNK", 3)
     same(cuda_kernels, "layer_norm", (normal(dtype, 20, 5), normal(dtype, 5), None), dtype, size=4)
@@ -228,7 +231,7 @@ def test_grids_have_an_end(cuda_kernels, dtype, monkeypatch):
 
 
 @on_cpu
-def test_nothing_to_do_is_no_launch(cuda_kernels, dtype):
+def test_empty_arrays(cuda_kernels, dtype):
     same(cuda_kernels, "gelu", (normal(dtype, 0, 4),), dtype)
     same(cuda_kernels, "layer_norm", (normal(dtype, 0, 4), normal(dtype, 4), None), dtype)
     same(cuda_kernels, "dropout", (normal(dtype, 0, 4),), dtype, 0.5, key=1)
@@ -238,8 +241,8 @@ def test_nothing_to_do_is_no_launch(cuda_kernels, dtype):
 
 
 @on_cpu
-def test_clipping_and_stepping(cuda_kernels, dtype):
-    """The same as the reference: what is multiplied by, what is seen, that a step that is not finite is the last."""
+def test_clipping_and_adamw_together(cuda_kernels, dtype):
+    """Scales, reported norms and weights equal the reference's. After a step that is not finite, nothing changes."""
     rng = np.random.default_rng(0)
     results = []
     for kernels in (Kernels(np), cuda_kernels):
@@ -261,14 +264,14 @@ def test_clipping_and_stepping(cuda_kernels, dtype):
     assert scales[0] == 1
     assert 0 < scales[1] < 0.1
     assert scales[2:] == [-1, -1, -1]
-    np.testing.assert_array_equal(results[1][7], results[1][-3])  # the weights after step 2 are the last
+    np.testing.assert_array_equal(results[1][7], results[1][-3])  # steps 3 to 5 do not change the weights
 
 
 @on_cpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", launch.ELEMENTS)
-def test_kernels_on_a_gpu_are_those_run_on_the_cpu(dtype):
-    """Dropout included, whose masks are the same numbers."""
+def test_kernels_on_a_gpu_give_the_results_of_the_cpu(dtype):
+    """The dropout masks are equal too."""
     gpu, cpu = select("cuda"), CudaKernels(np, cuda_on_cpu.launch, cuda_on_cpu.Gemm())
     element, parameter = (backend.bfloat16() if dtype == "bfloat16" else np.dtype(dtype)), launch.ELEMENTS[dtype][2]
     x, q = normal(np.float64, 33, 65).astype(element), [normal(np.float64, 2, 3, 70, 8).astype(element) for _ in range(3)]

@@ -1,4 +1,4 @@
-"""NVIDIA's run-time compiler accepts every CUDA kernel. It needs no GPU."""
+"""NVIDIA's run-time compiler (NVRTC) accepts every CUDA kernel. These tests need no GPU."""
 
 import ctypes
 import importlib.util
@@ -12,11 +12,11 @@ from npgpt.kernels.cuda import launch
 
 
 def nvrtc():
-    """NVIDIA's run-time compiler, which needs no GPU; None when it is not installed."""
+    """The library of NVIDIA's run-time compiler; None if it is not installed."""
     found = importlib.util.find_spec("nvidia")
     pattern = "nvrtc64*.dll" if sys.platform == "win32" else "libnvrtc.so*"
     for folder in found.submodule_search_locations or [] if found else []:
-        for builtins in Path(folder).rglob("libnvrtc-builtins.so*"):  # some versions do not find it by themselves
+        for builtins in Path(folder).rglob("libnvrtc-builtins.so*"):  # some versions of NVRTC do not find this library
             ctypes.CDLL(str(builtins))
         for path in sorted(Path(folder).rglob(pattern)):
             return ctypes.CDLL(str(path))

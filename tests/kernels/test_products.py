@@ -1,4 +1,4 @@
-"""Matrix products through cuBLAS: what the BLAS is asked for, and the results."""
+"""Matrix products through cuBLAS: the operands that the BLAS is given, and the results."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from npgpt.kernels.cuda.products import product
 
 
 def test_products_of_views(dtype):
-    """Operands as they lie: transposed, cut out, one matrix for all; and copies where BLAS has no word for it."""
+    """Views that the BLAS can describe are passed as they are, such as transposed matrices. Other views are copied."""
     rng = np.random.default_rng(0)
     room = rng.standard_normal((4, 5, 6, 7, 2)).astype(dtype)
     whole = room[..., 0].copy()

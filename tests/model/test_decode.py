@@ -1,4 +1,4 @@
-"""One more token at a time: logits from the cache and from `model.decode` equal those of the whole sequence."""
+"""Decoding token by token: the logits with a cache and those of `model.decode` equal the logits of the whole sequence."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ def model(tokenizer):
     model = GPT(GPTConfig(tokenizer.vocab_size, block_size=8, n_layer=1, n_head=2, n_embd=8), seed=1)
     rng = np.random.default_rng(0)
     for p in model.parameters():
-        p.data[...] += rng.standard_normal(p.shape)  # opinions strong enough to test
+        p.data[...] += rng.standard_normal(p.shape)  # so that the logits differ clearly
     return model
 
 
@@ -25,7 +25,7 @@ def model(tokenizer):
     "options", [{}, {"tie_weights": True}, {"bias": False, "n_layer": 3}, {"activation": "relu", "d_ff": 20}]
 )
 def test_cached_and_uncached_logits_agree(options):
-    """At every position, whatever pieces the tokens come in."""
+    """The logits agree at every position, for every division of the tokens into calls."""
     model = GPT(GPTConfig(11, **({"block_size": 12, "n_layer": 2, "n_head": 2, "n_embd": 8} | options)), seed=1)
     model.parameters().data += 0.3 * np.random.default_rng(0).standard_normal(model.num_parameters(), dtype=np.float32)
     ids = np.random.default_rng(1).integers(0, 11, (3, 12))
@@ -37,7 +37,7 @@ def test_cached_and_uncached_logits_agree(options):
                 logits = model(ids[:, at : at + size], cache=cache)[0].data
                 np.testing.assert_allclose(logits, whole[:, at : at + size], rtol=0, atol=1e-5)
                 at += size
-        for first in (0, 5):  # the rest token by token, on plain arrays
+        for first in (0, 5):  # decode the rest token by token
             cache = model.new_cache(3)
             if first:
                 model(ids[:, :first], cache=cache)
@@ -48,7 +48,7 @@ def test_cached_and_uncached_logits_agree(options):
             model(ids[:, :1], cache=cache)
 
 
-def test_the_last_position_alone_is_as_among_the_others(model, rng):
+def test_last_only_gives_the_logits_of_the_last_position(model, rng):
     model.parameters().data += 0.3 * rng.standard_normal(model.num_parameters(), dtype=np.float32)
     ids, targets = rng.integers(0, 9, (3, 8)), rng.integers(0, 9, (3, 1))
     logits, loss = model(ids, targets, last_only=True)

@@ -28,7 +28,7 @@ def test_logits_and_loss(model, rng):
     assert loss is None
     _, loss = model(ids, ids)
     assert loss.shape == ()
-    assert abs(loss.item() - math.log(model.config.vocab_size)) < 0.2  # it knows nothing yet
+    assert abs(loss.item() - math.log(model.config.vocab_size)) < 0.2  # before training, every token is about equally likely
     np.testing.assert_allclose(loss.item(), ops.cross_entropy(logits, ids).item(), rtol=1e-6)
 
 
@@ -96,7 +96,7 @@ def test_parameters_and_gradients_are_views_into_flat_buffers(model, rng):
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
-def test_a_copy_of_a_model_learns_by_itself(model, rng, copied):
+def test_a_copy_of_a_model_has_its_own_weights(model, rng, copied):
     before = model.flat.data.copy()
     other = copied(model)
     ids = rng.integers(0, model.config.vocab_size, (2, 8))
@@ -107,7 +107,7 @@ def test_a_copy_of_a_model_learns_by_itself(model, rng, copied):
     assert np.shares_memory(other.flat.data, other.wte.weight.data)
 
 
-def test_part_of_a_model_can_be_listed_without_harm(model):
+def test_listing_the_parameters_of_a_block_changes_nothing(model):
     flat = model.parameters()
     assert sum(p.size for p in model.blocks[0].parameters()) < model.num_parameters()
     flat.check()

@@ -1,4 +1,4 @@
-"""What this computer is: the description of the BLAS, and memory that malloc keeps."""
+"""What npgpt finds out about this computer: the BLAS, and whether malloc keeps freed memory."""
 
 import os
 import re
@@ -29,10 +29,13 @@ def test_the_blas_is_described(monkeypatch, kernel, avx512, words):
     assert ("OPENBLAS_CORETYPE=Haswell" in machine.describe_blas()) == (words == "AVX-512 unused")
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc is Linux's")
-def test_a_step_takes_no_new_pages_once_warm():
-    """In a process of its own: page faults of later steps are few, where there is a glibc to tell. Now and then a
-    step needs more memory than any before, when the workers happen to overlap differently; so the best of several."""
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux has glibc")
+def test_later_steps_take_no_new_memory_pages():
+    """With glibc, later steps cause few page faults. A separate process counts them.
+
+    A step may need more memory than all steps before it, if the workers overlap differently. So the best of several steps
+    counts.
+    """
     program = (
         "import resource, numpy as np\n"
         "from npgpt import GPT, GPTConfig\n"

@@ -1,4 +1,4 @@
-"""Worker processes: the same bytes as threads, and a run that continues when a process fails."""
+"""Worker processes: they give the same bytes as threads, and threads replace a process that fails."""
 
 import os
 import pickle
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 @pytest.fixture
 def in_processes():
-    """A step that three workers share, two of them processes; and its model."""
+    """A step over three workers and its model. Two of the workers are processes."""
     model = GPT(CONFIG, seed=1)
     with Workers(3) as workers:
         step = ParallelStep(model, workers, 1)
@@ -36,7 +36,7 @@ def test_processes_give_the_bytes_of_threads(in_processes):
     expected = GPT(CONFIG, seed=1)
     with Workers(3) as workers:
         by_threads = ParallelStep(expected, workers, 1)
-        for rows in (7, 2, 1, 7):  # with two and one, some have nothing to do
+        for rows in (7, 2, 1, 7):  # with two rows or one, some workers have no micro-batch
             assert step(*batch(rows), seed=3, number=rows) == by_threads(*batch(rows), seed=3, number=rows)
             np.testing.assert_array_equal(model.flat.grad, expected.flat.grad)
             for m in (model, expected):
@@ -52,7 +52,7 @@ def by_threads_alone(model):
         return ParallelStep(model, workers, 1)(*batch(), seed=3, number=4)
 
 
-def test_a_process_that_dies_costs_nothing_but_speed(in_processes):
+def test_threads_replace_a_process_that_dies(in_processes):
     step, _ = in_processes
     expected = by_threads_alone(GPT(CONFIG, seed=1))
     assert step(*batch(), seed=3, number=4) == expected
@@ -64,7 +64,7 @@ def test_a_process_that_dies_costs_nothing_but_speed(in_processes):
     assert step(*batch(), seed=3, number=4) == expected
 
 
-def test_a_process_that_says_something_else_is_as_good_as_dead(in_processes, monkeypatch):
+def test_threads_replace_a_process_with_an_unreadable_answer(in_processes, monkeypatch):
     step, _ = in_processes
 
     def load(file):
@@ -75,8 +75,8 @@ def test_a_process_that_says_something_else_is_as_good_as_dead(in_processes, mon
         assert step(*batch(), seed=3, number=4) == by_threads_alone(GPT(CONFIG, seed=1))
 
 
-def test_processes_do_not_run_what_lies_about(tmp_path, monkeypatch):
-    """Their modules are their parent's, whatever the folder they are started in, and what they print is no answer."""
+def test_processes_do_not_import_from_the_current_folder(tmp_path, monkeypatch):
+    """Worker processes import the modules of their parent, even if the current folder has a module of the same name."""
     (tmp_path / "pickle.py").write_text("raise RuntimeError('not to be run')", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     with Workers(2) as workers:
@@ -86,7 +86,7 @@ def test_processes_do_not_run_what_lies_about(tmp_path, monkeypatch):
         step.close()
 
 
-def test_what_a_process_lacks_memory_for_is_said_here(in_processes, monkeypatch):
+def test_a_memory_error_in_a_process_is_raised_here(in_processes, monkeypatch):
     step, _ = in_processes
     step(*batch(), seed=3, number=4)
     monkeypatch.setattr(processes.pickle, "load", lambda file: MemoryError("no room"))

@@ -12,7 +12,7 @@ from npgpt.parallel.workers import Workers
 
 def gradient_of(threads, micro_batch, dtype=np.float64):
     model = GPT(CONFIG, seed=1, dtype=dtype)
-    model.parameters().grad[...] = 99.0  # left over from before; must be forgotten
+    model.parameters().grad[...] = 99.0  # an old gradient, which the step must overwrite
     with Workers(threads) as workers:
         loss = ParallelStep(model, workers, micro_batch)(*batch(), seed=3, number=4)
     return loss, model.flat.grad.copy()
@@ -33,7 +33,7 @@ def test_same_threads_same_bytes():
 
 
 def test_micro_batches_add_up_to_the_batch():
-    """By hand: each piece with the generator of its number, weighted by its share of the batch."""
+    """The gradient equals a sum by hand: each micro-batch has its own generator and is weighted by its share of the batch."""
     model = GPT(CONFIG, seed=1, dtype=np.float64)
     x, y = batch()
     total = 0.0

@@ -33,7 +33,7 @@ def test_over_covers_the_range_once(monkeypatch, n, calls):
     assert (touched == 1).all()
 
 
-def test_adamw_over_workers_is_the_same_to_the_bit(monkeypatch):
+def test_adamw_over_workers_gives_the_same_bits(monkeypatch):
     monkeypatch.setattr(workers_module, "BLOCK", 16)
     results = []
     for spread in (False, True):
@@ -61,7 +61,7 @@ def test_an_exception_arrives_with_its_traceback():
         assert workers.map(fail_on_two, [1]) == [1]
 
 
-def test_the_blas_is_held_and_given_back():
+def test_workers_limit_the_blas_to_one_thread():
     def blas_threads():
         return [library["num_threads"] for library in ThreadpoolController().info() if library["user_api"] == "blas"]
 

@@ -1,4 +1,7 @@
-"""Checkpoint files: written whole, read back exactly, and refused when damaged or hostile."""
+"""Checkpoint files: they are written whole and read back exactly; damaged and hostile files are refused.
+
+Comments such as R2 name rows of the table in docs/reliability.md.
+"""
 
 import json
 import os
@@ -40,19 +43,19 @@ def test_save_load_identical_logits(tmp_path, tokenizer, small_config, rng):
     assert [p.name for p in tmp_path.iterdir()] == ["m.npz"]
 
 
-def test_any_numpy_reads_it(trained):
+def test_numpy_alone_reads_a_checkpoint(trained):
     with np.load(trained, allow_pickle=False) as arrays:
         assert arrays["blocks.0.attn.qkv.weight"].shape == (16, 48)
         assert json.loads(arrays["checkpoint.json"])["progress"]["step"] in (3, 6)
 
 
-def test_checkpoints_are_reproducible_bytes(tmp_path, tokenizer, small_config):
+def test_equal_models_give_equal_bytes(tmp_path, tokenizer, small_config):
     for name in "ab":
         npgpt.save(tmp_path / name, GPT(small_config), tokenizer)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_a_model_in_float64_keeps_its_numbers_to_float32(tmp_path, tokenizer, small_config):
+def test_a_float64_model_is_saved_as_float32(tmp_path, tokenizer, small_config):
     model = GPT(small_config, dtype=np.float64)
     npgpt.save(tmp_path / "m.npz", model, tokenizer)
     loaded = npgpt.load(tmp_path / "m.npz").model
@@ -65,7 +68,7 @@ def test_a_model_in_float64_keeps_its_numbers_to_float32(tmp_path, tokenizer, sm
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_every_released_format_loads(number):
-    """R11. Written by the versions that wrote these formats, from the same run."""
+    """The files were written by the versions of npgpt that introduced these formats."""
     path = FIXTURES / f"format-{number}.npz"
     checkpoint = npgpt.load(path, with_optimizer=True)
     assert checkpoint.format == number
@@ -77,7 +80,8 @@ def test_every_released_format_loads(number):
         for name, p in checkpoint.model.named_parameters():
             np.testing.assert_array_equal(p.data, arrays[name])
         np.testing.assert_array_equal(checkpoint.optimizer_state["exp_avg_sq"], arrays["optimizer.exp_avg_sq"])
-    assert checkpoint.model.flat.data.sum(dtype=np.float64) == pytest.approx(12.0, abs=1.5)  # three norms of four ones
+    # The weights of the three layer norms are four ones each. All other parameters are close to zero.
+    assert checkpoint.model.flat.data.sum(dtype=np.float64) == pytest.approx(12.0, abs=1.5)
 
 
 @posix_only
@@ -90,7 +94,7 @@ def test_a_failing_disk_leaves_the_old_checkpoint(tmp_path):
     assert reliability.sound(reliability.faults(tmp_path)).tried >= 10  # R3
 
 
-def test_what_reads_back_differently_is_not_kept(tmp_path, monkeypatch):
+def test_a_file_that_reads_back_differently_is_not_kept(tmp_path, monkeypatch):
     path = tmp_path / "model.npz"
     reliability.write_checkpoint(path, seed=1)
     before, real = path.read_bytes(), os.fsync
@@ -109,7 +113,7 @@ def test_what_reads_back_differently_is_not_kept(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["model.npz"]
 
 
-def test_what_could_not_be_loaded_is_not_saved(tmp_path):
+def test_a_checkpoint_that_could_not_be_loaded_is_not_saved(tmp_path):
     path, tokenizer = tmp_path / "model.npz", reliability.tokenizer()
     model = GPT(reliability.TINY)
     for more, words in [
@@ -134,7 +138,7 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path):
     assert npgpt.load(path).source == "caf\\udce9\\n.txt"
 
 
-def test_flipped_bits_are_seen(tmp_path):
+def test_flipped_bits_are_noticed(tmp_path):
     reliability.sound(reliability.flips(tmp_path, 2000))  # R4
 
 
@@ -147,7 +151,7 @@ def test_damaged_files_are_refused_quickly(tmp_path):
 
 
 def test_hostile_files_are_refused_in_one_line(tmp_path, capsys):
-    """R6. By `load`, and by `inspect`, which says so in one line."""
+    """`load` refuses each file (R6), and `inspect` prints one line about it."""
     files = [*reliability.hostile_files(tmp_path), reliability.duplicate_member(tmp_path)]
     assert len(files) >= 40
     for name, path in files:
@@ -170,7 +174,7 @@ def test_a_pipe_is_not_waited_for(tmp_path):
         npgpt.load(tmp_path / "pipe")
 
 
-def test_what_is_not_a_checkpoint_is_refused(tmp_path):
+def test_other_files_are_refused(tmp_path):
     path = tmp_path / "bad.npz"
     for content in (b"", b"hello", b"PK\3\4"):
         path.write_bytes(content)
@@ -184,7 +188,7 @@ def test_what_is_not_a_checkpoint_is_refused(tmp_path):
             npgpt.load(missing)
 
 
-def test_what_differs_from_the_configuration_is_named(tmp_path):
+def test_the_difference_from_the_configuration_is_named(tmp_path):
     good, bad = tmp_path / "good.npz", tmp_path / "bad.npz"
     reliability.write_checkpoint(good)
     with zipfile.ZipFile(good) as archive:

@@ -1,4 +1,4 @@
-"""Files that are written whole, and the lock."""
+"""Files that are written whole or not at all, and the lock file."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ from npgpt.storage import files
 from npgpt.storage.files import lock, whole_file
 
 
-def test_a_lock_is_held_once_and_let_go(tmp_path):
+def test_a_lock_is_held_once_and_released(tmp_path):
     path = tmp_path / "lock"
     with lock(path, "model.npz"):
         with (
@@ -22,7 +22,7 @@ def test_a_lock_is_held_once_and_let_go(tmp_path):
             pass
         assert path.exists()
     assert not path.exists()
-    path.write_text("99999\n", encoding="ascii")  # left by a killed process
+    path.write_text("99999\n", encoding="ascii")  # a killed process left it
     with lock(path, "model.npz"):
         assert path.read_text(encoding="ascii") == f"{os.getpid()}\n"
     assert not path.exists()

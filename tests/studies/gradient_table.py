@@ -1,8 +1,8 @@
-"""The table of docs/gradcheck.md: how far each operation's gradients are from finite differences and from PyTorch's.
+"""Print the table of docs/gradcheck.md: each operation's error against finite differences and against PyTorch.
 
     python tests/studies/gradient_table.py
 
-The last columns need torch. Every figure is the worst relative error over the sizes the tests use.
+The last three columns need torch. Every figure is the worst relative error over the sizes that the tests use.
 """
 
 import importlib.util
@@ -32,7 +32,7 @@ def main():
                 arrays = inputs_of(case, dims, np.random.default_rng(7))
                 exact = parity.theirs(case, arrays)
                 worst[0] = max(worst[0], *map(parity.relative_error, parity.ours(case, arrays), exact))
-                if not name.startswith("array"):  # where a float64 array keeps the rest in float64
+                if not name.startswith("array"):  # such a case uses a float64 array, which widens the result to float64
                     single = [a.astype(np.float32) for a in arrays]
                     exact = parity.theirs(case, [a.astype(np.float64) for a in single])
                     worst[1] = max(worst[1], *map(parity.relative_error, parity.ours(case, single), exact))

@@ -1,10 +1,10 @@
-"""`make mutation`: do the gradient tests catch bugs? Plants one at a time in a copy of the package and runs them.
+"""`make mutation`: check that the tests catch bugs. Each bug is planted in a copy of the package, and the tests are run.
 
     python tests/studies/mutation.py [NAME ...]
 
-Each bug is a small change to a backward pass or to what it relies on: a dropped sum, a wrong axis, a sign, a
-missing factor, a mask off by one, a forgotten term. It is caught when a test fails. Prints planted/caught and the
-survivors; the exit status is 1 when there are any.
+Each bug is a small change to a backward pass or to code it relies on: a dropped sum, a wrong axis, a sign, a missing
+factor, a mask off by one, a forgotten term. A bug is caught if a test fails. The script prints the number of planted and
+caught bugs and the names of the survivors. The exit status is 1 if a bug survives.
 """
 
 import argparse
@@ -26,9 +26,9 @@ NORM, ELEMENTWISE, SOFTMAX = "kernels/cuda/norm.cu", "kernels/cuda/elementwise.c
 EMBEDDING, COMMON = "kernels/cuda/embedding.cu", "kernels/cuda/common.cu"
 CUDA, PRODUCTS = "kernels/cuda/kernels.py", "kernels/cuda/products.py"
 
-OF_A_GPU = {NORM, ELEMENTWISE, SOFTMAX, EMBEDDING, COMMON, CUDA, PRODUCTS}  # GPU_TESTS test these files
+OF_A_GPU = {NORM, ELEMENTWISE, SOFTMAX, EMBEDDING, COMMON, CUDA, PRODUCTS}  # GPU_TESTS cover these files
 
-# (name, file, what is there, once, and what takes its place).
+# (name, file, text that occurs once in the file, text that replaces it).
 BUGS = [
     ("linear: dx by the weight, not its transpose", REFERENCE, "dy @ weight.T", "dy @ weight"),
     ("linear: dweight without the last row", REFERENCE, "rows.T @ dy if", "rows[:-1].T @ dy[:-1] if"),
@@ -122,45 +122,45 @@ BUGS = [
     ("ops: mean loss without 1/N", OPS, 'losses.mean() if reduction == "mean"', 'losses.sum() if reduction == "mean"'),
     ("ops: a bias's gradient is dropped", OPS, "bias is not None and bias.requires_grad)", "False)"),
     ("cuda: layer norm without its mean", NORM, "sum += (A)x[i];", "sum += 0;"),
-    ("cuda: layer norm's eps twice", NORM, "(A)c + (A)eps)", "(A)c + 2 * (A)eps)"),
+    ("cuda: layer norm adds eps twice", NORM, "(A)c + (A)eps)", "(A)c + 2 * (A)eps)"),
     ("cuda: layer norm's mean term forgotten", NORM, "weight[i] - mean_g - xhat", "weight[i] - xhat"),
     ("cuda: layer norm's variance term without xhat", NORM, "- xhat * mean_g_xhat", "- mean_g_xhat"),
     ("cuda: layer norm's dweight without rstd", NORM, "mean[row]) * rstd[row]", "mean[row])"),
-    ("cuda: layer norm's last row of a chunk", NORM, "row < last; row++) {\n        A d", "row < last - 1; row++) {\n        A d"),
-    ("cuda: layer norm's bias for all", NORM, "bias ? value + bias[i] : value", "value"),
-    ("cuda: partial sums without the last", NORM, "row < n; row++) sum", "row < n - 1; row++) sum"),
+    ("cuda: layer norm leaves out the last row of a chunk", NORM, "row < last; row++) {\n        A d", "row < last - 1; row++) {\n        A d"),
+    ("cuda: layer norm never adds the bias", NORM, "bias ? value + bias[i] : value", "value"),
+    ("cuda: the last partial sum forgotten", NORM, "row < n; row++) sum", "row < n - 1; row++) sum"),
     ("cuda: gelu's cubic term without its 3", ELEMENTWISE, "1 + 3 * (A)GELU_CUBIC", "1 + (A)GELU_CUBIC"),
     ("cuda: gelu's second term forgotten", ELEMENTWISE, " + (A)0.5 * v * (1 - t * t) * du_dx", ""),
-    ("cuda: dropout's threshold off by many", ELEMENTWISE, "draws[j] >= threshold ? (A)x", "draws[j] >= threshold / 2 ? (A)x"),
+    ("cuda: dropout's threshold halved", ELEMENTWISE, "draws[j] >= threshold ? (A)x", "draws[j] >= threshold / 2 ? (A)x"),
     ("cuda: dropout without scale", ELEMENTWISE, "(A)x[at] * (A)scale", "(A)x[at]"),
     ("cuda: AdamW without a correction", ELEMENTWISE, "sqrt(v / (A)correction2)", "sqrt(v)"),
-    ("cuda: AdamW's decay through the rate", ELEMENTWISE, "(1 - lr * weight_decay)", "(1 - weight_decay)"),
+    ("cuda: AdamW's decay without the learning rate", ELEMENTWISE, "(1 - lr * weight_decay)", "(1 - weight_decay)"),
     ("cuda: softmax sees one token of the future", SOFTMAX, "row % n_query + 1;\n    scores", "row % n_query + 2;\n    scores"),
-    ("cuda: softmax without its largest", SOFTMAX, "top = score > top ? score : top;", "top = 0;"),
+    ("cuda: softmax does not subtract its largest score", SOFTMAX, "top = score > top ? score : top;", "top = 0;"),
     ("cuda: softmax's row term forgotten", SOFTMAX, "((A)dscores[i] - sum)", "((A)dscores[i])"),
     ("cuda: softmax's scale forgotten on the way back", SOFTMAX, "- sum) * (A)scale)", "- sum))"),
     ("cuda: attention's dropout without scale on the way back", SOFTMAX, "(A)dkept[i] * (A)kept_scale", "(A)dkept[i]"),
-    ("cuda: other draws on the way back", SOFTMAX, "dscores += row * n_key;\n    A sum = 0;", "dscores += row * n_key;\n    use++;\n    A sum = 0;"),
+    ("cuda: other dropout draws in the backward pass", SOFTMAX, "dscores += row * n_key;\n    A sum = 0;", "dscores += row * n_key;\n    use++;\n    A sum = 0;"),
     ("cuda: cross-entropy's target forgotten", SOFTMAX, "(p - (i == targets[row] ? (A)1 : (A)0))", "p"),
     ("cuda: cross-entropy's gradient of the loss forgotten", SOFTMAX, "(T)(dy[row] * (p", "(T)((p"),
     ("cuda: embedding without its last row", EMBEDDING, "row < last; row++", "row < last - 1; row++"),
-    ("cuda: embedding's table not cleared", EMBEDDING, "table[id * c] = 0", "table[id * c] += 0"),
+    ("cuda: embedding's table of sums not cleared", EMBEDDING, "table[id * c] = 0", "table[id * c] += 0"),
     ("cuda: the residual sum forgotten", ELEMENTWISE, "onto ? (A)onto[at] + kept : kept", "kept"),
-    ("cuda: a bias for the wrong column", ELEMENTWISE, "+ bias[column]", "+ bias[0]"),
-    ("cuda: a bias's gradient without a row", NORM, "row < last; row++) sum", "row < last - 1; row++) sum"),
-    ("cuda: a norm of the first sums", ELEMENTWISE, "i = lane(); i < n; i += WARP) sum += partial", "i = lane(); i < WARP; i += WARP) sum += partial"),
+    ("cuda: the first column's bias for all columns", ELEMENTWISE, "+ bias[column]", "+ bias[0]"),
+    ("cuda: a bias's gradient without its last row", NORM, "row < last; row++) sum", "row < last - 1; row++) sum"),
+    ("cuda: the norm uses the first 32 partial sums only", ELEMENTWISE, "i = lane(); i < n; i += WARP) sum += partial", "i = lane(); i < WARP; i += WARP) sum += partial"),
     ("cuda: clipping to twice the norm", ELEMENTWISE, "(A)max_norm / norm", "2 * (A)max_norm / norm"),
-    ("cuda: going on after a step that is not finite", ELEMENTWISE, "*scale < 0 || !finite", "!finite"),
-    ("cuda: a loss that is not finite unseen", ELEMENTWISE, "norm - norm == 0 && *loss - *loss == 0", "norm - norm == 0"),
+    ("cuda: training continues after a step that is not finite", ELEMENTWISE, "*scale < 0 || !finite", "!finite"),
+    ("cuda: a loss that is not finite goes unnoticed", ELEMENTWISE, "norm - norm == 0 && *loss - *loss == 0", "norm - norm == 0"),
     ("cuda: everything decays", ELEMENTWISE, "i < n_decay ? (A)(1", "true ? (A)(1"),
     ("cuda: AdamW's scale forgotten", ELEMENTWISE, "scale ? gradient[i] * *scale : gradient[i]", "gradient[i]"),
-    ("cuda: AdamW steps after the end", ELEMENTWISE, "if (scale && *scale < 0) return;", ""),
+    ("cuda: AdamW continues after a step that is not finite", ELEMENTWISE, "if (scale && *scale < 0) return;", ""),
     ("bfloat16: cut off, not rounded", COMMON, "(all + 0x7fffu + (all >> 16 & 1u)) >> 16", "all >> 16"),
     ("bfloat16: ties away from zero", COMMON, "0x7fffu + (all >> 16 & 1u)", "0x8000u"),
     ("bfloat16: NaN becomes an infinity", COMMON, "nan ? all >> 16 | 0x40u :", "false ? 0 :"),
-    ("product: rows too close", PRODUCTS, "Operand(x, False, by_row if rows > 1 else columns, stride)", "Operand(x, False, columns, stride)"),
+    ("product: the wrong distance between rows", PRODUCTS, "Operand(x, False, by_row if rows > 1 else columns, stride)", "Operand(x, False, columns, stride)"),
     ("product: a transposed operand read as it lies", PRODUCTS, "Operand(x, True,", "Operand(x, False,"),
-    ("product: the first matrix for all", PRODUCTS, "return axes[-1][1]", "return 0"),
+    ("product: the first matrix of a batch for all", PRODUCTS, "return axes[-1][1]", "return 0"),
     ("product: two strides taken for one", PRODUCTS, "if outer != n * inner:", "if False:"),
     ("cuda linear: dweight in the dtype of the activations", CUDA, "self._product(rows.T, dy, _parameter_dtype(rows))", "self._product(rows.T, dy)"),
     ("cuda linear: dx by the weight, not its transpose", CUDA, "self._product(dy, weight.T)", "self._product(dy, weight.reshape(weight.shape[::-1]))"),
@@ -169,13 +169,13 @@ BUGS = [
     ("residual: the branch's gradient not thinned out", REFERENCE, "return dy, self.dropout_backward(dy, saved)", "return dy, dy"),
     ("astype: the gradient stays in the other dtype", TENSOR, "lambda dy: (dy.astype(before),)", "lambda dy: (0 * dy.astype(before),)"),
     ("cuda: one random number for two elements", COMMON, "16 * (i % 2)", "0"),
-    ("cuda: a round less", COMMON, "round < 10", "round < 9"),
+    ("cuda: Philox with nine rounds", COMMON, "round < 10", "round < 9"),
     ("cuda: warps share a row", COMMON, "+ threadIdx.x / WARP; }", "; }"),
 ]  # fmt: skip
 
 
 def plant(bug, folder):
-    """A copy of the package and its tests with the bug in it."""
+    """Copy the package and its tests into `folder`, and put the bug into the copy."""
     name, file, before, after = bug
     for part in ("npgpt", "tests"):
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__", "benchmarks"))
@@ -189,7 +189,7 @@ def plant(bug, folder):
 
 
 def caught(bug):
-    """The test that found the bug, or None."""
+    """The first test that fails because of the bug, or None."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         plant(bug, folder)

@@ -1,8 +1,8 @@
-"""The reliability programme: what `make test` runs at gate sizes and `make soak` at soak sizes.
+"""The reliability programme: `make test` runs it with small numbers of tries, `make soak` with large ones.
 
-Each function tries one thing a number of times and returns a Tally. Faults come from the operating system's
-side: processes are killed, writes fail, bits flip. None of npgpt's own functions is replaced, but in
-`not_finite`, where there is no other way to put a NaN into a gradient.
+Each function tries one thing a number of times and returns a Tally. The faults are those of an operating system: processes
+are killed, writes fail, bits flip. No function of npgpt is replaced, except in `not_finite`, because nothing else can put a
+NaN into a gradient. R1 to R9 are the rows of the table in docs/reliability.md.
 """
 
 import builtins
@@ -39,8 +39,11 @@ TINY_FLAGS = "--block-size 8 --n-layer 1 --n-head 2 --n-embd 8 --dropout 0.2 --b
 
 @dataclass
 class Tally:
-    """What came of a number of tries: survived (the state that should be there is there), lost (an earlier good
-    state than promised), wrong (unreadable, or other numbers than were written, or no clear message)."""
+    """The results of a number of tries.
+
+    survived: the promised state is there. lost: only an earlier good state is there. wrong: the state is unreadable, has
+    other numbers than were written, or there was no clear message.
+    """
 
     tried: int = 0
     lost: int = 0
@@ -52,7 +55,7 @@ class Tally:
         return self.tried - self.lost - self.wrong
 
     def check(self, good, note, lost=False):
-        """Count a try."""
+        """Count a try. A try that is not good counts as lost if `lost` is true, else as wrong."""
         self.tried += 1
         if not good:
             self.lost += lost
@@ -65,7 +68,7 @@ def tokenizer():
 
 
 def write_checkpoint(path, seed=1, optimizer=True):
-    """A small checkpoint with everything in it; different seeds, different weights."""
+    """Write a small checkpoint that has every field. The seed decides the weights."""
     model = GPT(TINY, seed=seed)
     checkpoint = Checkpoint(
         model,
@@ -80,7 +83,7 @@ def write_checkpoint(path, seed=1, optimizer=True):
 
 
 def contents(path):
-    """Everything a checkpoint says, to compare with `==`."""
+    """All contents of a checkpoint, for comparison with `==`."""
     c = npgpt.load(path, with_optimizer=True)
     state = c.optimizer_state or {}
     arrays = {**c.model.state_dict(), **{k: v for k, v in state.items() if k != "steps"}}
@@ -92,7 +95,7 @@ def contents(path):
 
 
 def start_training(folder, *flags):
-    """`npgpt train` on a small text in a process of its own, evaluating and saving at every step."""
+    """Start `npgpt train` on a small text as a process. It evaluates and saves at every step."""
     (folder / "text.txt").write_text(TEXT, encoding="utf-8", newline="\n")
     command = [sys.executable, "-m", "npgpt", "train", "text.txt", "--steps", "100000", "--eval-interval", "1"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -106,7 +109,7 @@ def start_training(folder, *flags):
 
 
 def logged_step(log):
-    """The step of the last evaluation that was logged whole."""
+    """The step of the last evaluation whose line in the log is complete."""
     lines = log.read_text(encoding="utf-8").split("\n")[:-1] if log.exists() else []
     return max([0] + [e["step"] for e in map(json.loads, lines) if e["event"] == "evaluation"])
 
@@ -116,13 +119,15 @@ def again(out):
 
 
 def kills(folder, n, seed=0):
-    """R1: `kill -9` at random moments of a run that saves at every step, and on from there; every third with worker
-    processes."""
+    """R1: kill a run that saves at every step at a random moment, resume it, and so on `n` times.
+
+    Every third run has worker processes.
+    """
     tally, rng = Tally(), random.Random(seed)
     out, reached = folder / "model.npz", 0
     for i in range(n):
         process = start_training(folder, *again(out), *["--processes"] * (i % 3 == 0))
-        for _ in range(5 if i % 2 else 1):  # half the kills come once training is under way
+        for _ in range(5 if i % 2 else 1):  # every second kill comes during training
             if not process.stderr.readline():
                 raise RuntimeError(f"training ended by itself: status {process.wait()}")
         time.sleep(rng.uniform(0, 0.25))
@@ -130,7 +135,7 @@ def kills(folder, n, seed=0):
         process.communicate()
         logged = logged_step(RunFiles(out).log)
         if not RunFiles(out).last.exists():
-            tally.check(logged == 0, f"kill {i}: step {logged} was logged, nothing is there", lost=True)
+            tally.check(logged == 0, f"kill {i}: step {logged} was logged, but nothing is saved", lost=True)
             continue
         try:
             step = npgpt.load(RunFiles(out).last, with_optimizer=True).step
@@ -139,7 +144,7 @@ def kills(folder, n, seed=0):
         except CheckpointError as error:
             tally.check(False, f"kill {i}: {error}")
             continue
-        tally.check(step >= max(logged, reached), f"kill {i}: step {logged} was logged, {step} is there", lost=True)
+        tally.check(step >= max(logged, reached), f"kill {i}: step {logged} was logged, but {step} is saved", lost=True)
         reached = step
     leftovers = list(folder.glob(".*.tmp"))
     process = start_training(folder, "--resume")
@@ -150,18 +155,21 @@ def kills(folder, n, seed=0):
     process.communicate()
     tally.check(reached > 0, "no step was ever saved")
     if leftovers and set(leftovers) & set(folder.glob(".*.tmp")):
-        tally.check(False, f"what was left behind stays: {leftovers}")
+        tally.check(False, f"temporary files were not removed: {leftovers}")
     return tally
 
 
 def signals(folder, n, seed=0):
-    """R8: SIGINT and SIGTERM by turns at random moments; a second signal in every fifth, worker processes in every third."""
+    """R8: send SIGINT and SIGTERM by turns at random moments.
+
+    Every fifth run gets a second signal, and every third has worker processes.
+    """
     tally, rng = Tally(), random.Random(seed)
     out = folder / "model.npz"
     for i in range(n):
         number, status = [(signal.SIGINT, 130), (signal.SIGTERM, 143)][i % 2]
         process = start_training(folder, *again(out), *["--processes"] * (i % 3 == 0))
-        for _ in range(4):  # the banner: training has begun
+        for _ in range(4):  # after these lines training has begun
             process.stderr.readline()
         time.sleep(rng.uniform(0, 0.2))
         process.send_signal(number)
@@ -172,7 +180,7 @@ def signals(folder, n, seed=0):
         good = process.returncode == status and "Traceback" not in said
         if i % 5 != 4:
             good = good and f"stopped after step {step}; continue with: bin/train text.txt --resume" in said
-            good = good and not list(folder.glob(".*"))  # no lock, nothing half-written
+            good = good and not list(folder.glob(".*"))  # no lock and no temporary file
         tally.check(good, f"signal {i}: status {process.returncode}, step {step}, said {said[-300:]!r}")
     return tally
 
@@ -181,14 +189,14 @@ def signals(folder, n, seed=0):
 
 
 def sound(tally):
-    """Assert that nothing was lost and nothing wrong."""
+    """Assert that no try was lost or wrong; returns the tally."""
     assert tally.tried > 0
     assert (tally.lost, tally.wrong) == (0, 0), tally.notes[:5]
     return tally
 
 
 class _Disk:
-    """Stands between a save and the system: keeps a list of what is done to files, and may fail at one."""
+    """Stands between a save and the system: records the operations on files, and can let one of them fail."""
 
     def __init__(self, fail_at=None, error=errno.ENOSPC):
         self.operations, self._fail_at, self._error = [], fail_at, error
@@ -229,7 +237,7 @@ class _Disk:
 
 
 def prefixes(folder):
-    """R2: the save stops after each of its operations; the old or the new checkpoint is there, whole."""
+    """R2: stop a save after each of its operations. The old or the new checkpoint must be there, whole."""
     tally, path, new = Tally(), folder / "model.npz", folder / "new.npz"
     write_checkpoint(new, seed=2)
     write_checkpoint(path, seed=1)
@@ -263,7 +271,10 @@ def contents_of(data, folder):
 
 
 def faults(folder):
-    """R3: each operation of a save fails once, the disk full or broken: the old checkpoint whole, nothing left."""
+    """R3: let each operation of a save fail once, as on a full disk and on a broken one.
+
+    The old checkpoint must be whole, and no temporary file may be left.
+    """
     tally, path = Tally(), folder / "model.npz"
     write_checkpoint(path, seed=1)
     before, counting = path.read_bytes(), _Disk()
@@ -290,12 +301,12 @@ def faults(folder):
 
 
 def flips(folder, n=None, seed=0):
-    """R4: bits of a checkpoint flipped, one at a time; n None: every bit. Refused, or the same in every respect."""
+    """R4: flip `n` bits of a checkpoint, one at a time; None: every bit. `load` must refuse it or find the same contents."""
     path = folder / "model.npz"
     write_checkpoint(path, optimizer=False)
     good, whole, tally = contents(path), path.read_bytes(), Tally()
     bits = range(8 * len(whole))
-    if n is not None:  # one in a byte, of bytes evenly spread
+    if n is not None:  # a random bit in each of n evenly spread bytes
         rng = random.Random(seed)
         bits = [8 * (i * len(whole) // n) + rng.randrange(8) for i in range(n)]
     for bit in bits:
@@ -311,7 +322,7 @@ def flips(folder, n=None, seed=0):
 
 
 def truncations(folder, step=1):
-    """R5: a checkpoint cut off after every `step`th byte."""
+    """R5: cut a checkpoint off after every `step`th byte. `load` must refuse it."""
     path, tally = folder / "model.npz", Tally()
     write_checkpoint(path)
     whole = path.read_bytes()
@@ -330,8 +341,11 @@ def refused(path):
 
 
 def fuzz(folder, n, seed=0):
-    """R5: random and structured damage. One kind of error or the contents as they were, within a second each and
-    64 MiB beyond the file (if this process has not needed more before)."""
+    """R5: damage a checkpoint in `n` random ways. `load` must raise CheckpointError or find the same contents.
+
+    It may take one second and 64 MiB beyond the size of the file. More memory goes unnoticed if this process needed as much
+    before.
+    """
     path, tally, rng = folder / "model.npz", Tally(), random.Random(seed)
     write_checkpoint(path)
     good, whole = contents(path), path.read_bytes()
@@ -344,7 +358,7 @@ def fuzz(folder, n, seed=0):
             found = contents(path)
         except CheckpointError:
             found = good
-        except BaseException as error:  # noqa: BLE001 (that there is no other is what is tested)
+        except BaseException as error:  # noqa: BLE001 (the test is that no other error occurs)
             tally.check(False, f"damage {i}: {type(error).__name__}: {error}")
             continue
         seconds = time.process_time() - started
@@ -356,26 +370,26 @@ def fuzz(folder, n, seed=0):
 
 
 def _damage(data, rng):
-    """One of a number of ways to break a file."""
+    """Damage the bytes of a file in one of eight ways."""
     kind, at = rng.randrange(8), rng.randrange(len(data))
     if kind == 0:  # a few random bytes
         for _ in range(rng.randint(1, 20)):
             data[rng.randrange(len(data))] = rng.randrange(256)
-    elif kind == 1:  # a piece left out
+    elif kind == 1:  # a piece is left out
         del data[at : at + rng.randint(1, 400)]
-    elif kind == 2:  # a piece twice
+    elif kind == 2:  # a piece is there twice
         data[at:at] = data[at : at + rng.randint(1, 400)]
-    elif kind == 3:  # a piece from elsewhere
+    elif kind == 3:  # a piece is overwritten with another
         size, source = rng.randint(1, 400), rng.randrange(len(data))
         data[at : at + size] = data[source : source + size]
-    elif kind == 4:  # zeros, as a file system may leave them
+    elif kind == 4:  # zeros, which a file system may leave after a crash
         size = rng.randint(1, 4096)
         data[at : at + size] = bytes(len(data[at : at + size]))
-    elif kind == 5:  # a number of the directory set to an extreme
+    elif kind == 5:  # a number in a zip record becomes extreme
         marks = [i for mark in (b"PK\1\2", b"PK\3\4", b"PK\5\6", b"PK\6\6") for i in _all(data, mark)]
         at = rng.choice(marks) + rng.randrange(4, 60)
         data[at : at + 4] = struct.pack("<I", rng.choice([0, 1, 0x7FFFFFFF, 0xFFFFFFFF, rng.getrandbits(32)]))
-    elif kind == 6:  # a digit of a header or of the JSON
+    elif kind == 6:  # a digit changes in a header or in the JSON
         places = [i for i in range(len(data)) if chr(data[i]).isdigit()]
         data[rng.choice(places)] = ord(rng.choice("0123456789-eE.,]}\"'("))
     else:
@@ -391,7 +405,7 @@ def _all(data, mark):
 
 
 def _peak_memory():
-    """Of this process, in bytes; 0 where it is not told."""
+    """The peak memory of this process in bytes; 0 if the system does not tell."""
     try:
         import resource
     except ModuleNotFoundError:  # Windows
@@ -415,8 +429,10 @@ def trainer(out=None, steps=20, **settings):
 
 
 def resumptions(folder, steps, splits, **settings):
-    """R7: `steps` straight, against k, stop, resume, the rest, for each k: the same bytes, dropout on. With a learning
-    rate that is too high (`lr`) the best checkpoint is from before most of the splits."""
+    """R7: for each k in `splits`, a run that stops after k steps and resumes must write the same bytes as a run of `steps`.
+
+    Dropout is on. If the learning rate `lr` is too high, the best checkpoint is older than most of the splits.
+    """
     tally = Tally()
     straight = folder / "straight" / "model.npz"
     straight.parent.mkdir()
@@ -435,9 +451,11 @@ def resumptions(folder, steps, splits, **settings):
 
 
 def not_finite(folder, patch):
-    """R9: NaN and infinities put into a weight, a result, a gradient, a loss. The run stops before it changes a
-    weight, says where it came from, keeps the last good checkpoint, and the crash file repeats it. `patch(object,
-    name, value)` sets an attribute for the time of a test."""
+    """R9: put NaN and infinity into a weight, a result, a gradient and a loss.
+
+    The run must stop before it changes a weight, name the source, keep the last good checkpoint and write a crash file.
+    `patch(object, name, value)` sets an attribute until the test ends.
+    """
     tally = Tally()
     kernels = type(CPU.kernels)
     nan, inf = float("nan"), float("inf")
@@ -474,7 +492,7 @@ def not_finite(folder, patch):
 
 
 def _put(run, kernels, kind, name, value, patch):
-    """Put a value that is not finite into one element; returns what takes it out again."""
+    """Put a value that is not finite into one element; returns a function that undoes it."""
     if kind == "weight":
         dict(run.model.named_parameters())[name].data.flat[3] = value
         return lambda: None
@@ -495,7 +513,7 @@ def _put(run, kernels, kind, name, value, patch):
 
 
 def hostile_files(folder):
-    """(name, path) of files made to do harm or to be taken for what they are not."""
+    """Write files that are made to do harm or to pass for a checkpoint; returns (name, path) of each."""
     good = folder / "good.npz"
     write_checkpoint(good)
     with zipfile.ZipFile(good) as archive:
@@ -635,7 +653,7 @@ def hostile_files(folder):
 
 
 def duplicate_member(folder):
-    """A zip with two members of one name (zipfile warns when it writes one)."""
+    """Write a zip with two members of the same name; returns (name, path). zipfile warns when it writes one."""
     import warnings
 
     path = folder / "duplicate.npz"

@@ -1,4 +1,4 @@
-"""`make soak`: the reliability programme at soak sizes, as a table. A quarter of an hour on two cores.
+"""`make soak`: run the reliability programme with large numbers of tries and print a table. Takes 15 minutes on two cores.
 
 python tests/studies/soak.py [--scale 0.01]
 """
@@ -13,7 +13,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before NumPy: programmes run side by side
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy reads this when it is imported; the rows run at the same time
 sys.path[:0] = [str(Path(__file__).parent.parent.parent), str(Path(__file__).parent.parent)]
 
 import numpy as np
@@ -23,7 +23,7 @@ import npgpt
 
 
 def hostile(folder):
-    """R6, as a Tally."""
+    """R6: each hostile file must be refused."""
     tally = reliability.Tally()
     for name, path in [*reliability.hostile_files(folder), reliability.duplicate_member(folder)]:
         tally.check(reliability.refused(path), f"{name}: accepted")
@@ -31,7 +31,7 @@ def hostile(folder):
 
 
 def programme(scale):
-    """(what, function, arguments after the folder...) of every row, the long ones first."""
+    """The rows as (name, function, further arguments...); the function's first argument is a folder. Long rows come first."""
 
     def times(n):
         return max(1, round(n * scale))
@@ -53,7 +53,7 @@ def programme(scale):
 
 
 def run(what, function, *arguments):
-    """One row: (what, Tally, seconds)."""
+    """Run one row; returns (name, Tally, seconds)."""
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         tally = function(Path(folder), *arguments)
@@ -62,7 +62,7 @@ def run(what, function, *arguments):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scale", type=float, default=1, help="part of the full sizes (default: 1)")
+    parser.add_argument("--scale", type=float, default=1, help="fraction of the full numbers of tries (default: 1)")
     args = parser.parse_args()
     started = time.perf_counter()
     rows = programme(args.scale)

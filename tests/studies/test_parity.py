@@ -1,5 +1,6 @@
-"""The same numbers as PyTorch, an implementation that has nothing to do with ours: every operation, the whole
-model, a hundred steps of training. Skipped where torch is not installed; `make parity` installs it.
+"""PyTorch gives the same numbers: every operation, the whole model, a hundred steps of training.
+
+The tests are skipped if torch is not installed. `make parity` installs it.
 """
 
 import math
@@ -19,14 +20,14 @@ CONFIG = GPTConfig(13, block_size=10, n_layer=3, n_head=2, n_embd=16)
 @pytest.mark.parametrize("dims", PARITY_DIMS, ids=["usual", "small", "large"])
 @pytest.mark.parametrize("name", CASES)
 def test_operation(name, dims, rng):
-    """float64 to 1e-12; float32 as close to float64 as PyTorch's own, within a factor of two and a rounding."""
+    """In float64 the results agree to 1e-12. In float32, our error is at most twice that of PyTorch, plus rounding."""
     arrays = inputs_of(CASES[name], dims, rng)
     exact = theirs(CASES[name], arrays)
     for found, expected in zip(ours(CASES[name], arrays), exact, strict=True):
         assert found.shape == expected.shape
         assert relative_error(found, expected) <= 1e-12
     if name.startswith("array"):
-        return  # a float64 array keeps the rest in float64
+        return  # a float64 array widens the result to float64
     single = [a.astype(np.float32) for a in arrays]
     exact = theirs(CASES[name], [a.astype(np.float64) for a in single])
     for found, other, expected in zip(ours(CASES[name], single), theirs(CASES[name], single), exact, strict=True):
@@ -35,7 +36,7 @@ def test_operation(name, dims, rng):
 
 
 class TorchGPT(torch.nn.Module):
-    """The model's formulas over again, on the names of our parameters."""
+    """The same model in PyTorch, with the names of our parameters."""
 
     def __init__(self, weights, config):
         super().__init__()
@@ -71,7 +72,7 @@ def model_and_twin(dtype=np.float64, **options):
     config = GPTConfig(**(vars(CONFIG) | {"d_ff": None, "dropout": 0.0} | options))
     model = GPT(config, seed=3, dtype=dtype)
     rng = np.random.default_rng(0)
-    for p in model.parameters():  # of ordinary size, so that no path is too weak to show
+    for p in model.parameters():  # larger weights, so that every path matters to the loss
         p.data[...] += 0.2 * rng.standard_normal(p.shape)
     return model, TorchGPT(model.state_dict(), config)
 
@@ -81,7 +82,7 @@ OPTIONS = [{}, {"activation": "relu"}, {"tie_weights": True}, {"bias": False}, {
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_every_gradient_of_the_model(options):
-    """float64 to 1e-10."""
+    """In float64 the gradients agree to 1e-10."""
     model, twin = model_and_twin(**options)
     x, y = np.random.default_rng(1).integers(0, 13, (2, 4, 10))
     _, loss = model(x, y)
@@ -94,7 +95,10 @@ def test_every_gradient_of_the_model(options):
 
 
 def test_a_hundred_steps_of_training():
-    """AdamW with decay, clipping that acts in some steps and not in others, warm-up and cosine: 1e-10 after them all."""
+    """The weights agree to 1e-10 after a hundred steps with weight decay, warm-up and a cosine schedule.
+
+    Clipping acts in some of the steps.
+    """
     model, twin = model_and_twin()
     settings = {"lr": 3e-3, "betas": (0.9, 0.95), "eps": 1e-8}
     optimizer = AdamW(model.parameters(), weight_decay=0.1, **settings)
@@ -117,7 +121,7 @@ def test_a_hundred_steps_of_training():
         other_optimizer.zero_grad()
         other.backward()
         other_norm = torch.nn.utils.clip_grad_norm_(twin.p.values(), math.inf)
-        if other_norm > 1.5:  # by hand: PyTorch divides by the norm plus 1e-6, which would be the whole difference
+        if other_norm > 1.5:  # clip by hand, because PyTorch's function divides by the norm plus 1e-6
             for p in twin.p.values():
                 p.grad *= 1.5 / other_norm
         for group in other_optimizer.param_groups:

@@ -1,12 +1,12 @@
-"""Random arrays, and equality within rounding."""
+"""Random arrays, and equality up to rounding."""
 
 import numpy as np
 
-BFLOAT16_EPS = 2**-8  # the distance from 1 to the next number in bfloat16, halved
+BFLOAT16_EPS = 2**-8  # half the distance from 1 to the next number in bfloat16
 
 
 def close(found, expected, dtype, size=1.0):
-    """Equal within rounding, of terms up to `size`: a result may be their small difference."""
+    """Assert equality up to the rounding of terms of this size: a small result may be the difference of large terms."""
     assert type(found) is type(expected)
     if found is None:
         return

@@ -11,7 +11,7 @@ QUICK = [*SMALL_MODEL, "--batch-size", "4", "--steps", "6", "--eval-interval", "
 
 
 def npgpt_command(*arguments, cwd, timeout=60, stdin=None):
-    """Run `python -m npgpt ...`; returns the finished process with its output as text."""
+    """Run `python -m npgpt ...`; returns the finished process, whose output is text."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error"}
     return subprocess.run(
         [sys.executable, "-m", "npgpt", *map(str, arguments)],

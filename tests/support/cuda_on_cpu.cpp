@@ -1,7 +1,7 @@
-// Runs a block of CUDA threads on a CPU, one after the other: enough to compare what a kernel computes with the reference.
+// Runs blocks of CUDA threads on a CPU, one after the other, so that the results of kernels can be compared with the reference.
 //
-// Each thread of a block is a coroutine; where CUDA's threads wait for each other (a shuffle, __syncwarp) each hands on to the
-// next. So wrong indices and wrong formulas show, and races do not. The kernels' sources are included after this file.
+// Each thread of a block is a coroutine. Where CUDA's threads wait for each other (a shuffle, __syncwarp), a coroutine switches
+// to the next one. Wrong indices and formulas give wrong results here; races go unnoticed. The sources of the kernels follow.
 
 #include <setjmp.h>
 #include <ucontext.h>
@@ -36,7 +36,7 @@ struct Index {
 };
 static Index threadIdx, blockIdx, blockDim, gridDim;
 
-// A coroutine starts with ucontext.h and switches with _longjmp, which unlike swapcontext does not ask the system.
+// A coroutine starts with ucontext.h and switches with _longjmp. swapcontext is slower, because it makes a system call.
 struct Thread {
     ucontext_t start;
     jmp_buf at;
@@ -61,12 +61,12 @@ static Value __shfl_xor_sync(unsigned, Value value, int distance) {
     exchanged[me] = value;
     wait_for_the_others();
     Value other = (Value)exchanged[me ^ distance];
-    wait_for_the_others();  // before the place is written again
+    wait_for_the_others();  // all threads must have read before one writes again
     return other;
 }
 
 static void thread_main() {
-    for (;;) {  // a block after the other
+    for (;;) {  // each pass is this thread's part of one block
         body();
         threads[threadIdx.x].done = true;
         wait_for_the_others();

@@ -1,4 +1,4 @@
-"""The CUDA kernels compiled for a CPU, and launched with NumPy's arrays: what can be known of them without a GPU."""
+"""The CUDA kernels compiled for a CPU and launched with NumPy's arrays, so that they can be tested without a GPU."""
 
 import contextlib
 import ctypes
@@ -25,12 +25,12 @@ MISSING = None if COMPILER and sys.platform == "linux" else "g++ on Linux is nee
 
 
 def entry_points(source):
-    """{name of a kernel: its parameters as C++}."""
+    """The kernels in the source, as {name: C++ parameters}."""
     return dict(re.findall(r'extern "C" __global__ void (\w+)\(\s*([^)]*)\)', source))
 
 
 def program(dtype):
-    """The kernels, and for each a function that runs it on a grid."""
+    """The C++ program: the kernels, and for each kernel a function that runs it on a grid."""
     source = launching.source()
     lines = [f'#include "{Path(__file__).parent / "cuda_on_cpu.cpp"}"', source]
     for name, parameters in entry_points(source).items():
@@ -60,7 +60,7 @@ def library(dtype):
 
 
 def launch(name, dtype, grid, threads, arguments):
-    """As `launch.Launch`. Arrays must be contiguous, as no kernel knows of strides."""
+    """Does what `launch.Launch` does, on the CPU. It asserts that arrays are contiguous, because kernels know no strides."""
     parameters = entry_points(launching.source())[name].split(",")
     assert len(parameters) == len(arguments), f"{name} takes {parameters}"
     assert 1 <= grid[0] < 2**31
@@ -84,7 +84,7 @@ def launch(name, dtype, grid, threads, arguments):
 
 
 class Gemm:
-    """As `products.Gemm`: reads and writes memory by the numbers it is given alone, column after column."""
+    """Does what `products.Gemm` does. It uses only the given strides and sizes to find the numbers in memory."""
 
     tf32 = False
 

@@ -1,18 +1,18 @@
-"""An array module that is to NumPy what CuPy is, as far as the engine can tell: its arrays are another type, which never turns
-into NumPy's by itself, and every way to the host is counted, since a GPU's user waits there.
+"""An array module that behaves like CuPy for the engine, and computes with NumPy.
 
-It computes with NumPy. What CuPy lacks or does otherwise in its own code is not seen.
+Its arrays have a type of their own, and none of them becomes a NumPy array by itself. The list `waits` records every copy to
+the host, because the CPU waits for the GPU there. Functions that CuPy lacks, or computes differently, go unnoticed.
 """
 
 import numpy as np
 
-waits = []  # what went to the host, since the list was last cleared
+waits = []  # the copies to the host since the list was last cleared
 
 
 class ndarray:  # noqa: N801 (CuPy's name)
-    """A NumPy array that only its own module may look at, as `.on_host`."""
+    """Holds a NumPy array in `.on_host`. Only this module may use it."""
 
-    __array_ufunc__ = None  # numpy + this: as with CuPy, not NumPy's affair
+    __array_ufunc__ = None  # `numpy_array + this` calls this class, as with CuPy
     __hash__ = None
 
     def __init__(self, on_host):
@@ -60,7 +60,7 @@ class ndarray:  # noqa: N801 (CuPy's name)
 
 
 def _here(x):
-    """The host's arrays of arguments; NumPy's own arrays are refused, numbers are not."""
+    """The arguments with NumPy arrays in place of this module's. Numbers stay; a NumPy array raises TypeError."""
     if isinstance(x, ndarray):
         return x.on_host
     if isinstance(x, tuple | list):
@@ -71,7 +71,7 @@ def _here(x):
 
 
 def _there(x):
-    """A result as this device's; there are no scalars, but arrays of no dimensions."""
+    """A result as an array of this module. A scalar becomes an array of no dimensions."""
     return ndarray(np.asarray(x)) if isinstance(x, np.ndarray | np.generic) else x
 
 
@@ -102,13 +102,13 @@ for _name in ("reshape", "transpose", "swapaxes", "astype", "copy", "sum", "max"
 
 
 class Module:
-    """Stands for the module `cupy`."""
+    """Takes the place of the module `cupy`."""
 
     ndarray = ndarray
     inf = np.inf
 
     def asarray(self, x, dtype=None):
-        """The way to the device, for anything."""
+        """Copies any array or number to the device."""
         return ndarray(np.array(_here(x) if isinstance(x, ndarray) else x, dtype=dtype, copy=None))
 
     def array(self, x, dtype=None):
@@ -128,17 +128,17 @@ class Module:
         def call(*args, **kwargs):
             return _there(function(*_here(args), **{k: _here(v) for k, v in kwargs.items()}))
 
-        call.at = lambda *args: function.at(*_here(args))  # of ufuncs
+        call.at = lambda *args: function.at(*_here(args))  # ufuncs have a method `at`
         return call
 
 
 def launch_on(launch):
-    """A `Launch` of host arrays, for arrays of this module."""
+    """Turns a `Launch` for NumPy arrays into one for arrays of this module."""
     return lambda name, dtype, grid, threads, arguments: launch(name, dtype, grid, threads, _here(tuple(arguments)))
 
 
 def gemm_on(gemm):
-    """A `products.Gemm` of host arrays, for arrays of this module."""
+    """Turns a `products.Gemm` for NumPy arrays into one for arrays of this module."""
 
     class Gemm:
         tf32 = False

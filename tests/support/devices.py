@@ -1,4 +1,4 @@
-"""CUDA kernels without a GPU: the kernels on NumPy's arrays, and a backend that behaves like a GPU's."""
+"""The CUDA kernels without a GPU: the kernels on NumPy's arrays, and a backend that behaves like that of a GPU."""
 
 import numpy as np
 import pytest

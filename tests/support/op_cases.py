@@ -1,7 +1,7 @@
-"""One table of every operation: what it is called with, and what PyTorch calls it.
+"""The table of all operations: the shapes of their inputs, and the same operation in PyTorch.
 
-The finite-difference, property, kernel and parity tests all run over it; a test fails when an operation of
-the engine or of ops.py has no row.
+The finite-difference, property, kernel and parity tests run over this table. A test fails if an operation of the engine or of
+ops.py has no row.
 """
 
 from collections.abc import Callable
@@ -15,24 +15,27 @@ from npgpt import Tensor, ops
 
 @dataclass(frozen=True)
 class Dims:
-    """The sizes a case makes its shapes of."""
+    """The sizes from which a case makes the shapes of its inputs."""
 
-    lead: tuple[int, ...] = (2, 3)  # leading axes; may be none, may be of size 0
+    lead: tuple[int, ...] = (2, 3)  # leading axes; there may be none, and they may have size 0
     a: int = 4
     b: int = 5
     c: int = 3
     past: int = 2
 
 
-# The sizes the finite-difference tests and the comparison with PyTorch use.
+# The sizes of the finite-difference tests and of the comparison with PyTorch.
 GRADIENT_DIMS = [Dims(), Dims(lead=(), a=7, b=2, c=1, past=0), Dims(lead=(1,), a=1, b=1, c=2, past=3)]
 PARITY_DIMS = [Dims(), Dims(lead=(), a=7, b=2, c=1, past=0), Dims(lead=(5, 4), a=16, b=33, c=8, past=31)]
 
 
 @dataclass(frozen=True)
 class Case:
-    """fn: takes float Tensors of shapes(dims). torch: the same of PyTorch's tensors, given the module; None: fn
-    itself does. views: the output may be a view of the input. positive: the inputs must be."""
+    """One operation.
+
+    fn takes float Tensors of the shapes shapes(dims). torch(module) returns the same function for PyTorch's tensors; None: fn
+    works for both. views: the output may be a view of an input. positive: the inputs must be positive.
+    """
 
     fn: Callable[..., Tensor]
     shapes: Callable[[Dims], list[tuple[int, ...]]]
@@ -42,12 +45,12 @@ class Case:
 
 
 def ids(n, *shape):
-    """Integers below n with repeats; the last one does not occur."""
+    """Integers from 0 to n - 2, with repetition. The id n - 1 does not occur."""
     return (np.arange(int(np.prod(shape))) * 7 // 3 % max(1, n - 1)).reshape(shape)
 
 
 def mask(*shape):
-    """A boolean pattern whose last row is true throughout."""
+    """A boolean pattern. Every value of its last row is true."""
     pattern = np.arange(int(np.prod(shape))).reshape(shape) * 5 % 3 == 0
     if len(shape) > 1 and shape[-2] > 1:
         pattern[..., -1, :] = True
@@ -59,12 +62,12 @@ def draws():
 
 
 def kept(shape, p):
-    """What dropout with `draws()` multiplies by."""
+    """The array that dropout with `draws()` multiplies by."""
     return ops.dropout(Tensor(np.ones(shape)), p, draws()).data
 
 
 def attention_in_torch(torch, q, k, v, weight=None):
-    """Softmax attention from its definition; `weight` multiplies the probabilities."""
+    """Causal attention by its definition. `weight` multiplies the probabilities."""
     n_query, n_key = q.shape[-2], k.shape[-2]
     scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
     future = torch.ones(n_query, n_key, dtype=torch.bool).triu(1 + n_key - n_query)
@@ -228,6 +231,6 @@ CASES: dict[str, Case] = {
 
 
 def inputs_of(case, dims, rng):
-    """Float64 arrays for a case; away from zero and positive where it needs that."""
+    """Float64 arrays for a case. They are positive and not close to zero if the case needs that."""
     arrays = [rng.standard_normal(shape) for shape in case.shapes(dims)]
     return [np.abs(a) + 0.5 for a in arrays] if case.positive else arrays

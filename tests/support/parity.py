@@ -1,4 +1,4 @@
-"""The same operation in npgpt and in PyTorch, and how far apart two results are."""
+"""The same operation in npgpt and in PyTorch, and the distance of two results."""
 
 import numpy as np
 
@@ -6,12 +6,12 @@ from npgpt import Tensor
 
 
 def relative_error(found, expected):
-    """Of the whole array: the largest difference over the largest number."""
+    """The largest difference, relative to the largest number of the whole array."""
     return float(np.abs(found - expected).max(initial=0) / max(np.abs(expected).max(initial=0), 1e-300))
 
 
 def ours(case, arrays):
-    """[output, gradients...] with the output's own values as upstream gradient, shifted so that it is not uniform."""
+    """Returns [output, gradients...] of npgpt. The upstream gradient is cos(0), cos(1), ..."""
     leaves = [Tensor(a, requires_grad=True) for a in arrays]
     y = case.fn(*leaves)
     y.backward(np.cos(np.arange(y.size, dtype=y.dtype)).reshape(y.shape))
@@ -19,6 +19,7 @@ def ours(case, arrays):
 
 
 def theirs(case, arrays):
+    """Returns [output, gradients...] of PyTorch, with the same upstream gradient."""
     import torch
 
     fn = case.torch(torch) if case.torch else case.fn

@@ -56,7 +56,7 @@ def test_windows_lie_side_by_side():
         x, y = windows_at(np.arange(n), starts, 8)
         np.testing.assert_array_equal(y, x + 1)
         np.testing.assert_array_equal(y.ravel(), np.arange(1, 8 * len(starts) + 1))
-        assert n - 1 - y.size < 8  # less than a window is left over
+        assert n - 1 - y.size < 8  # fewer ids than a window are left over
 
 
 def test_some_windows_are_spread_evenly():

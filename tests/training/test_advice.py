@@ -1,4 +1,4 @@
-"""The advice at the end of a run: one line for each shape of the losses."""
+"""The advice at the end of a run: one line that depends on how the losses developed."""
 
 import re
 

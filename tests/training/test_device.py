@@ -1,4 +1,4 @@
-"""Training on a GPU's backend: a pretended device everywhere, a real GPU where there is one."""
+"""Training on the backend of a GPU. A pretended device computes on the CPU; tests marked gpu use a real GPU."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ from npgpt.training.trainer import Trainer
 
 @pytest.fixture(autouse=True)
 def steps_in_groups(monkeypatch):
-    """The losses of several steps are read together, however long a step takes."""
+    """Losses are read in groups of several steps, even if a step takes long."""
     monkeypatch.setattr(trainer, "SECONDS_IN_GROUP", 1e9)
 
 
@@ -59,7 +59,7 @@ def test_training_with_dropout_repeats_itself(device):
 
 
 def test_training_in_bfloat16(device, bf16, monkeypatch):
-    """Close to float32, and learning as it does; the weights and their gradients are float32."""
+    """The losses are close to those in float32. The weights and their gradients are float32."""
     found, wide = (losses_of_training(device, 0.2, steps=25, dtype=dtype) for dtype in (bf16, None))
     np.testing.assert_allclose(found, wide, rtol=5 * BFLOAT16_EPS)
     assert found != wide
@@ -82,8 +82,8 @@ def run_of_trainer(device, tmp_path, steps=25, **settings):
     return Trainer(model, tokenizer, dataset, config, tmp_path and tmp_path / f"{device.name}.npz")
 
 
-def test_a_run(device, tmp_path, monkeypatch):
-    """Steps whose losses are asked for after several: the same records and weights as the CPU's."""
+def test_a_run_gives_the_records_of_the_cpu(device, tmp_path, monkeypatch):
+    """Reading losses in groups gives the same events as a run on the CPU, up to rounding."""
     run = run_of_trainer(device, tmp_path)
     found = list(run.run())
     other = run_of_trainer(CPU, tmp_path)
@@ -102,7 +102,7 @@ def test_a_run(device, tmp_path, monkeypatch):
 
 
 def test_a_run_that_diverges(device, tmp_path, monkeypatch):
-    """In the middle of steps nobody waits for: the weights are left as they were before the first that is not finite."""
+    """A step in the middle of a group is not finite. The weights stay as they were before that step."""
     run = run_of_trainer(device, tmp_path)
     batch, before = run.dataset.get_batch, {}
 
@@ -123,8 +123,8 @@ def test_a_run_that_diverges(device, tmp_path, monkeypatch):
     np.testing.assert_array_equal(after[at], before["weights"][at])
 
 
-def test_a_run_goes_on_after_an_exception_and_after_diverging(device, monkeypatch):
-    """What was taken counts, and nothing is taken twice."""
+def test_a_run_continues_after_an_exception_and_after_diverging(device, monkeypatch):
+    """Steps that were done before the exception count, and no step is done twice."""
     straight = run_of_trainer(device, None)
     list(straight.run())
     expected = backend.to_numpy(straight.model.flat.data)
@@ -165,7 +165,7 @@ def test_a_run_goes_on_after_an_exception_and_after_diverging(device, monkeypatc
 
 
 @pytest.mark.parametrize("flag", ["bf16", "tf32"])
-def test_fewer_bits_are_for_gpus(flag):
+def test_bf16_and_tf32_are_refused_on_a_cpu(flag):
     with pytest.raises(RequestError, match=f"{flag} works on a GPU only, and this run is on the CPU; use --no-{flag}"):
         run_of_trainer(CPU, None, **{flag: True})
 
@@ -173,8 +173,8 @@ def test_fewer_bits_are_for_gpus(flag):
 @on_cpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("options", [{}, {"dropout": 0.2, "tie_weights": True}, {"bias": False, "activation": "relu"}])
-def test_a_step_waits_for_nothing(cuda_kernels, bf16, monkeypatch, dtype, options):
-    """On its way nothing goes to the host; then, once, the losses."""
+def test_a_step_reads_nothing_back(cuda_kernels, bf16, monkeypatch, dtype, options):
+    """A step copies nothing from the device to the host. `results` copies once."""
     device = pretended_device(monkeypatch)
     model = GPT(GPTConfig(7, block_size=16, n_layer=2, n_head=2, n_embd=16, **options), seed=1, backend=device)
     update, dataset = Update(AdamW(model.parameters()), 1.0), Dataset(np.arange(3000) % 7, 16, 4)

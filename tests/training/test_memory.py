@@ -1,4 +1,4 @@
-"""The estimate of the memory that training takes."""
+"""The estimate of the memory that training needs."""
 
 import dataclasses
 

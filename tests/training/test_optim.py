@@ -1,4 +1,4 @@
-"""AdamW, clipping and the schedule, against numbers worked out by hand."""
+"""AdamW, clipping and the learning-rate schedule, compared with numbers worked out by hand."""
 
 import math
 
@@ -16,8 +16,8 @@ def parameter(values, gradient):
 
 
 def test_adamw_by_hand():
-    # Step 1: both means, corrected, equal the gradient and its square, so the update is lr * sign(g).
-    # A matrix also loses lr * weight_decay of itself first; a vector does not.
+    # Step 1: the corrected means equal the gradient and its square, so the update is lr * sign(g).
+    # A matrix first shrinks by the factor 1 - lr * weight_decay; a vector does not.
     matrix, vector = parameter([[2.0]], [[0.5]]), parameter([2.0], [-0.5])
     optimizer = AdamW([vector, matrix], lr=0.1, betas=(0.9, 0.99), eps=1e-12, weight_decay=0.5)
     optimizer.step()
@@ -53,7 +53,7 @@ def test_adamw_flat_and_plain_agree():
     assert not flat.grad.any()
     optimizers[0].zero_grad()
     assert plain[0].grad is None
-    optimizers[0].step()  # nothing to do, nothing done
+    optimizers[0].step()  # without gradients a step changes nothing
     np.testing.assert_allclose(plain[0].data, flat_tensors[0].data, rtol=1e-12)
 
 

@@ -1,4 +1,4 @@
-"""Choosing what to train in a given time. How long things take is no matter of tests; what follows from it is."""
+"""Choosing a model and its settings for a given time. The tests check the choices, not the measured times."""
 
 import time
 
@@ -22,7 +22,7 @@ def ids(text, tokenizer):
     return tokenizer.encode_array(text[:20_000])
 
 
-def test_expected_losses_lie_between_the_measured():
+def test_expected_losses_are_interpolated():
     candidate = Candidate({}, ((100, 3.0), (10_000, 1.0)))
     assert candidate.expected_loss(99) is None
     assert candidate.expected_loss(100) == 3.0
@@ -30,8 +30,8 @@ def test_expected_losses_lie_between_the_measured():
     assert candidate.expected_loss(10**6) == 1.0
 
 
-def test_the_table_can_be_trusted():
-    """Losses fall with steps, settings are settings, and work rises from candidate to candidate, as timing them needs."""
+def test_candidates_are_consistent():
+    """Losses fall with steps, every setting is valid, and each candidate has more work per step than the one before it."""
     work = []
     for candidate in CANDIDATES:
         steps, losses = zip(*candidate.reached, strict=True)
@@ -46,7 +46,7 @@ def test_the_table_can_be_trusted():
     assert CANDIDATES[-1].settings.items() <= PRESETS["char"].items()
 
 
-def test_the_best_that_can_be_done_in_the_time_is_chosen(ids, tokenizer):
+def test_the_best_candidate_for_the_time_is_chosen(ids, tokenizer):
     quick = Candidate(SMALL | {"lr": 0.1}, ((1, 3.0), (10**6, 2.0)))
     better = Candidate(SMALL | {"lr": 0.2}, ((1, 2.9), (10**6, 1.5)))
     never = Candidate(SMALL | {"lr": 0.3}, ((10**9, 0.1),))
@@ -63,7 +63,7 @@ def test_the_best_that_can_be_done_in_the_time_is_chosen(ids, tokenizer):
     assert longer.training.steps > chosen.training.steps
 
 
-def test_what_somebody_has_chosen_is_kept(ids, tokenizer):
+def test_settings_that_the_user_gave_are_kept(ids, tokenizer):
     fixed = {
         "n_embd": 24,
         "n_head": 3,
@@ -79,13 +79,13 @@ def test_what_somebody_has_chosen_is_kept(ids, tokenizer):
     assert "your settings, with the rest of a candidate" in chosen.reasons[0]
 
 
-def test_dropout_grows_with_how_often_a_text_is_read():
+def test_dropout_grows_with_the_number_of_epochs():
     found = [dropout_for(epochs, 1_000_000) for epochs in (1, 10, 100)]
     assert found == sorted(set(found))
     assert dropout_for(10, 1_000_000) == dropout_for(100, 100_000)
 
 
-def test_what_diverges_is_no_plan(ids, tokenizer):
+def test_a_plan_that_diverges_is_refused(ids, tokenizer):
     with pytest.raises(RequestError, match=r"diverges at step \d: lower the learning rate"):
         in_seconds(60, ids, tokenizer, {"lr": 1e30, "processes": False}, (Candidate(SMALL, ((1, 3.0),)),))
 

@@ -1,4 +1,7 @@
-"""Runs that are killed, interrupted, resumed, or find a number that is not finite."""
+"""Runs that are killed, interrupted or resumed, or find a number that is not finite.
+
+Comments such as R1 name rows of the table in docs/reliability.md.
+"""
 
 import json
 import signal
@@ -14,16 +17,16 @@ from npgpt.storage.run import RunFiles, read_log
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 
 
-def test_killed_runs_go_on_where_they_were(tmp_path):
+def test_killed_runs_continue_from_the_last_save(tmp_path):
     reliability.sound(reliability.kills(tmp_path, 20))  # R1
 
 
 @posix_only
-def test_a_signal_with_nobody_listening_saves_all_the_same(tmp_path):
+def test_a_signal_saves_the_state_even_if_stderr_is_closed(tmp_path):
     process = reliability.start_training(tmp_path)
     for _ in range(5):
         process.stderr.readline()
-    process.stderr.close()  # as when `tee` got the signal too
+    process.stderr.close()  # `tee` ends this way if it gets the signal too
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130
     assert npgpt.load(tmp_path / "model.last.npz", with_optimizer=True).step > 0
@@ -58,7 +61,7 @@ def test_a_second_run_on_the_same_files_is_refused(tmp_path):
     list(reliability.trainer(tmp_path / "model.npz").run())
 
 
-def test_another_machine_is_told(tmp_path):
+def test_resuming_names_what_changed_on_the_machine(tmp_path):
     out = tmp_path / "model.npz"
     first = reliability.trainer(out)
     list(first.run(lambda: first.progress.step >= 3))
@@ -78,7 +81,7 @@ def test_the_best_and_the_last_are_two_files(tmp_path):
             assert npgpt.load(RunFiles(out).last).step == event.step
             if event.best:
                 assert out.read_bytes() == RunFiles(out).last.read_bytes()
-                run.progress.best_loss = 0.0  # so that none after it is better
+                run.progress.best_loss = 0.0  # so that no later evaluation is better
     assert best == 3
     assert not out.samefile(RunFiles(out).last)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.jsonl", "model.last.npz", "model.npz"]
@@ -96,7 +99,7 @@ def test_resuming_elsewhere_starts_its_own_files(tmp_path):
     assert npgpt.load(other).step == second.progress.best_step >= 15
 
 
-def test_a_run_that_went_on_meanwhile_is_not_undone(tmp_path):
+def test_a_stale_state_does_not_overwrite_a_newer_one(tmp_path):
     out = tmp_path / "model.npz"
     first = reliability.trainer(out)
     list(first.run(lambda: first.progress.step >= 5))
@@ -111,8 +114,8 @@ def test_a_run_that_went_on_meanwhile_is_not_undone(tmp_path):
 
 
 @pytest.mark.parametrize("leave_at", [3, 10, 12])
-def test_a_run_that_is_left_goes_on(tmp_path, leave_at):
-    """Before anything is saved, at a step that is to be evaluated, and after it: the same files as of a run left alone."""
+def test_a_run_that_is_left_can_continue(tmp_path, leave_at):
+    """A run is left before its first save, before an evaluation, or after one. Run again, it writes the files of a full run."""
     straight, out, before = tmp_path / "straight" / "model.npz", tmp_path / "model.npz", tmp_path / "model.previous.npz"
     straight.parent.mkdir()
     list(reliability.trainer(straight, eval_interval=5).run())
@@ -137,14 +140,14 @@ def test_killed_between_the_two_files_of_a_save(tmp_path):
     first = reliability.trainer(out, steps=12, eval_interval=3)
     list(first.run(lambda: first.progress.step >= 6))
     assert first.progress.best_step == 6
-    reliability.write_checkpoint(out, seed=3)  # as it was before the save at step 6
+    reliability.write_checkpoint(out, seed=3)  # the best checkpoint as it was before step 6
     second = reliability.trainer(out, steps=12, eval_interval=100)
     second.resume(npgpt.load(RunFiles(out).last, with_optimizer=True))
     next(second.run())
     assert npgpt.load(out).step == 6
 
 
-def test_a_best_model_that_was_taken_away_is_found_anew(tmp_path):
+def test_a_best_model_that_was_removed_is_written_again(tmp_path):
     out = tmp_path / "model.npz"
     first = reliability.trainer(out, eval_interval=4)
     list(first.run(lambda: first.progress.step >= 8))
@@ -155,11 +158,11 @@ def test_a_best_model_that_was_taken_away_is_found_anew(tmp_path):
     assert npgpt.load(out).step == second.progress.best_step >= 12
 
 
-def test_a_log_goes_on_where_the_run_does(tmp_path):
+def test_the_log_continues_where_the_run_does(tmp_path):
     out = tmp_path / "model.npz"
     first = reliability.trainer(out, log_interval=1)
     list(first.run(lambda: first.progress.step >= 8))
-    with RunFiles(out).log.open("a", encoding="utf-8") as log:  # killed later, before it saved again
+    with RunFiles(out).log.open("a", encoding="utf-8") as log:  # the lines of a run that was killed before its next save
         log.write('{"event": "step", "step": 8, "sample": "a\u2028b\u0085c"}\n{"event": "step", "step": 9}\n{"event": "ste')
     second = reliability.trainer(out, log_interval=1)
     second.resume(npgpt.load(RunFiles(out).last, with_optimizer=True))

@@ -1,4 +1,4 @@
-"""Training: it learns, a run's events and files, resuming, divergence, worker processes."""
+"""Training: the model learns, and a run's events, files, resumption, divergence and worker processes are right."""
 
 import dataclasses
 import json
@@ -16,8 +16,8 @@ from npgpt.training.events import Evaluation, Outcome, Step
 GOLDEN_CONFIG = GPTConfig(63, block_size=32, n_layer=2, n_head=2, n_embd=32, dropout=0.1)
 
 
-# Losses of the first ten steps with seed 1337, in float32. Rounding differs between processors and BLAS
-# kernels; anything beyond it means that the model, a gradient, a random stream or the optimiser changed.
+# The losses of the first ten steps with seed 1337, in float32. Rounding differs between processors and BLAS kernels. A larger
+# difference means that the model, a gradient, a random stream or the optimiser has changed.
 GOLDEN_LOSSES = [4.141188, 4.141778, 4.115736, 4.081378, 4.055082, 4.014167, 3.975874, 3.927432, 3.962293, 3.955101]
 
 
@@ -34,7 +34,7 @@ def quick(**changes):
     return TrainConfig(**settings | changes)
 
 
-def test_one_batch_can_be_learned_by_heart(text, tokenizer):
+def test_one_batch_is_memorised(text, tokenizer):
     config = GPTConfig(tokenizer.vocab_size, block_size=32, n_layer=2, n_head=2, n_embd=64, dropout=0.0)
     model = GPT(config, seed=0)
     x, y = Dataset(tokenizer.encode_array(text), 32, 4).get_batch("train")
@@ -71,7 +71,7 @@ def test_events_of_a_run(text, tokenizer, small_config, tmp_path):
     assert kinds == ["start", "step", "evaluation", "step", "step", "evaluation", "end"]
 
 
-def test_looking_changes_nothing(text, tokenizer, small_config):
+def test_evaluations_do_not_change_training(text, tokenizer, small_config):
     trainers = [run(text[:4000], tokenizer, small_config, quick(eval_interval=n))[0] for n in (1, 2, 6)]
     for other in trainers[1:]:
         np.testing.assert_array_equal(trainers[0].model.parameters().data, other.model.parameters().data)
@@ -116,7 +116,7 @@ def test_resume_refuses_another_run(text, tokenizer, small_config, trained):
 
 def test_early_stop_keeps_the_best(text, tokenizer, small_config, tmp_path):
     out = tmp_path / "model.npz"
-    # 400 characters and a high rate: it over-fits at once.
+    # With 400 characters and a high learning rate the model over-fits at once.
     config = quick(steps=400, eval_interval=10, patience=2, lr=1e-2, batch_size=8)
     trainer, events = run(text[3000:3400], tokenizer, small_config, config, out)
     assert events[-1].outcome is Outcome.EARLY_STOP
@@ -128,7 +128,7 @@ def test_early_stop_keeps_the_best(text, tokenizer, small_config, tmp_path):
     assert "Over-fitting since step" in events[-1].advice
 
 
-def test_divergence_stops_before_the_weights(text, tokenizer, small_config, tmp_path):
+def test_divergence_leaves_the_weights_unchanged(text, tokenizer, small_config, tmp_path):
     out = tmp_path / "model.npz"
     dataset = Dataset(tokenizer.encode_array(text[:4000]), small_config.block_size, 4)
     trainer = Trainer(GPT(small_config), tokenizer, dataset, quick(), out)
@@ -146,8 +146,8 @@ def test_divergence_stops_before_the_weights(text, tokenizer, small_config, tmp_
 
 
 @pytest.mark.parametrize("val_fraction", [0.1, 0.0])
-def test_weights_gone_bad_are_not_saved(text, tokenizer, small_config, tmp_path, val_fraction):
-    """The loss of a step is of the weights before it; what the step made of them shows at the evaluation."""
+def test_weights_that_are_not_finite_are_not_saved(text, tokenizer, small_config, tmp_path, val_fraction):
+    """A step's loss belongs to the weights before the step. Bad weights show at the next evaluation; it must not save them."""
     out = tmp_path / "model.npz"
     config = quick(lr=1e20, warmup_steps=0, eval_interval=1, val_fraction=val_fraction, grad_clip=0.0)
     _, events = run(text[:4000], tokenizer, small_config, config, out)
@@ -165,13 +165,13 @@ def test_a_new_run_keeps_the_earlier_one(text, tokenizer, small_config, trained)
     assert [(trained.parent / name).read_bytes() for name in kept] == before
 
 
-def test_interrupted_before_the_first_evaluation_there_is_a_model(text, tokenizer, small_config, tmp_path):
+def test_a_run_stopped_before_its_first_evaluation_leaves_a_model(text, tokenizer, small_config, tmp_path):
     out = tmp_path / "model.npz"
     run(text[:4000], tokenizer, small_config, quick(), out, stop_requested=lambda: True)
     assert npgpt.load(out).step == npgpt.load(RunFiles(out).last).step == 1
 
 
-def test_a_dataset_that_is_not_the_runs_is_refused(text, tokenizer, small_config):
+def test_a_dataset_with_other_settings_is_refused(text, tokenizer, small_config):
     dataset = Dataset(tokenizer.encode_array(text[:4000]), small_config.block_size, 8)
     with pytest.raises(RequestError, match="batch_size is 8, the run's is 4"):
         Trainer(GPT(small_config), tokenizer, dataset, quick())
@@ -196,7 +196,7 @@ def test_without_held_out_text(text, tokenizer, small_config, tmp_path):
     assert npgpt.load(out).step == 6
 
 
-def test_worker_processes_change_no_byte(text, tokenizer, small_config, monkeypatch):
+def test_worker_processes_give_the_bytes_of_threads(text, tokenizer, small_config, monkeypatch):
     used, found = [], []
     monkeypatch.setattr("npgpt.training.trainer.Processes", lambda *arguments: used.append(1) or Processes(*arguments))
     monkeypatch.setattr("npgpt.parallel.processes.SECONDS_TO_PAY_OFF", 0.0)
@@ -208,10 +208,10 @@ def test_worker_processes_change_no_byte(text, tokenizer, small_config, monkeypa
     assert found[0] == found[1] == found[2]
     assert len(used) == 2
     run(text[:4000], tokenizer, small_config, quick(steps=5))
-    assert len(used) == 2  # too short a run
+    assert len(used) == 2  # the run is too short for worker processes
 
 
-def test_without_worker_processes_there_are_threads(text, tokenizer, small_config, monkeypatch):
+def test_threads_replace_processes_that_cannot_start(text, tokenizer, small_config, monkeypatch):
     def cannot(*arguments):
         raise OSError("no more processes")
 
