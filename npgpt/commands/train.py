@@ -95,6 +95,8 @@ def run(args: argparse.Namespace) -> int:
         with interruptible() as stop_requested:
             trainer, end = _train(choice, args, files, tokenizer, ids, stop_requested)
     except MemoryError:
+        if not select(choice.training.device).is_cpu:
+            return failed("train", "out of GPU memory: lower --micro-batch or --batch-size, then --n-embd or --n-layer")
         return failed("train", f"out of memory: {memory_advice(choice.model, choice.training)}")
     except OSError as error:
         return failed("train", _write_error(error, args, files))
@@ -114,17 +116,17 @@ class _Choice:
     elsewhere: bool = False
 
 
-def _files_to_write(text: str) -> RunFiles:
-    """The files of the run with `--out text`. Raises RequestError if they could not be written."""
-    out = Path(text)
+def _files_to_write(path: str) -> RunFiles:
+    """The files of the run with `--out path`. Raises RequestError if they could not be written."""
+    out = Path(path)
     if out.suffix != ".npz":
-        raise RequestError(f"--out must end in .npz, got {text}")
+        raise RequestError(f"--out must end in .npz, got {path}")
     if out.is_symlink():  # replace the file that the link names, not the link
         out = out.resolve()
     if out.stem.endswith((".last", ".crash", ".previous")):
-        raise RequestError(f"--out must not end in .last, .crash or .previous, because a run's other files do, got {text}")
+        raise RequestError(f"--out must not end in .last, .crash or .previous, because a run's other files do, got {path}")
     if out.is_dir():
-        raise RequestError(f"--out must be a file, got a folder: {text}")
+        raise RequestError(f"--out must be a file, got a folder: {path}")
     if not out.parent.is_dir():
         raise RequestError(f"--out: there is no folder {out.parent}; make it first")
     if not os.access(out.parent, os.W_OK):
@@ -137,7 +139,7 @@ def _check_flags(args: argparse.Namespace, files: RunFiles) -> None:
     for flag, is_given in flags.items():
         if args.minutes and is_given:
             raise RequestError(f"--minutes chooses the run itself; give --minutes or {flag}, not both")
-    if Path(args.text).resolve() in [path.resolve() for path in files.all()]:
+    if Path(args.text).resolve() in [path.resolve() for path in files.paths()]:
         raise RequestError(f"{args.text} is one of the files this run would write; choose another --out")
 
 
@@ -149,11 +151,10 @@ def _asked(args: argparse.Namespace, cls: type[GPTConfig] | type[TrainConfig]) -
 
 
 def _plan(args: argparse.Namespace, until: float, files: RunFiles, tokenizer: CharTokenizer, ids: np.ndarray) -> _Choice:
-    """Choose what to train until a time of `time.perf_counter`, and print why."""
+    """Choose a run that ends when `time.perf_counter()` reaches `until`, and print the reasons."""
     backend = select(getattr(args, "device", "auto"))
-    if files.best.exists():
-        with files.locked():  # finds another run now, not after minutes of timing
-            pass
+    with files.locked():  # finds another run now, not after minutes of timing
+        pass
     if args.minutes > 1:  # otherwise the timing takes a second
         say(f"plan    timing what could be trained in {args.minutes:g} minutes")
     chosen = plan(until, ids, tokenizer, backend, _asked(args, GPTConfig) | _asked(args, TrainConfig))
@@ -166,6 +167,8 @@ def _resumption(args: argparse.Namespace, files: RunFiles, tokenizer: CharTokeni
     path = Path(args.resume) if args.resume else files.last
     if not path.exists():
         raise RequestError(f"nothing to resume: there is no {path}; a run with --out {files.best} writes {files.last}")
+    if path.resolve() in [previous.resolve() for previous in files.previous_paths()]:
+        raise RequestError(f"{path} would be replaced by the files of the run at {files.best}; copy it to another name first")
     try:
         last = load(path, with_optimizer=True)
     except CheckpointError as error:
@@ -175,9 +178,7 @@ def _resumption(args: argparse.Namespace, files: RunFiles, tokenizer: CharTokeni
         )
         raise RequestError(f"{error}{instead}") from None
     asked = _asked(args, TrainConfig)
-    before = {} if last.train_config is None else dict(vars(last.train_config))
-    if "lr" in asked and before.get("min_lr") == before.get("lr", 0) / 10:
-        del before["min_lr"]  # it was the default, which follows lr
+    before = {} if last.train_config is None else vars(last.train_config)
     model = GPTConfig(**(vars(last.config) | {"vocab_size": tokenizer.vocab_size} | _asked(args, GPTConfig)))
     return _Choice(model, TrainConfig(**(before | asked)), last, elsewhere=path.resolve() != files.last.resolve())
 
@@ -296,7 +297,8 @@ def _write_error(error: OSError, args: argparse.Namespace, files: RunFiles) -> s
     if files.last.is_file():
         kept = f"; {files.last} is complete, continue with: {_resume_command(args)}"
     else:
-        kept = f"; the checkpoint of the run before is now {files.previous}" if files.previous.exists() else ""
+        previous = files.previous_paths()[0]
+        kept = f"; the checkpoint of the run before is now {previous}" if previous.exists() else ""
     return f"cannot write: {error.strerror or error}{where}{kept}"
 
 

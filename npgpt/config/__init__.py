@@ -1,1 +1,1 @@
-"""What a user may ask for: settings with names, types, ranges and help texts. No arrays, no files, no printing."""
+"""What a user may ask for: fields (how a setting is declared and checked) and settings (the list). No arrays, no files."""

@@ -1,4 +1,4 @@
-"""What the commands share: parsers, messages, progress bars, streams that may be closed. This file knows no particular command."""
+"""What the commands share: parsers, messages, progress bars, streams that may be closed. It knows no particular command."""
 
 from __future__ import annotations
 

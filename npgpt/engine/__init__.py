@@ -1,1 +1,1 @@
-"""Arrays that know their gradient: backends, the graph, Tensor, operations, gradient checks. No parameters, no model."""
+"""Arrays that know their gradient: backends, random streams, graph, Tensor, operations, gradient checks. No model."""

@@ -67,9 +67,9 @@ def gradcheck(
     rtol, max_elements, max_kinks, seed: see `check_tensors`.
     names: the names of the inputs in messages.
 
-    Returns one report for each checked input. Raises GradientError for a wrong gradient, its subclass NotSmoothError if more than
-    max_kinks of the derivatives cannot be computed, TypeError for a float input that
-    is not float64, and ValueError if fn is not deterministic or no input is float64.
+    Returns one report for each checked input. Raises GradientError for a wrong gradient, its subclass NotSmoothError if
+    more than max_kinks of the derivatives cannot be computed, TypeError for a float input that is not float64, and
+    ValueError if fn is not deterministic or no input is float64.
     """
     op = getattr(fn, "__name__", type(fn).__name__)
     tensors = [_as_input(op, i, x) for i, x in enumerate(inputs)]
@@ -169,13 +169,14 @@ def first_wrong_operation(fn: Callable[[], Tensor], tensor: Tensor, upstream: np
         analytic = float(np.sum(to_numpy(trace.gradients[k]) * direction))
         scale = max(abs(numeric), abs(analytic), 1e-3 * float(np.abs(at(0.0)).max(initial=0.0)))
         if uncertainty <= rtol * scale and abs(numeric - analytic) > rtol * scale:
-            users = [n for n, inputs in enumerate(trace.inputs) if any(_is_node(i, k, trace) for i in inputs)]
+            users = [n for n, inputs in enumerate(trace.inputs) if any(_is_operation(i, k, trace) for i in inputs)]
             return " or ".join(dict.fromkeys(trace.names[n] for n in users))
     users = [n for n, inputs in enumerate(trace.inputs) if any(i is tensor for i in inputs)]
     return " or ".join(dict.fromkeys(trace.names[n] for n in users)) or "none that uses it"
 
 
-def _is_node(source: Any, k: int, trace: Trace) -> bool:
+def _is_operation(source: Any, k: int, trace: Trace) -> bool:
+    """Whether an input is the result of operation number k."""
     return isinstance(source, Node) and trace.number(source) == k
 
 
@@ -285,7 +286,8 @@ def _extrapolate(at: Callable[[float], np.ndarray], h: float) -> tuple[float, fl
     """(derivative, uncertainty) from the Romberg table of central differences with steps h, h/2, h/4, ...
 
     The error of the first column is a series in the square of the step. Each further column removes one term of this
-    series. The uncertainty is how much the last level changed the result. It is infinite if the slopes on the two sides do not approach each other.
+    series. The uncertainty is how much the last level changed the result. It is infinite if the slopes on the two sides do
+    not approach each other.
     """
     centre = at(0.0)
     table: list[float] = []

@@ -142,7 +142,7 @@ def walk_back(root: Node, gradient: Array) -> None:
     """
     pending = _PendingGradients()
     pending.add(root, gradient)
-    watch = _watch.get()
+    watch = current_watch()
     while pending:
         node, dy = pending.pop()
         if watch:

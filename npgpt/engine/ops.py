@@ -27,12 +27,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     inputs = (x, weight) if bias is None else (x, weight, bias)
     kernels = _kernels("linear", *inputs)
     y, saved = kernels.linear_forward(x.data, weight.data, None if bias is None else bias.data)
-    needs = (x.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
-    return record(y, inputs, lambda dy: kernels.linear_backward(dy, saved, needs)[: len(inputs)])
+    needs, n = (x.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad), len(inputs)
+    return record(y, inputs, lambda dy: kernels.linear_backward(dy, saved, needs)[:n])
 
 
 def softmax(x: Tensor, axis: int = -1) -> Tensor:
-    """exp(x), normalised to sum to one along `axis`; in the shape of x. If all elements of a slice are -inf, the result is zeros."""
+    """exp(x), normalised to sum to one along `axis`; in the shape of x.
+
+    If all elements of a slice are -inf, the result is zeros.
+    """
     kernels = _kernels("softmax", x)
     y, saved = kernels.softmax_forward(x.data, axis)
     return record(y, (x,), lambda dy: (kernels.softmax_backward(dy, saved),))
@@ -80,7 +83,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
         raise ValueError(f"layer_norm: weight and bias must have shape {x.shape[-1:]}, got {[t.shape for t in inputs[1:]]}")
     kernels = _kernels("layer_norm", *inputs)
     y, saved = kernels.layer_norm_forward(x.data, weight.data, None if bias is None else bias.data, eps)
-    return record(y, inputs, lambda dy: kernels.layer_norm_backward(dy, saved)[: len(inputs)])
+    n = len(inputs)
+    return record(y, inputs, lambda dy: kernels.layer_norm_backward(dy, saved)[:n])
 
 
 def gelu(x: Tensor) -> Tensor:

@@ -46,9 +46,9 @@ def record(data: Array, inputs: tuple[Tensor, ...], backward: Backward) -> Tenso
 class Tensor:
     """An array that can take part in differentiation.
 
-    `data` is an array, a number or nested lists of numbers. An array is kept as it is, without a copy; float numbers become
-    float32. A Tensor made with `requires_grad=True` is a leaf: `loss.backward()` adds dloss/dtensor to its `.grad`, an array
-    of the same shape and dtype. Results of operations get no `.grad`. Raises TypeError if `requires_grad` is true for
+    `data` is an array, a number or nested lists of numbers. An array is kept as it is, without a copy. Python floats become
+    float32. A Tensor made with `requires_grad=True` is a leaf: `loss.backward()` adds dloss/dtensor to its `.grad`, an
+    array of the same shape and dtype. Results of operations get no `.grad`. Raises TypeError if `requires_grad` is true for
     data that is not float.
     """
 
@@ -152,8 +152,8 @@ class Tensor:
 
     # ---------------------------------------------------------------- arithmetic
     #
-    # `other` may be a number, an array or a Tensor. A number stays a Python number, so it never widens
-    # the dtype. Shapes broadcast as in NumPy, and the walk back sums gradients over the copies.
+    # `other` may be a number, an array or a Tensor. A number stays a Python number, so it does not
+    # widen the dtype of a float tensor. Shapes broadcast as in NumPy, and the walk back sums gradients over the copies.
 
     def __add__(self, other: Any) -> Tensor:
         b, b_data = _operand(self, other)
@@ -307,7 +307,7 @@ class Tensor:
 
 
 def _operand(like: Tensor, other: Any) -> tuple[Tensor | None, Any]:
-    """The other operand of a binary operation: (its Tensor, or None for a number; its array or number)."""
+    """The other operand of a binary operation: (tensor, array), or (None, number) for a number."""
     if isinstance(other, int | float | np.generic):
         return None, other.item() if isinstance(other, np.generic) else other
     if not isinstance(other, Tensor):
@@ -330,7 +330,7 @@ def _binary(data: Array, a: Tensor, b: Tensor | None, da: Callable[[Array], Arra
 
 
 def _raw_index(index: Any, backend: Backend) -> Any:
-    """The index with its Tensors and lists turned into arrays of the device."""
+    """The index with its Tensors, and on a GPU its lists and NumPy arrays, turned into arrays of the device."""
     if isinstance(index, tuple):
         return tuple(_raw_index(i, backend) for i in index)
     index = index.data if isinstance(index, Tensor) else index

@@ -39,8 +39,8 @@ def _weights(logits: np.ndarray, settings: GenerateConfig, texts: Sequence[Seque
       one is multiplied ("CTRL", Keskar et al., 2019);
     - `top_k` keeps the k likeliest ids, and all ids as likely as the k-th;
     - then the logits are divided by the temperature;
-    - `top_p` keeps the smallest set of the likeliest ids whose probabilities add up to at least top_p ("The Curious Case of Neural Text
-      Degeneration", Holtzman et al., 2020);
+    - `top_p` keeps the smallest set of the likeliest ids whose probabilities add up to at least top_p ("The Curious Case of
+      Neural Text Degeneration", Holtzman et al., 2020);
     - `min_p` keeps ids with at least this fraction of the highest probability ("Turning Up the Heat: Min-p Sampling",
       Nguyen et al., 2024).
     """

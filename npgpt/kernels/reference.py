@@ -305,7 +305,7 @@ class Kernels:
     # "On the difficulty of training recurrent neural networks" (Pascanu et al., 2013). The factor for the gradient stays in an
     # array, so on a GPU a step never waits for a number to arrive on the host.
 
-    def clip(self, gradient: Array, loss: Array, max_norm: float, scale: Array) -> Array:
+    def clip_factor(self, gradient: Array, loss: Array, max_norm: float, scale: Array) -> Array:
         """gradient (n,), loss () -> array (2,) of the loss and the gradient's norm.
 
         Writes to `scale` () the factor that makes the norm at most max_norm. Writes -1 if the loss or the norm is not

@@ -1,1 +1,1 @@
-"""The GPT: parameters, layers and the forward pass. No training, no sampling, no files."""
+"""The GPT: parameters, layers, KV cache and the forward pass. No training, no sampling, no files."""

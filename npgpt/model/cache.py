@@ -13,7 +13,7 @@ class KVCache:
     """Keys and values of the tokens so far, for `batch` sequences. With them, the model computes only one position for a new
     token.
 
-    There is room for block_size tokens; `length` of them have been seen. No gradient flows through what is kept.
+    There is room for block_size tokens; `length` is the number of tokens stored so far. No gradient flows through them.
     """
 
     def __init__(self, config: GPTConfig, batch: int, backend: Backend, dtype: object) -> None:

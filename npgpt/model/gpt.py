@@ -1,4 +1,4 @@
-"""The GPT: a decoder-only transformer, from the attention heads to the logits, on one page.
+"""The GPT: a decoder-only transformer, from the attention heads to the logits, in one file.
 
 The architecture is GPT-2's ("Language Models are Unsupervised Multitask Learners", Radford et al., 2019): layer norms before
 attention and before the feed-forward network, learned positions, a last layer norm. There is no backward code here, because
@@ -161,7 +161,8 @@ class GPT(Module):
     def decode(self, ids: Array, cache: KVCache, blas_threads: int = 1) -> Array:
         """The logits after one more token of each sequence: ids (B,) -> (B, V).
 
-        This works only on a CPU and records no graph. The cache must have room for one more token. blas_threads: the number of threads that the BLAS uses.
+        This works only on a CPU and records no graph. The cache must have room for one more token. blas_threads: how many
+        threads the BLAS has; see `few_rows_product`.
         """
         x = self.wte.decode(ids) + self.wpe.decode(cache.length)  # (B, C)
         for block in self.blocks:

@@ -40,7 +40,7 @@ class Linear(Module):
         return ops.linear(x, self.weight, self.bias)
 
     def decode(self, x: Array, blas_threads: int = 1) -> Array:
-        """x (B, in) -> (B, out). blas_threads: the number of threads that the BLAS uses."""
+        """x (B, in) -> (B, out). blas_threads: how many threads the BLAS has; see `few_rows_product`."""
         y = few_rows_product(x, self.weight.data, blas_threads)
         if self.bias is not None:
             y += self.bias.data
@@ -58,7 +58,7 @@ class Embedding(Module):
         return ops.embedding(self.weight, ids)
 
     def decode(self, ids: Any) -> Array:
-        """ids (B,) -> (B, dim)."""
+        """ids (B,) -> (B, dim), or one id -> (dim,)."""
         return self.weight.data[ids]
 
 
@@ -70,7 +70,7 @@ class LayerNorm(Module):
     def __init__(self, dim: int, bias: bool = True, backend: Backend = CPU, dtype: Any = np.float32):
         self.weight = _parameter(backend, (dim,), dtype, fill=1.0)
         self.bias = _parameter(backend, (dim,), dtype) if bias else None
-        self._mean = np.full(dim, 1 / dim, dtype=dtype)  # x @ _mean is the mean of each row, computed by the BLAS
+        self._averaging = np.full(dim, 1 / dim, dtype=dtype)  # x @ _averaging is the mean of each row, computed by the BLAS
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (..., dim) -> (..., dim)."""
@@ -78,8 +78,8 @@ class LayerNorm(Module):
 
     def decode(self, x: Array) -> Array:
         """x (B, dim) -> (B, dim)."""
-        y = x - (x @ self._mean)[:, None]
-        variance = (y * y) @ self._mean
+        y = x - (x @ self._averaging)[:, None]
+        variance = (y * y) @ self._averaging
         y *= (1 / np.sqrt(variance + x.dtype.type(self.eps)))[:, None]
         y *= self.weight.data
         if self.bias is not None:

@@ -1,7 +1,7 @@
 """Modules, and the flat arrays that hold all parameters of a model. No layers and no GPT.
 
-The attributes of a `Module` are parameters (Tensors that require a gradient), other modules, and lists of modules. The name
-of a parameter is its attribute path, such as `blocks.0.attn.qkv.weight`.
+A `Module` finds its parameters (Tensors that require a gradient) in its attributes, in the modules among them, and in lists of
+modules. It ignores other attributes. The name of a parameter is its attribute path, such as `blocks.0.attn.qkv.weight`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Parameters(list[Tensor]):
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        """Move the tensors' values into a new flat array.
+        """Move the tensors' values and gradients into new flat arrays.
 
         Raises ValueError if there are no tensors, if one occurs twice, or if their dtypes or devices differ.
         """
@@ -40,7 +40,8 @@ class Parameters(list[Tensor]):
         xp = self[0].backend.xp
         self.n_decay: int = sum(t.size for t in self if t.ndim >= 2)
         data = xp.concatenate([t.data.reshape(-1) for t in self])
-        self.bind(data, xp.zeros_like(data))
+        grad = xp.concatenate([xp.zeros_like(t.data).reshape(-1) if t.grad is None else t.grad.reshape(-1) for t in self])
+        self.bind(data, grad)
 
     def bind(self, data: Array, grad: Array) -> None:
         """Make the parameters views into these two arrays. The parameters take the arrays' values.
@@ -66,8 +67,12 @@ class Parameters(list[Tensor]):
         self.bind(data, grad)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copied or unpickled list has flat arrays of its own."""
+        """A deep copy, or an unpickled list, has flat arrays of its own."""
         return Parameters, (list(self),)
+
+    def __copy__(self) -> list[Tensor]:
+        """A shallow copy has the same tensors, and they stay views into these arrays. So it is a plain list."""
+        return list(self)
 
     def check(self) -> None:
         """Raise RuntimeError if a parameter is no longer a view into the flat arrays."""
@@ -143,9 +148,12 @@ class Module:
 
 
 def zero_grad(parameters: list[Tensor]) -> None:
-    """Clear the gradients: zeros in a flat array, None for a plain list."""
+    """Clear the gradients: zeros in a flat array, None elsewhere."""
     if isinstance(parameters, Parameters):
         parameters.grad[...] = 0
-    else:
-        for p in parameters:
+        return
+    for p in parameters:
+        if p.grad is not None and getattr(p.grad, "base", None) is not None:  # a view into a flat array must stay one
+            p.grad[...] = 0
+        else:
             p.grad = None

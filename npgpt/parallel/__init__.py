@@ -1,1 +1,1 @@
-"""One training step spread over many processors: threads, processes, the BLAS. No formulas, no files."""
+"""One training step spread over threads or processes, and facts of this machine: cores, memory, BLAS. No formulas."""

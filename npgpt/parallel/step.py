@@ -24,6 +24,7 @@ from npgpt.model.gpt import GPT
 from npgpt.parallel.machine import keep_freed_memory
 from npgpt.parallel.workers import Workers, even_slices
 
+ALL_FINITE = "the loss and the gradient are finite"  # the answer of `diagnose` if nothing is wrong
 MICRO_BATCH_TOKENS = 1024  # measured: with fewer, products are slower; with more, activations leave the cache
 
 Share = list[tuple[int, slice]]  # one worker's part of a step: the numbers of its micro-batches and their rows of the batch
@@ -77,9 +78,9 @@ class ParallelStep:
         losses = self._with_remote_workers(x, y, shares, seed, number) if self._remote and len(shares) > 1 else None
         if losses is None:
             while len(self._models) < len(shares):
-                self._models.append(self._twin())
+                self._models.append(self._replica())
             losses = self.workers.map(work, range(len(shares)))
-        gradients = self._remote.gradients if self._remote else [twin.flat.grad for twin in self._models[1:]]
+        gradients = self._remote.gradients if self._remote else [replica.flat.grad for replica in self._models[1:]]
         first, others = self.model.flat.grad, gradients[: len(shares) - 1]
 
         def add_up(at: slice) -> None:
@@ -91,7 +92,7 @@ class ParallelStep:
             self.workers.over(add_up, first.size)
         return sum(losses)
 
-    def use(self, start: Callable[[GPT, int], RemoteWorkers]) -> None:
+    def use_remote_workers(self, start: Callable[[GPT, int], RemoteWorkers]) -> None:
         """From now on, remote workers share the steps instead of threads. `start(model, n)` starts n of them.
 
         This moves the model's flat arrays: a view into the old ones no longer sees the model. Raises OSError if the workers
@@ -129,14 +130,12 @@ class ParallelStep:
                 return f"the gradient of {names[id(p)]} became infinite or NaN when those of the micro-batches were added up"
         with np.errstate(over="ignore"):
             norm = float(self.model.flat.grad @ self.model.flat.grad)
-        return (
-            "the gradient is finite, but its norm is not" if not np.isfinite(norm) else "the loss and the gradient are finite"
-        )
+        return ALL_FINITE if np.isfinite(norm) else "the gradient is finite, but its norm is not"
 
-    def _twin(self) -> GPT:
-        twin = GPT(self.model.config, seed=None, backend=self.model.backend, dtype=self.model.wte.weight.dtype)
-        twin.share_weights(self.model)
-        return twin
+    def _replica(self) -> GPT:
+        replica = GPT(self.model.config, seed=None, backend=self.model.backend, dtype=self.model.wte.weight.dtype)
+        replica.share_weights(self.model)
+        return replica
 
     def _with_remote_workers(
         self, x: np.ndarray, y: np.ndarray, shares: list[Share], seed: int, number: int

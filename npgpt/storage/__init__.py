@@ -1,1 +1,1 @@
-"""Checkpoints and the files of a run on disk. Nothing is trained and nothing is printed here."""
+"""Checkpoints and run files on disk: files (atomic writes, lock), archive (bytes, hashes), header (JSON), checkpoint, run."""

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from npgpt.config.fields import RequestError
-from npgpt.storage.files import whole_file
+from npgpt.storage.files import atomic_write
 
 HEADER = "checkpoint.json"  # the name of the JSON text in the archive
 MAX_HEADER_BYTES = 2 << 20  # enough for a vocabulary of all characters in use and ten thousand evaluations
@@ -35,7 +35,7 @@ ZIP_END_BYTES = 22  # a zip file without a comment ends with a record of this si
 
 NPY_MAGIC = b"\x93NUMPY\x01\x00"
 NPY_HEADER = re.compile(
-    rb"\{'descr': '([<|]\w\d)', 'fortran_order': False, 'shape': \(((?:\d{1,18}, ?){0,4}(?:\d{1,18})?)\), \} *\n"
+    rb"\{'descr': '(<\w\d)', 'fortran_order': False, 'shape': \(((?:\d{1,18}, ?){0,4}(?:\d{1,18})?)\), \} *\n"
 )
 DTYPES = ("<i8", "<f4", "<f8")  # the dtypes an archive may hold
 
@@ -47,7 +47,10 @@ class CheckpointError(RequestError):
 
 
 class UnusableError(CheckpointError):
-    """The file is not damaged, but this version cannot use it. The message starts with a verb: the file's name is put before it."""
+    """The file is not damaged, but this version cannot use it.
+
+    The message starts with a verb: the file's name is put before it.
+    """
 
 
 # ---------------------------------------------------------------- writing
@@ -85,7 +88,7 @@ def write_archive(path: Path, header: bytes, arrays: Mapping[str, EncodedArray],
         except CheckpointError as error:
             raise OSError(errno.EIO, f"what was written reads back differently ({error})") from None
 
-    with whole_file(path, verify) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+    with atomic_write(path, verify) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         # zipfile.ZipInfo has a fixed date, so the same contents give the same bytes.
         archive.writestr(zipfile.ZipInfo(HEADER), header)
         for name, parts in arrays.items():

@@ -75,7 +75,7 @@ def save(path: str | Path, checkpoint: Checkpoint | GPT, tokenizer: CharTokenize
     """Write a Checkpoint, or a model and its tokenizer. A file at `path` is replaced only once the new one is complete.
 
     Raises OSError if the file cannot be written or does not read back as it should, and ValueError for anything that
-    `load` would refuse, such as numbers that are not finite. In both cases nothing is left behind.
+    `load` would refuse, such as numbers that are not finite. In both cases no temporary file is left behind.
     """
     if isinstance(checkpoint, GPT):
         if tokenizer is None:
@@ -114,15 +114,33 @@ def _arrays_of(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
         )
     arrays = checkpoint.model.state_dict()
     if checkpoint.optimizer_state:
-        arrays |= {name: checkpoint.optimizer_state[name.removeprefix("optimizer.")] for name in MOMENTS}
+        moments = {name: checkpoint.optimizer_state[name.removeprefix("optimizer.")] for name in MOMENTS}
+        for name, array in moments.items():
+            if array.shape != (checkpoint.config.num_parameters(),):
+                raise ValueError(f"{name} has shape {array.shape}, expected {(checkpoint.config.num_parameters(),)}")
+        arrays |= moments
     if checkpoint.batch:
         arrays |= {name: np.asarray(ids, dtype=np.int64) for name, ids in zip(BATCH, checkpoint.batch, strict=True)}
+        _check_batch(checkpoint, [arrays[name] for name in BATCH])
     for name, array in arrays.items():
         if array.dtype.str not in DTYPES:
             raise ValueError(f"expected an array of float32 or float64, {name} is {array.dtype}")
-        if checkpoint.crash is None and not np.isfinite(array).all():
+        with np.errstate(over="ignore"):  # `load` makes float32 of it, so a large float64 would become infinite
+            finite = array.dtype.kind == "i" or bool(np.isfinite(array.astype(np.float32)).all())
+        if checkpoint.crash is None and not finite:
             raise ValueError(f"{name} has a number that is not finite, so it is not saved")
     return arrays
+
+
+def _check_batch(checkpoint: Checkpoint, batch: list[np.ndarray]) -> None:
+    if checkpoint.train_config is None:
+        raise ValueError("a crash file needs the train_config of its run")
+    expected = (checkpoint.train_config.batch_size, checkpoint.config.block_size)
+    for ids in batch:
+        if ids.shape != expected:
+            raise ValueError(f"the batch of a crash file must have shape {expected}, got {ids.shape}")
+        if ids.min() < 0 or ids.max() >= checkpoint.config.vocab_size:
+            raise ValueError(f"the batch of a crash file must have ids in 0..{checkpoint.config.vocab_size - 1}")
 
 
 # ---------------------------------------------------------------- reading
@@ -131,7 +149,8 @@ def _arrays_of(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
 def load(path: str | Path, backend: Backend = CPU, with_optimizer: bool = False) -> Checkpoint:
     """Rebuild a model and its tokenizer from a checkpoint file.
 
-    backend: the device for the model. with_optimizer: also read the optimiser's state, which resuming needs.
+    The weights become float32. backend: the device for the model. with_optimizer: also read the optimiser's state, which
+    resuming needs.
 
     Raises CheckpointError if the file is missing or damaged, has an unknown format or contradicts its own configuration.
     """
@@ -153,15 +172,11 @@ def load(path: str | Path, backend: Backend = CPU, with_optimizer: bool = False)
         return Checkpoint(
             model,
             found.tokenizer,
-            found.train_config,
-            Progress(**header["progress"]),
-            header["source"],
-            header["fingerprint"],
-            optimizer_state,
-            header["machine"],
-            header["crash"],
-            batch,
-            header["format"],
+            train_config=found.train_config,
+            progress=Progress(**header["progress"]),
+            optimizer_state=optimizer_state,
+            batch=batch,
+            **{key: header[key] for key in ("source", "fingerprint", "machine", "crash", "format")},
         )
 
 

@@ -1,4 +1,7 @@
-"""Writing files that are always complete, even if the writing is interrupted, and a lock. This file does not know what the files contain."""
+"""Writing files that are always complete, even if the writing is interrupted, and a lock.
+
+This file does not know what the files contain.
+"""
 
 from __future__ import annotations
 
@@ -34,10 +37,10 @@ PAUSES = (0.05, 0.2, 1.0) if sys.platform == "win32" else ()
 
 
 @contextlib.contextmanager
-def whole_file(path: Path, verify: Callable[[Path], None]) -> Iterator[BinaryIO]:
+def atomic_write(path: Path, verify: Callable[[Path], None]) -> Iterator[BinaryIO]:
     """Open a file for writing that replaces `path` at the end of the `with` block.
 
-    It replaces `path` only if the block ends without an error, the file is on disk, and `verify(file)` raises nothing. At
+    It replaces `path` only if the block ends without an error, the file is on disk, and `verify(its path)` raises nothing. At
     every moment, also after a loss of power, `path` is the complete old file or the complete new file.
 
     Raises OSError if the file cannot be written, and passes on what the block or `verify` raises. No temporary file is left
@@ -60,14 +63,14 @@ def whole_file(path: Path, verify: Callable[[Path], None]) -> Iterator[BinaryIO]
     _sync_folder(path.parent)
 
 
-def copy_whole(source: Path, path: Path) -> None:
-    """Copy a file to `path`, with the guarantees of `whole_file`. Raises OSError."""
+def atomic_copy(source: Path, path: Path) -> None:
+    """Copy a file to `path`, with the guarantees of `atomic_write`. Raises OSError."""
 
     def verify(written: Path) -> None:
         if not filecmp.cmp(source, written, shallow=False):
             raise OSError(errno.EIO, "what was written reads back differently")
 
-    with whole_file(path, verify) as file, open(source, "rb") as whole:
+    with atomic_write(path, verify) as file, open(source, "rb") as whole:
         shutil.copyfileobj(whole, file, COPY_BYTES)
 
 
@@ -103,7 +106,7 @@ def _sync(descriptor: int) -> None:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove the temporary files that killed processes left of `whole_file(path)`. The caller must hold the lock."""
+    """Remove the temporary files that killed processes left of `atomic_write(path)`. The caller must hold the lock."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         left.unlink(missing_ok=True)
 

@@ -1,7 +1,7 @@
 """The schema of `checkpoint.json`: everything in a checkpoint that is not an array. Knows no model.
 
-`encode_header` refuses whatever `parse_header` would refuse. A new key needs a new format number and a new entry in KEYS;
-every older format still loads.
+`encode_header` refuses whatever `parse_header` would refuse. A new key needs a new format number, an entry in KEYS and a
+check in FIELDS. Every older format still loads.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import Any
 from npgpt.storage.archive import HEADER, MAX_HEADER_BYTES, CheckpointError, UnusableError, first_few, shortened
 
 FORMAT = 2  # format 1 had no hashes, no machine and no crash
+
+LONGEST_HISTORY = 10_000  # evaluations that a checkpoint remembers
 
 KEYS = {  # by format number
     1: {"format", "config", "vocabulary", "train_config", "progress", "source", "fingerprint", "optimizer_steps"},
@@ -88,6 +90,17 @@ class Progress:
     def forget_best(self) -> None:
         """Forget the best evaluation so far: the next one becomes the best."""
         self.best_loss, self.best_step, self.stale_evaluations = None, 0, 0
+
+    def with_evaluation(self, train_loss: float, val_loss: float | None, val_stderr: float | None) -> Progress:
+        """The progress after an evaluation at this step. Without a validation loss, every evaluation is the best."""
+        best = val_loss is None or self.best_loss is None or val_loss < self.best_loss
+        history = [*self.history, [self.step, train_loss, val_loss, val_stderr]][-LONGEST_HISTORY:]
+        after = dataclasses.replace(self, loss_sum=0.0, loss_count=0, history=history)
+        if best:
+            after.best_loss, after.best_step, after.stale_evaluations = val_loss, self.step, 0
+        else:
+            after.stale_evaluations += 1
+        return after
 
 
 FIELDS: dict[str, Callable[[Any], Any]] = {

@@ -21,7 +21,7 @@ from typing import Any
 
 from npgpt.config.fields import RequestError
 from npgpt.storage.checkpoint import Checkpoint, save, step_of
-from npgpt.storage.files import copy_whole, lock, remove_leftovers, whole_file
+from npgpt.storage.files import atomic_copy, atomic_write, lock, remove_leftovers
 
 
 class RunFiles:
@@ -49,14 +49,13 @@ class RunFiles:
     def crash(self) -> Path:
         return self.best.with_name(f"{self.best.stem}.crash.npz")
 
-    @property
-    def previous(self) -> Path:
-        """Where the checkpoint of the run before is kept."""
-        return self._previous(self.best)
-
-    def all(self) -> list[Path]:
+    def paths(self) -> list[Path]:
         """The paths of all files, whether or not they exist."""
         return [self.best, self.last, self.log, self.crash]
+
+    def previous_paths(self) -> list[Path]:
+        """Where the files of the run before are kept."""
+        return [self._previous(path) for path in self.paths()]
 
     def _previous(self, path: Path) -> Path:
         return path.with_name(path.name.replace(self.best.stem, f"{self.best.stem}.previous", 1))
@@ -81,19 +80,26 @@ class RunFiles:
         Returns whether the checkpoint at `best` belongs to this run. Raises RequestError if another run has continued from the
         state in the meantime.
         """
-        for path in self.all():
+        for path in self.paths():
             remove_leftovers(path)
         state_step = step_of(self.last) if self._owned and self.last.exists() else None
         if state_step is not None and state_step != self.saved_step:
             raise RequestError(f"another run has continued from {self.last} in the meantime; start again with --resume")
         state_is_gone = state_step is None and self.saved_step is not None
         if not self._owned or state_is_gone:
-            for path in self.all():
-                if path.exists():
-                    path.replace(self._previous(path))
+            self._set_aside()
             self._owned = True
             return False
         return self.saved_step is None or self.best.exists()
+
+    def _set_aside(self) -> None:
+        """Rename the files of an earlier run. Files of the run before it go, so that all `previous` files are of one run."""
+        if any(path.exists() for path in self.paths()):
+            for path in self.paths():
+                if path.exists():
+                    path.replace(self._previous(path))
+                else:
+                    self._previous(path).unlink(missing_ok=True)
 
     # ---------------------------------------------------------------- saving
 
@@ -102,7 +108,7 @@ class RunFiles:
         save(self.last, checkpoint)
         self.saved_step = checkpoint.step
         if is_best or not self.best.exists():  # a run that stops before its first evaluation leaves a model too
-            copy_whole(self.last, self.best)
+            atomic_copy(self.last, self.best)
 
     # ---------------------------------------------------------------- the log
 
@@ -115,7 +121,7 @@ class RunFiles:
         """Remove from the log what came after `step`, and an incomplete last line. Raises OSError."""
         if self.log.exists():
             kept = [_line(event) for event in read_log(self.log) if event["step"] <= step]
-            with whole_file(self.log, lambda _: None) as file:
+            with atomic_write(self.log, lambda _: None) as file:
                 file.write("".join(kept).encode())
 
 

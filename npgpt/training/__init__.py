@@ -1,1 +1,1 @@
-"""From a text to a trained model: the optimiser, the loop, memory, the plan. Nothing is printed here."""
+"""Training: optimiser, loop, events, advice at the end, memory estimates, plans for a given time. Nothing is printed here."""

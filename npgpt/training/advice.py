@@ -32,10 +32,11 @@ def advice(progress: Progress, config: TrainConfig, model: GPTConfig, outcome: O
     # Judge by the validation loss, if there is one.
     losses = [row[1] if row[2] is None else row[2] for row in rows]
     best, last, noise = min(losses), losses[-1], rows[-1][3] or 0.0
+    best_step = rows[losses.index(best)][0]
     if rows[-1][2] is not None and last > best + max(0.01 * best, 0.5 * noise):
         return (
-            f"Over-fitting since step {progress.best_step}: the validation loss rose from {best:.2f} to {last:.2f}; the training "
-            f"loss is {last_train:.2f}. More text helps most. Otherwise use more dropout (--dropout "
+            f"Over-fitting since step {best_step}: the validation loss rose from {best:.2f} to {last:.2f}; the training loss "
+            f"is {last_train:.2f}. More text helps most. Otherwise use more dropout (--dropout "
             f"{min(0.5, model.dropout + 0.1):.1f}) or a smaller model."
         )
     middle = losses[(len(losses) - 1) // 2]

@@ -35,9 +35,9 @@ class Outcome(enum.Enum):
     """Why a run ended."""
 
     FINISHED = "finished"
-    EARLY_STOP = "stopped early: the validation loss did not improve for a while"
+    EARLY_STOP = "early_stop"  # the validation loss did not improve for a while
     INTERRUPTED = "interrupted"
-    DIVERGED = "diverged: the loss or the gradient is not finite"
+    DIVERGED = "diverged"  # a loss or a gradient was not finite
 
 
 @dataclass(frozen=True)

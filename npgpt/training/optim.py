@@ -154,7 +154,7 @@ class Update:
         if self._scale is not None and isinstance(parameters, Parameters):
             parameters.check()
             loss = parameters[0].backend.asarray(loss, dtype=parameters.grad.dtype)
-            self._seen.append(parameters[0].backend.kernels.clip(parameters.grad, loss, self._max_norm, self._scale))
+            self._seen.append(parameters[0].backend.kernels.clip_factor(parameters.grad, loss, self._max_norm, self._scale))
             optimizer.step(over, self._scale)
         elif all(_finite(*seen) for seen in self._seen[-1:]):
             self._seen.append((float(loss), clip_grad_norm(parameters, self._max_norm)))

@@ -149,9 +149,10 @@ def plan(
 def dropout_for(epochs: float, parameters: int) -> float:
     """The dropout for a model with `parameters` parameters that reads its text `epochs` times.
 
-    A parameter-epoch is parameters times epochs. Measured on texts of a million and of a hundred thousand characters, with one block and with two. At 6 million
-    parameter-epochs, dropout 0.1 cost 0.1 nats. At 14 million, the validation loss rose again without dropout. At 27
-    million, 0.1 was best, and 0.2 cost 0.06 to 0.08 nats. At 65 million, the loss rose again with 0.1.
+    A parameter-epoch is parameters times epochs. Measured on texts of a million and of a hundred thousand characters, with
+    one block and with two. At 6 million parameter-epochs, dropout 0.1 cost 0.1 nats. At 14 million, the validation loss
+    rose again without dropout. At 27 million, 0.1 was best, and 0.2 cost 0.06 to 0.08 nats. At 65 million, the loss rose
+    again with 0.1.
     """
     return 0.0 if epochs * parameters < 8e6 else 0.1 if epochs * parameters < 40e6 else 0.2
 

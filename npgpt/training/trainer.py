@@ -24,7 +24,7 @@ from npgpt.generation.generate import generate_text
 from npgpt.model.gpt import GPT
 from npgpt.parallel.machine import describe_machine
 from npgpt.parallel.processes import Processes, processes_pay_off
-from npgpt.parallel.step import ParallelStep
+from npgpt.parallel.step import ALL_FINITE, ParallelStep
 from npgpt.parallel.workers import Workers
 from npgpt.storage.checkpoint import Checkpoint, save
 from npgpt.storage.header import Progress
@@ -39,12 +39,11 @@ STEPS_BEFORE_PROCESSES = 10  # after these steps the time of a step is known
 # On a GPU, losses are read in groups of up to 10 steps or about 0.25 s. The first steps, which compile kernels, are read
 # one by one.
 STEPS_IN_GROUP, SECONDS_IN_GROUP, FIRST_STEPS = 10, 0.25, 4
-LONGEST_HISTORY = 10_000  # evaluations that a checkpoint remembers; the log has all of them
 
 # A resumed run may change these settings. `steps` changes the later learning rates of the cosine schedule. `eval_interval` and
 # `patience` change when the run evaluates and when it stops early.
-MAY_DIFFER = ("steps", "eval_interval", "patience", "log_interval", "sample_tokens")
-MAY_DIFFER_ON_ANOTHER_MACHINE = ("threads", "processes", "device", "tf32", "bf16")
+MAY_CHANGE = ("steps", "eval_interval", "patience", "log_interval", "sample_tokens")
+MACHINE_SETTINGS = ("threads", "processes", "device", "tf32", "bf16")  # it may change these too
 
 
 class Trainer:
@@ -71,7 +70,7 @@ class Trainer:
         self.progress = Progress()
         self._started = time.perf_counter()
         self._evaluation_due = False
-        self._step_seconds: list[float] = []  # of the first steps of this run
+        self._step_seconds: list[float] = []  # of the first eleven steps of this run
         self._workers = Workers(config.threads if model.backend.is_cpu else 1)
         precision = "".join(f", {name}" for name in ("bf16", "tf32") if getattr(config, name))
         self.machine = describe_machine(model.backend.name + precision, self._workers.threads)
@@ -120,7 +119,7 @@ class Trainer:
                 "load(path, with_optimizer=True)"
             )
         differing = _differences(last.config, self.model.config)
-        differing += _differences(last.train_config, self.config, ignore=MAY_DIFFER + MAY_DIFFER_ON_ANOTHER_MACHINE)
+        differing += _differences(last.train_config, self.config, ignore=MAY_CHANGE + MACHINE_SETTINGS)
         if last.tokenizer != self.tokenizer or last.fingerprint != self.fingerprint:
             where = f" ({last.source}, as it was then)" if last.source else ""
             differing.insert(0, f"the text is not the one it was trained on{where}")
@@ -155,26 +154,26 @@ class Trainer:
             yield from self._run(stop_requested)
 
     def _run(self, stop_requested: Callable[[], bool]) -> Iterator[Step | Evaluation | End]:
-        p, config = self.progress, self.config
+        step, config = self.progress.step, self.config
         if self.files:
             if not self.files.claim():
-                p.forget_best()
-            elif self.files.saved_step == p.step == p.best_step:
-                self._save(is_best=True)  # the run may have been killed between the two files of a save
-            if p.step:
-                self.files.cut_log(p.step)
-        self._log("start" if p.step == 0 else "resume", {"step": p.step, "config": dataclasses.asdict(config)})
+                self.progress.forget_best()
+            elif self.files.saved_step == step == self.progress.best_step:
+                self._save(self.progress, is_best=True)  # the run may have been killed between the two files of a save
+            if step:
+                self.files.cut_log(step)
+        self._log("resume" if step else "start", {"step": step, "config": dataclasses.asdict(config)})
         with self._workers, contextlib.closing(self._forward_backward):
             outcome = yield from self._steps_and_evaluations(stop_requested)
             reason = self._explain_divergence() if outcome is Outcome.DIVERGED else ""
-        end = End(p.step, outcome, advice(p, config, self.model.config, outcome), reason)
+        end = End(self.progress.step, outcome, advice(self.progress, config, self.model.config, outcome), reason)
         self._log("end", {"step": end.step, "outcome": outcome.name.lower(), "advice": end.advice, "reason": reason})
         yield end
 
     def _steps_and_evaluations(self, stop_requested: Callable[[], bool]) -> Generator[Step | Evaluation, None, Outcome]:
         """Take steps and evaluate until the run ends; returns why it ended."""
-        p, config = self.progress, self.config
-        while p.step < config.steps or self._evaluation_due:
+        config = self.config
+        while self.progress.step < config.steps or self._evaluation_due:
             if not self._evaluation_due:  # an evaluation is still due if an earlier iteration ended before it
                 self._start_processes_if_worthwhile()
                 for step in self._take_steps(self._group_size()):
@@ -192,11 +191,12 @@ class Trainer:
                     return Outcome.DIVERGED
                 self._evaluation_due = False
                 yield evaluation
-                if config.patience and p.stale_evaluations >= config.patience and p.step < config.steps:
+                too_many = config.patience and self.progress.stale_evaluations >= config.patience
+                if too_many and self.progress.step < config.steps:
                     return Outcome.EARLY_STOP
             elif stop:
-                self._save()
-            if stop and p.step < config.steps:
+                self._save(self.progress)
+            if stop and self.progress.step < config.steps:
                 return Outcome.INTERRUPTED
         return Outcome.FINISHED
 
@@ -204,9 +204,11 @@ class Trainer:
         """Find out why the loss or the gradient of the next step is not finite, and save a crash file for `replay`."""
         x, y = self.dataset.get_batch("train", self.progress.step)
         reason = self._forward_backward.diagnose(x, y, self.config.seed, self.progress.step)
+        if reason == ALL_FINITE:  # then an evaluation has stopped the run, and there is no step to repeat
+            return "the validation loss or the logits of a sample are not finite"
         if self.files:
             try:
-                save(self.files.crash, dataclasses.replace(self._checkpoint(), crash=reason, batch=(x, y)))
+                save(self.files.crash, dataclasses.replace(self._checkpoint(self.progress), crash=reason, batch=(x, y)))
             except OSError as error:  # the reason must still be reported
                 return f"{reason} (and {self.files.crash} could not be written: {error.strerror})"
         return reason
@@ -257,7 +259,7 @@ class Trainer:
         return max(1, min(STEPS_IN_GROUP, to_evaluation, in_time))
 
     def _start_processes_if_worthwhile(self) -> None:
-        """Change to worker processes before the first step if the settings ask for it, or later if they will pay off."""
+        """Start worker processes: before the first step if the settings ask for them, or after ten steps if they pay off."""
         wanted = self.config.processes
         if wanted is None and len(self._step_seconds) == STEPS_BEFORE_PROCESSES:
             seconds_left = statistics.median(self._step_seconds) * (self.config.steps - self.progress.step)
@@ -266,7 +268,7 @@ class Trainer:
             return
         if wanted and self._workers.threads > 1:
             try:
-                self._forward_backward.use(Processes)
+                self._forward_backward.use_remote_workers(Processes)
             except OSError as error:
                 warnings.warn(f"worker processes cannot start ({error}); going on with threads", RuntimeWarning, stacklevel=2)
 
@@ -275,32 +277,28 @@ class Trainer:
     def _evaluate(self) -> Evaluation | None:
         """Compute the validation loss, generate a sample, save a checkpoint.
 
-        Returns None, and saves nothing, if the weights or the loss are not finite.
+        Returns None, and saves nothing, if the weights, the loss or the logits of the sample are not finite. `progress`
+        changes only after everything is saved, so an evaluation that fails or is interrupted can be repeated.
         """
         started = time.perf_counter()
         p = self.progress
         train_loss = p.loss_sum / max(1, p.loss_count)
-        p.loss_sum, p.loss_count = 0.0, 0
-        held_out = None
+        val_loss = val_stderr = None
         if len(self.dataset.val) > 1:
-            held_out = evaluate(self.model, self.dataset.val, self._workers, self.config.eval_tokens or None)
-        val_loss, val_stderr = (held_out.loss, held_out.stderr) if held_out else (None, None)
+            loss = evaluate(self.model, self.dataset.val, self._workers, self.config.eval_tokens or None)
+            val_loss, val_stderr = loss.loss, loss.stderr
         try:
             sample = self._sample()
         except FloatingPointError:
             return None
         if not (bool(self.model.backend.xp.isfinite(self.model.flat.data).all()) and math.isfinite(val_loss or 0.0)):
             return None
-        best = val_loss is None or p.best_loss is None or val_loss < p.best_loss
-        if best:
-            p.best_loss, p.best_step, p.stale_evaluations = val_loss, p.step, 0
-        else:
-            p.stale_evaluations += 1
-        p.history.append([p.step, train_loss, val_loss, val_stderr])
-        del p.history[:-LONGEST_HISTORY]
-        self._save(best)
-        result = Evaluation(p.step, train_loss, val_loss, val_stderr, best, sample, time.perf_counter() - started)
+        after = p.with_evaluation(train_loss, val_loss, val_stderr)
+        is_best = after.best_step == p.step
+        self._save(after, is_best)
+        result = Evaluation(p.step, train_loss, val_loss, val_stderr, is_best, sample, time.perf_counter() - started)
         self._log("evaluation", dataclasses.asdict(result))
+        self.progress = after
         return result
 
     def _sample(self) -> str:
@@ -310,21 +308,22 @@ class Trainer:
 
     # ---------------------------------------------------------------- files
 
-    def _checkpoint(self) -> Checkpoint:
+    def _checkpoint(self, progress: Progress) -> Checkpoint:
         return Checkpoint(
             self.model,
             self.tokenizer,
-            self.config,
-            self.progress,
-            self.source,
-            self.fingerprint,
-            self.optimizer.state_dict(),
-            self.machine,
+            train_config=self.config,
+            progress=progress,
+            source=self.source,
+            fingerprint=self.fingerprint,
+            optimizer_state=self.optimizer.state_dict(),
+            machine=self.machine,
         )
 
-    def _save(self, is_best: bool = False) -> None:
+    def _save(self, progress: Progress, is_best: bool = False) -> None:
+        """Write the state of the run, with this progress, and the checkpoint if it is the best so far."""
         if self.files:
-            self.files.save(self._checkpoint(), is_best)
+            self.files.save(self._checkpoint(progress), is_best)
 
     def _log(self, event: str, values: dict[str, Any]) -> None:
         if self.files:

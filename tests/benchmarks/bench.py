@@ -26,7 +26,7 @@ from npgpt.engine.backend import CPU
 from npgpt.generation.generate import TokenStream
 from npgpt.kernels.reference import AdamWStep, Kernels
 from npgpt.parallel.machine import available_cores, blas_threads
-from npgpt.storage.files import copy_whole
+from npgpt.storage.files import atomic_copy
 from npgpt.text.reading import read_ids
 
 HERE = Path(__file__).parent
@@ -213,7 +213,7 @@ def saving(step_ms):
 
             def save(model=model, optimizer=optimizer, path=path):
                 npgpt.save(path, npgpt.Checkpoint(model, tokenizer, optimizer_state=optimizer.state_dict()))
-                copy_whole(path, path.with_name("best.npz"))
+                atomic_copy(path, path.with_name("best.npz"))
 
             seconds = seconds_of(save, 5)
             rows[name] = {

@@ -37,7 +37,7 @@ def npgpt_step(workload, mode):
     dtype = bfloat16() if "bfloat16" in mode else None
     forward_backward = ParallelStep(model, workers, dtype=dtype, use_tf32="TF32" in mode)
     if workers.threads > 1:  # as in a training run that takes longer than some seconds
-        forward_backward.use(Processes)
+        forward_backward.use_remote_workers(Processes)
     number = iter(range(1 << 62))
 
     def step(x, y):

@@ -32,7 +32,7 @@ def test_evaluate_as_json_and_with_samples(workshop):
     plain = npgpt_command("evaluate", "--ckpt", "model.npz", "--sample-tokens", "100", cwd=workshop)
     assert plain.returncode == 0, plain.stderr
     assert "96 sampled characters (temperature 0.8) against the" in plain.stdout
-    assert re.search(r"line breaks +\d+\.\d %, there +\d+\.\d %", plain.stdout)
+    assert re.search(r"line breaks +\d+\.\d %, in the training text +\d+\.\d %", plain.stdout)
     as_json = ["evaluate", "--ckpt", "model.npz", "--json", "--sample-tokens"]
     row = json.loads(npgpt_command(*as_json, "100", cwd=workshop).stdout)
     assert f"loss {row['loss']:.4f} ± {row['stderr']:.4f} nats" in plain.stdout
@@ -74,7 +74,8 @@ def test_compare(workshop, tmp_path):
     flags = [*QUICK, "--val-fraction", "0.3", "--out", "more-held-out.npz"]
     assert npgpt_command("train", "text.txt", *flags, cwd=workshop).returncode == 0
     warned = npgpt_command("compare", "more-held-out.npz", "model.npz", cwd=workshop)
-    assert warned.stderr == "warning: model.npz was trained on a part of what is held out here; put it first\n"
+    said = "warning: model.npz was trained on a part of this held-out text; name it first, and its own held-out part is used\n"
+    assert warned.stderr == said
     (workshop / "other.txt").write_text("the bell, the bell, ", encoding="utf-8")
     assert npgpt_command("train", "other.txt", *QUICK, "--out", "poorer.npz", cwd=workshop).returncode == 0
     refused = npgpt_command("compare", "model.npz", "poorer.npz", cwd=workshop)

@@ -28,6 +28,18 @@ def test_train_shows_what_happens(workshop):
     assert {"model.npz", "model.last.npz", "model.jsonl"} <= {p.name for p in workshop.iterdir()}
 
 
+def test_a_run_that_would_be_overwritten_is_not_resumed(workshop, tmp_path, capsys, monkeypatch):
+    """The files of the run at --out would take the place of the state that is to be resumed."""
+    for path in workshop.iterdir():
+        shutil.copy(path, tmp_path) if path.is_file() else None
+    monkeypatch.chdir(tmp_path)
+    shutil.copy("model.last.npz", "model.previous.last.npz")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert npgpt.cli.main(["train", "text.txt", "--resume", "model.previous.last.npz", "--steps", "9"]) == 2
+    assert "model.previous.last.npz would be replaced by the files of the run at model.npz" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_resume_continues(workshop, tmp_path):
     for name in ("model.npz", "model.last.npz", "text.txt", "model.jsonl"):
         shutil.copy(workshop / name, tmp_path)

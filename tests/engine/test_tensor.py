@@ -145,6 +145,15 @@ def test_memory_is_freed_by_reference_count():
         assert tensor() is None, "the graph holds Tensors"
         y.backward()
 
+        weight, scale = leaf(10, 10), leaf(10)
+        for op in (lambda x: ops.linear(x, weight, scale), lambda x: ops.layer_norm(x, scale, scale)):
+            middle = a * 2
+            y = op(middle)
+            tensor = weakref.ref(middle)
+            del middle
+            assert tensor() is None, "the backward function holds its input Tensors"
+            y.sum().backward()
+
         big = np.zeros(1000)
         array = weakref.ref(big)
         z = (a[0] * big).sum()

@@ -59,5 +59,5 @@ def test_compare_is_the_paired_difference(tokenizer, text, small_config):
     expected = np.std(spans[1] - spans[0], ddof=1) / math.sqrt(62) / 32
     assert other.stderr == pytest.approx(expected, rel=0.05)
     assert (same.difference, same.stderr) == (0, 0)
-    with pytest.raises(RequestError, match="as many ids"):
+    with pytest.raises(RequestError, match="the same number of ids"):
         compare([(models[0], ids), (models[1], ids[1:])])

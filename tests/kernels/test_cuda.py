@@ -251,7 +251,7 @@ def test_clipping_and_adamw_together(cuda_kernels, dtype):
         scale, found = np.ones((), dtype), []
         for step, (size, loss) in enumerate([(1e-3, 2.0), (1.0, 1.0), (1.0, np.nan), (1e-3, 1.0), (np.inf, 1.0)], 1):
             g = (size * rng.standard_normal(3000)).astype(dtype)
-            found += [kernels.clip(g, np.array(loss, dtype), 1.0, scale), scale.copy()]
+            found += [kernels.clip_factor(g, np.array(loss, dtype), 1.0, scale), scale.copy()]
             settings = {"step": step, "lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
             kernels.adamw(p, g, m, v, AdamWStep(**settings, scale=scale))
             found += [p.copy(), m.copy(), v.copy()]

@@ -107,6 +107,29 @@ def test_a_copy_of_a_model_has_its_own_weights(model, rng, copied):
     assert np.shares_memory(other.flat.data, other.wte.weight.data)
 
 
+def test_a_deep_copy_keeps_the_gradients(model, rng):
+    ids = rng.integers(0, model.config.vocab_size, (2, 8))
+    model(ids, ids)[1].backward()
+    np.testing.assert_array_equal(copy.deepcopy(model).flat.grad, model.flat.grad)
+
+
+def test_a_shallow_copy_of_the_parameters_leaves_the_original_whole(model):
+    same = copy.copy(model.parameters())
+    assert list(same) == list(model.parameters())
+    model.flat.check()
+
+
+def test_clearing_some_gradients_keeps_the_flat_array_whole(model, rng):
+    ids = rng.integers(0, model.config.vocab_size, (2, 8))
+    model(ids, ids)[1].backward()
+    model.blocks[0].zero_grad()
+    AdamW(list(model.parameters())[:2]).zero_grad()
+    model.flat.check()
+    assert not model.blocks[0].attn.qkv.weight.grad.any()
+    assert not model.wte.weight.grad.any()
+    assert model.blocks[1].attn.qkv.weight.grad.any()
+
+
 def test_listing_the_parameters_of_a_block_changes_nothing(model):
     flat = model.parameters()
     assert sum(p.size for p in model.blocks[0].parameters()) < model.num_parameters()

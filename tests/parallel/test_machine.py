@@ -16,7 +16,7 @@ from npgpt.parallel import machine
     ("kernel", "avx512", "words"),
     [
         ("SkylakeX", True, r"openblas 0\.3 \(SkylakeX kernels\)$"),
-        ("Haswell", True, "AVX-512 unused"),
+        ("Haswell", True, "AVX-512 is unused"),
         ("Haswell", False, r"kernels\)$"),
     ],
 )
@@ -26,7 +26,7 @@ def test_the_blas_is_described(monkeypatch, kernel, avx512, words):
     monkeypatch.setattr(machine, "_has_avx512", lambda: avx512)
     monkeypatch.setenv("OPENBLAS_CORETYPE", kernel)
     assert re.search(words, machine.describe_blas())
-    assert ("OPENBLAS_CORETYPE=Haswell" in machine.describe_blas()) == (words == "AVX-512 unused")
+    assert ("OPENBLAS_CORETYPE=Haswell" in machine.describe_blas()) == (words == "AVX-512 is unused")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux has glibc")

@@ -26,7 +26,7 @@ def in_processes():
     model = GPT(CONFIG, seed=1)
     with Workers(3) as workers:
         step = ParallelStep(model, workers, 1)
-        step.use(Processes)
+        step.use_remote_workers(Processes)
         yield step, model
         step.close()
 
@@ -59,7 +59,7 @@ def test_threads_replace_a_process_that_dies(in_processes):
     for child in step._remote._children[:1]:
         child.kill()
         child.wait()
-    with pytest.warns(RuntimeWarning, match="a worker process has died .*; going on with threads"):
+    with pytest.warns(RuntimeWarning, match="a worker process has died, .*; training continues with threads"):
         assert step(*batch(), seed=3, number=4) == expected
     assert step(*batch(), seed=3, number=4) == expected
 
@@ -81,7 +81,7 @@ def test_processes_do_not_import_from_the_current_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with Workers(2) as workers:
         step = ParallelStep(GPT(CONFIG, seed=1), workers, 1)
-        step.use(Processes)
+        step.use_remote_workers(Processes)
         assert np.isfinite(step(*batch(), seed=3, number=4))
         step.close()
 
@@ -106,7 +106,7 @@ def test_processes_end_with_their_parent():
         "config = GPTConfig(11, block_size=8, n_layer=1, n_head=2, n_embd=8)\n"
         "ids = np.zeros((7, 8), dtype=int)\n"
         "step = ParallelStep(GPT(config, seed=1), Workers(3).__enter__(), 1)\n"
-        "step.use(Processes)\n"
+        "step.use_remote_workers(Processes)\n"
         "step(ids, ids, seed=3, number=4)\n"
         "print(*[child.pid for child in step._remote._children], flush=True)\n"
         "os._exit(0)\n"

@@ -9,7 +9,7 @@ from npgpt import (
     RequestError,
 )
 from npgpt.storage import files
-from npgpt.storage.files import lock, whole_file
+from npgpt.storage.files import atomic_write, lock
 
 
 def test_a_lock_is_held_once_and_released(tmp_path):
@@ -38,7 +38,7 @@ def nothing(path):
 def test_a_file_is_replaced_at_the_end_of_the_block(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(b"old")
-    with whole_file(path, nothing) as file:
+    with atomic_write(path, nothing) as file:
         file.write(b"new")
         assert path.read_bytes() == b"old"
     assert path.read_bytes() == b"new"
@@ -52,7 +52,7 @@ def test_an_error_in_the_block_leaves_the_old_file(tmp_path, existing):
         path.write_bytes(existing)
 
     def write_half():
-        with whole_file(path, nothing) as file:
+        with atomic_write(path, nothing) as file:
             file.write(b"half")
             raise ZeroDivisionError
 
@@ -71,7 +71,7 @@ def test_a_file_that_fails_its_check_is_not_kept(tmp_path):
         seen.append(written.read_bytes())
         raise OSError(errno.EIO, "refused")
 
-    with pytest.raises(OSError, match="refused") as caught, whole_file(path, refuse) as file:
+    with pytest.raises(OSError, match="refused") as caught, atomic_write(path, refuse) as file:
         file.write(b"new")
     assert caught.value.filename == str(path)
     assert seen == [b"new"]
@@ -83,10 +83,10 @@ def test_a_copy_is_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "COPY_BYTES", 7)
     source, path = tmp_path / "a", tmp_path / "b"
     source.write_bytes(bytes(range(256)))
-    files.copy_whole(source, path)
+    files.atomic_copy(source, path)
     assert path.read_bytes() == source.read_bytes()
     with pytest.raises(FileNotFoundError):
-        files.copy_whole(tmp_path / "none", path)
+        files.atomic_copy(tmp_path / "none", path)
     assert path.read_bytes() == source.read_bytes()
     assert sorted(tmp_path.iterdir()) == [source, path]
 

@@ -34,9 +34,9 @@ def event(name, step):
 
 def test_the_names_of_the_files(tmp_path):
     files = RunFiles(tmp_path / "a.model.npz")
-    found = [path.name for path in files.all()]
+    found = [path.name for path in files.paths()]
     assert found == ["a.model.npz", "a.model.last.npz", "a.model.jsonl", "a.model.crash.npz"]
-    assert files.previous.name == "a.model.previous.npz"
+    assert files.previous_paths()[0].name == "a.model.previous.npz"
     assert files.log == log_path(files.best)
     with pytest.raises(RequestError, match=r"out must end in \.npz, got .*model\.txt"):
         RunFiles(tmp_path / "model.txt")
@@ -46,7 +46,7 @@ def test_the_names_of_the_files(tmp_path):
 
 
 def test_claiming_sets_the_files_of_an_earlier_run_aside(files, tmp_path):
-    for path in files.all():
+    for path in files.paths():
         path.write_text(path.name, encoding="utf-8")
     assert files.claim() is False
     aside = ["model.previous.crash.npz", "model.previous.jsonl", "model.previous.last.npz", "model.previous.npz"]
@@ -74,7 +74,24 @@ def test_only_one_earlier_run_is_kept(files, tmp_path):
     files.best.write_text("second", encoding="utf-8")
     RunFiles(files.best).claim()
     assert names(tmp_path) == ["model.previous.npz"]
-    assert files.previous.read_text(encoding="utf-8") == "second"
+    assert files.previous_paths()[0].read_text(encoding="utf-8") == "second"
+
+
+def test_the_files_set_aside_are_of_one_run(files, tmp_path):
+    """A crash file of the run before the last one does not stay beside the files of the last one."""
+    for path in files.paths():
+        path.write_text("first", encoding="utf-8")
+    files.claim()
+    files.best.write_text("second", encoding="utf-8")
+    RunFiles(files.best).claim()
+    assert names(tmp_path) == ["model.previous.npz"]
+
+
+def test_nothing_to_set_aside_leaves_the_earlier_files(files, tmp_path):
+    files.best.write_text("first", encoding="utf-8")
+    files.claim()
+    RunFiles(files.best).claim()
+    assert names(tmp_path) == ["model.previous.npz"]
 
 
 def test_adopted_files_are_kept(files, tmp_path):

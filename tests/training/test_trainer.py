@@ -9,6 +9,7 @@ import pytest
 
 import npgpt
 from npgpt import GPT, AdamW, Dataset, GPTConfig, RequestError, TrainConfig, Trainer, evaluate
+from npgpt.evaluation.loss import Loss
 from npgpt.parallel.processes import Processes
 from npgpt.storage.run import RunFiles
 from npgpt.training.events import Evaluation, Outcome, Step
@@ -143,6 +144,37 @@ def test_divergence_leaves_the_weights_unchanged(text, tokenizer, small_config, 
     assert "lower the learning rate" in end.advice
     np.testing.assert_array_equal(trainer.model.parameters().data, before)
     assert np.isfinite(npgpt.load(out).model.parameters().data).all()
+
+
+def test_an_evaluation_whose_save_fails_is_repeated(text, tokenizer, small_config, tmp_path, monkeypatch):
+    """After the disk is free again, iterating once more gives the run that never failed."""
+    dataset = Dataset(tokenizer.encode_array(text[:4000]), small_config.block_size, 4)
+    straight = Trainer(GPT(small_config), tokenizer, dataset, quick(), tmp_path / "straight.npz")
+    list(straight.run())
+    trainer = Trainer(GPT(small_config), tokenizer, dataset, quick(), tmp_path / "model.npz")
+    failures = iter([False, True])  # the second save fails
+    real = trainer.files.save
+
+    def save(checkpoint, is_best):
+        if next(failures, False):
+            raise OSError("no space left on device")
+        real(checkpoint, is_best)
+
+    monkeypatch.setattr(trainer.files, "save", save)
+    with pytest.raises(OSError, match="no space left"):
+        list(trainer.run())
+    list(trainer.run())
+    assert trainer.progress == straight.progress
+    np.testing.assert_array_equal(trainer.model.flat.data, straight.model.flat.data)
+
+
+def test_an_infinite_validation_loss_is_the_reason(text, tokenizer, small_config, tmp_path, monkeypatch):
+    loss = Loss(math.inf, None, 10)
+    monkeypatch.setattr("npgpt.training.trainer.evaluate", lambda *arguments: loss)
+    _, events = run(text[:4000], tokenizer, small_config, quick(), tmp_path / "model.npz")
+    assert events[-1].outcome is Outcome.DIVERGED
+    assert events[-1].reason == "the validation loss or the logits of a sample are not finite"
+    assert not RunFiles(tmp_path / "model.npz").crash.exists()
 
 
 @pytest.mark.parametrize("val_fraction", [0.1, 0.0])

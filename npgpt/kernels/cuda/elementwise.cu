@@ -67,7 +67,7 @@ extern "C" __global__ void sum_of_squares(const A* x, A* partial, long long n) {
 
 // The grid is one warp. It adds up the n partial sums; the square root is the gradient's norm. It writes to scale the factor that makes the norm
 // at most max_norm; or -1 if the loss or the norm is not finite, or scale was negative already. It writes (loss, norm) to seen.
-extern "C" __global__ void clip(const A* partial, long long n, const A* loss, double max_norm, A* scale, A* seen) {
+extern "C" __global__ void clip_factor(const A* partial, long long n, const A* loss, double max_norm, A* scale, A* seen) {
     A sum = 0;
     for (long long i = lane(); i < n; i += WARP) sum += partial[i];
     A norm = sqrt(warp_sum(sum));

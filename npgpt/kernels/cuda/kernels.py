@@ -255,14 +255,14 @@ class CudaKernels(Kernels):
     #
     # The GPU decides whether a step may change the weights. If the host decided, it would have to wait for the loss.
 
-    def clip(self, gradient: Array, loss: Array, max_norm: float, scale: Array) -> Array:
+    def clip_factor(self, gradient: Array, loss: Array, max_norm: float, scale: Array) -> Array:
         if not (_are_parameters(gradient, loss, scale) and gradient.size and gradient.flags.c_contiguous):
-            return super().clip(gradient, loss, max_norm, scale)
+            return super().clip_factor(gradient, loss, max_norm, scale)
         dtype, blocks = gradient.dtype, min(MAX_SUM_BLOCKS, -(-gradient.size // THREADS))
         partial, seen = self.xp.empty(blocks * (THREADS // 32), dtype=dtype), self.xp.empty(2, dtype=dtype)
         self._launch("sum_of_squares", dtype.name, (blocks, 1), THREADS, (gradient, partial, gradient.size))
         arguments = (partial, partial.size, loss, float(max_norm), scale, seen)
-        self._launch("clip", dtype.name, (1, 1), 32, arguments)
+        self._launch("clip_factor", dtype.name, (1, 1), 32, arguments)
         return seen
 
     def adamw(self, parameter: Array, gradient: Array, exp_avg: Array, exp_avg_sq: Array, numbers: AdamWStep) -> None:
