@@ -88,4 +88,8 @@ class BreakableStream:
 def silence(stream: Any) -> None:
     """Discard everything that is written to a stream from now on."""
     with contextlib.suppress(OSError):  # the stream is not a file
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        descriptor = stream.fileno()
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        if nowhere != descriptor:
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)

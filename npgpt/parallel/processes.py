@@ -188,10 +188,11 @@ class Processes:
 
 def work(answers_fd: int) -> None:
     """The loop of a worker process. It ends when its parent closes the pipe or dies."""
-    answers, tasks = os.fdopen(answers_fd, "wb"), sys.stdin.buffer
+    tasks = sys.stdin.buffer
     keep_freed_memory()
     # The parent may end at any moment, even in the middle of a message. Then this process ends too.
-    with blas_threads(1), contextlib.suppress(EOFError, BrokenPipeError, pickle.UnpicklingError):
+    ends = contextlib.suppress(EOFError, BrokenPipeError, pickle.UnpicklingError)
+    with blas_threads(1), ends, os.fdopen(answers_fd, "wb") as answers:
         setup = pickle.load(tasks)
         memory = SharedMemory.open(setup["memory"], setup["size"])
         model = GPT(GPTConfig(**setup["config"]), seed=None, dtype=np.dtype(setup["dtype"]))

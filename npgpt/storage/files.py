@@ -57,7 +57,7 @@ def atomic_write(path: Path, verify: Callable[[Path], None]) -> Iterator[BinaryI
     except BaseException as error:
         with contextlib.suppress(OSError):  # the first error says more than this one
             temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # an error of a write has no file name
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:  # as after a failed write
             error.filename = str(path)
         raise
     _sync_folder(path.parent)
@@ -139,8 +139,9 @@ def lock(path: Path, what: str) -> Iterator[None]:
     finally:
         if sys.platform == "win32":  # there, an open file cannot be removed
             file.close()
-        with contextlib.suppress(OSError):  # another run has the lock already, or the folder is gone
-            path.unlink()
+        with contextlib.suppress(OSError):  # the folder may be gone
+            if sys.platform == "win32" or _is_at(file.fileno(), path):  # if not, the lock there is another run's
+                path.unlink()
         file.close()
 
 

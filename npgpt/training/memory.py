@@ -24,8 +24,9 @@ def estimate_memory(model: GPTConfig, config: TrainConfig) -> int:
     per_block = 12 * c + 2 * d_ff  # biases and norms
     parameters = (2 * v + model.block_size) * c + model.n_layer * (c * (4 * c + 2 * d_ff) + per_block)
     masks = 1 if model.dropout > 0 else 0
-    # For each token and block: the inputs of the layer norms, qkv, the output of attention, the residual masks; the output of
-    # fc, and GELU's slope and output; the exponentials of attention up to the diagonal, with and without dropout.
+    # For each token and block: the normalised x and the output of both layer norms, qkv, the output of attention, the residual
+    # masks; the output of fc, and GELU's slope and output; the exponentials of attention up to the diagonal, with and without
+    # dropout.
     attention = model.n_head * (model.block_size + QUERY_BLOCK) / 2 * (1 + masks)
     kept = model.n_layer * (8 * c + 2 * masks * c + 3 * d_ff + attention) + (2 + masks) * c + 2 * v
     temporaries = max(3 * d_ff, 2 * model.n_head * model.block_size, 4 * v)

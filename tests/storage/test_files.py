@@ -35,6 +35,19 @@ def nothing(path):
     """A check that accepts every file."""
 
 
+@pytest.mark.skipif(os.name != "posix", reason="an open file cannot be removed elsewhere")
+def test_a_lock_of_another_run_is_not_removed(tmp_path):
+    """Somebody removes the lock file by hand, and another run takes a new lock."""
+    path = tmp_path / "lock"
+    with lock(path, "model.npz"):
+        path.unlink()
+        other = lock(path, "model.npz")
+        other.__enter__()
+    assert path.exists()
+    other.__exit__(None, None, None)
+    assert not path.exists()
+
+
 def test_a_file_is_replaced_at_the_end_of_the_block(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(b"old")
