@@ -28,7 +28,7 @@ train: .venv/.core ## train on DATA (a path, or a name under data/), write OUT
 test: .venv/.test ## run all tests
 	$(VENV_BIN)/python -m pytest -n auto
 
-soak: .venv/.test ## run the reliability tests at full size: kills, faults, damaged files; a quarter of an hour
+soak: .venv/.test ## run the reliability tests at full size: kills, faults, damaged files; about seven minutes
 	$(VENV_BIN)/python tests/studies/soak.py $(ARGS)
 
 lint: .venv/.dev ## check style and types
