@@ -105,6 +105,26 @@ class Tensor:
         """A Tensor of the same array without its graph: no gradient flows back from it."""
         return Tensor(self.data)
 
+    def __float__(self) -> float:
+        return float(self.item())
+
+    def __int__(self) -> int:
+        return int(self.item())
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """For `np.asarray(tensor)`: the values in host memory, without the graph."""
+        return np.array(self.numpy(), dtype=dtype, copy=copy)
+
+    def __format__(self, spec: str) -> str:
+        """The format of the number, for a tensor with one element. Other tensors have no format but the empty one."""
+        return format(self.item(), spec) if spec and self.size == 1 else object.__format__(self, spec)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leaves can be copied and pickled. Raises RuntimeError for a result, because its copy would have no graph."""
+        if self._node is not None:
+            raise RuntimeError("a copy of a result would not be part of its graph; copy tensor.detach(), or the leaves")
+        return _leaf, (self.data, self.grad, self.requires_grad)
+
     def __repr__(self) -> str:
         values = np.array2string(self.numpy(), separator=", ", threshold=20, prefix="Tensor(")
         return f"Tensor({values}, dtype={self.dtype}{', requires_grad=True' if self.requires_grad else ''})"
@@ -149,6 +169,36 @@ class Tensor:
             add_to_leaf(self, gradient)
         else:
             walk_back(self._node, gradient)
+
+    # ---------------------------------------------------------------- comparisons
+    #
+    # The result is a boolean Tensor, element by element, for masks. No gradient flows through it.
+
+    def __eq__(self, other: object) -> Any:
+        return self._compare(np.equal, other)
+
+    def __ne__(self, other: object) -> Any:
+        return self._compare(np.not_equal, other)
+
+    def __lt__(self, other: Any) -> Any:
+        return self._compare(np.less, other)
+
+    def __le__(self, other: Any) -> Any:
+        return self._compare(np.less_equal, other)
+
+    def __gt__(self, other: Any) -> Any:
+        return self._compare(np.greater, other)
+
+    def __ge__(self, other: Any) -> Any:
+        return self._compare(np.greater_equal, other)
+
+    __hash__ = object.__hash__  # by identity, so that Tensors can be keys
+
+    def _compare(self, function: np.ufunc, other: Any) -> Any:
+        if other is None or isinstance(other, str):
+            return NotImplemented
+        compare = getattr(self.backend.xp, function.__name__)
+        return Tensor(self.backend.xp.asarray(compare(self.data, _operand(self, other)[1])))
 
     # ---------------------------------------------------------------- arithmetic
     #
@@ -204,9 +254,14 @@ class Tensor:
             return record(y, (self,), lambda dy: (dy * (b_data * a_data ** (b_data - 1) if b_data != 0 else 0.0),))
         return _binary(y, self, b, da, db)
 
-    def __rpow__(self, base: Scalar) -> Tensor:
-        y = base**self.data
-        return record(y, (self,), lambda dy: (dy * y * math.log(base),))
+    def __rpow__(self, base: Any) -> Tensor:
+        """base ** self. Where the base is 0 the gradient is 0; where it is negative the derivative does not exist: NaN."""
+        b, b_data = _operand(self, base)
+        if b is not None:
+            return b**self
+        y = b_data**self.data
+        log = math.log(b_data) if b_data > 0 else 0.0 if b_data == 0 else math.nan
+        return record(y, (self,), lambda dy: (dy * y * log,))
 
     def __neg__(self) -> Tensor:
         return record(-self.data, (self,), lambda dy: (-dy,))
@@ -311,9 +366,22 @@ def _operand(like: Tensor, other: Any) -> tuple[Tensor | None, Any]:
     if isinstance(other, int | float | np.generic):
         return None, other.item() if isinstance(other, np.generic) else other
     if not isinstance(other, Tensor):
-        other = Tensor(other)
+        other = Tensor(np.asarray(other, dtype=_list_dtype(like, other)) if isinstance(other, list | tuple) else other)
     backend_of(like.data, other.data)
+    if is_float(like.dtype) and other.dtype.kind in "iub":  # integers do not widen a float tensor, as numbers do not
+        other = Tensor(other.data.astype(like.dtype))
     return other, other.data
+
+
+def _list_dtype(like: Tensor, values: Any) -> Any:
+    """The dtype for a list beside a tensor: a float tensor's own, so that no digit is lost and none is added."""
+    return like.dtype if is_float(like.dtype) else None
+
+
+def _leaf(data: Array, grad: Array | None, requires_grad: bool) -> Tensor:
+    leaf = Tensor(data, requires_grad)
+    leaf.grad = grad
+    return leaf
 
 
 def _binary(data: Array, a: Tensor, b: Tensor | None, da: Callable[[Array], Array], db: Callable[[Array], Array]) -> Tensor:

@@ -1,12 +1,14 @@
 """Watching operations and the walk back, to find where a wrong number comes from.
 
-`detect_anomaly` stops at the first operation that gives a number that is not finite. `Trace` lists every operation with
+`detect_anomaly` stops at the first operation that gives a number that is not finite, or whose arrays were changed in place
+before its backward pass. `Trace` lists every operation with
 the gradient of its output, and can shift the result of one operation; gradcheck.py uses it to find the first wrong
 gradient. Both are slow. Ordinary training uses neither.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -30,18 +32,41 @@ class NonFiniteError(FloatingPointError):
         self.op, self.leaf = op, leaf
 
 
+class InPlaceError(RuntimeError):
+    """Under `detect_anomaly`: an array was changed in place between an operation's forward and its backward pass."""
+
+
 def detect_anomaly() -> AbstractContextManager[None]:
-    """Inside `with`, the first operation whose result or gradient is not finite raises NonFiniteError."""
-    return watched(_FiniteCheck())
+    """Inside `with`, the first operation that goes wrong raises an error with its name.
+
+    NonFiniteError: its result or its gradient is not finite. InPlaceError: one of its inputs, or its result, was changed in
+    place before its backward pass, so its gradient would be wrong. For the second check every array is hashed twice and kept
+    until the backward pass.
+    """
+    return watched(_AnomalyCheck())
 
 
-class _FiniteCheck(Watch):
+class _AnomalyCheck(Watch):
     def __init__(self) -> None:
         self._leaf: Leaf | None = None  # the last leaf that an operation used
+        self._arrays: list[Array] = []  # of the last operation: its result and its inputs
+        self._hashes: dict[Node, tuple[str, list[tuple[Array, bytes]]]] = {}  # (operation, its arrays and their hashes)
 
     def result(self, backward: Backward, data: Array, inputs: tuple[Any, ...]) -> Array:
         self._check("forward", backward, data, [t for t in inputs if t._node is None and t.requires_grad])
+        self._arrays = [data, *(t.data for t in inputs)]
         return data
+
+    def recorded(self, node: Node) -> None:
+        self._hashes[node] = name_of(node.backward), [(array, _hash(array)) for array in self._arrays]
+
+    def output_gradient(self, node: Node, dy: Array) -> None:
+        op, arrays = self._hashes.pop(node, ("", []))
+        if any(_hash(array) != before for array, before in arrays):
+            raise InPlaceError(
+                f"an input or the result of {op} was changed in place after its forward pass, so its gradient would be wrong; "
+                "write to a copy instead"
+            )
 
     def input_gradient(
         self, node: Node, backward: Backward, dx: Array | SliceGradient, inputs: Sequence[Node | Leaf | None]
@@ -54,6 +79,10 @@ class _FiniteCheck(Watch):
         array = np.asarray(array) if isinstance(array, np.generic) else array  # NumPy's result for one element
         if not backend_of(array).xp.isfinite(array).all():
             raise NonFiniteError(name_of(backward), direction, array, self._leaf)
+
+
+def _hash(array: Array) -> bytes:
+    return hashlib.blake2b(np.ascontiguousarray(to_numpy(array)).tobytes(), digest_size=8).digest()
 
 
 class Trace(Watch):

@@ -1,7 +1,8 @@
 """Modules, and the flat arrays that hold all parameters of a model. No layers and no GPT.
 
-A `Module` finds its parameters (Tensors that require a gradient) in its attributes, in the modules among them, and in lists of
-modules. It ignores other attributes. The name of a parameter is its attribute path, such as `blocks.0.attn.qkv.weight`.
+A `Module` finds its parameters (Tensors that require a gradient) in its attributes, in the modules among them, and in
+lists, tuples and dictionaries of these. It ignores other attributes. The name of a parameter is its attribute path, such as
+`blocks.0.attn.qkv.weight`.
 """
 
 from __future__ import annotations
@@ -96,14 +97,7 @@ class Module:
     def named_parameters(self, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
         """(dotted name, parameter) for every parameter, in the order in which the attributes were set."""
         for name, value in vars(self).items():
-            if isinstance(value, Tensor) and value.requires_grad:
-                yield prefix + name, value
-            elif isinstance(value, Module):
-                yield from value.named_parameters(f"{prefix}{name}.")
-            elif isinstance(value, list) and not isinstance(value, Parameters):
-                for i, item in enumerate(value):
-                    if isinstance(item, Module):
-                        yield from item.named_parameters(f"{prefix}{name}.{i}.")
+            yield from _parameters_in(value, prefix + name)
 
     def parameters(self) -> list[Tensor]:
         """All parameters: a `Parameters` after `flatten_parameters`, else a plain list."""
@@ -145,6 +139,18 @@ class Module:
             raise ValueError("the weights do not fit the model: " + "; ".join(problems))
         for name, p in own.items():
             p.data[...] = p.backend.asarray(state[name], dtype=p.dtype)
+
+
+def _parameters_in(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """(dotted name, parameter) for the parameters in an attribute: a Tensor, a Module, or a container of these."""
+    if isinstance(value, Tensor):
+        if value.requires_grad:
+            yield name, value
+    elif isinstance(value, Module):
+        yield from value.named_parameters(f"{name}.")
+    elif isinstance(value, list | tuple | dict) and not isinstance(value, Parameters):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _parameters_in(item, f"{name}.{key}")
 
 
 def zero_grad(parameters: list[Tensor]) -> None:

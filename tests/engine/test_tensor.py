@@ -1,13 +1,15 @@
 """The engine: recording a graph, the backward pass, memory, dtypes, and the operations' results by hand."""
 
+import copy
 import gc
+import pickle
 import threading
 import weakref
 
 import numpy as np
 import pytest
 
-from npgpt import Tensor, no_grad, ops
+from npgpt import Tensor, gradcheck, no_grad, ops
 from npgpt.engine.backend import CPU
 from npgpt.engine.tensor import record
 
@@ -296,3 +298,94 @@ def test_dropout_statistics():
         assert abs(rows.std() - np.sqrt(p * (1 - p) / 500)) < 0.004
     assert ops.dropout(x, 0.0, np.random.default_rng(0)) is x
     assert ops.dropout(x, 0.5, None) is x
+
+
+# ---------------------------------------------------------------- what Python and NumPy do with a Tensor
+
+
+def test_comparisons_give_boolean_tensors():
+    a, b = Tensor([0.0, 1.0, 2.0], requires_grad=True), Tensor([2.0, 1.0, 0.0])
+    for found, expected in [
+        (a == 0, [True, False, False]),
+        (a != 0, [False, True, True]),
+        (a < b, [True, False, False]),
+        (a <= b, [True, True, False]),
+        (a > np.ones(3), [False, False, True]),
+        (a >= [1, 1, 1], [False, True, True]),
+        (a < 1, [True, False, False]),
+    ]:
+        assert isinstance(found, Tensor)
+        assert found.dtype == np.bool_
+        assert not found.requires_grad
+        np.testing.assert_array_equal(found.data, expected)
+    assert (a == None) is False  # noqa: E711
+    assert a != "a"
+    assert {a: 1}[a] == 1  # Tensors are keys by identity
+
+
+def test_a_comparison_is_a_mask():
+    a = Tensor([0.0, 1.0, 2.0], requires_grad=True)
+    y = ops.masked_fill(a, a == 0, -9.0)
+    np.testing.assert_array_equal(y.data, [-9, 1, 2])
+    y.sum().backward()
+    np.testing.assert_array_equal(a.grad, [0, 1, 1])
+
+
+def test_a_tensor_of_one_element_is_a_number():
+    loss = (Tensor([1.5], requires_grad=True) * 2).sum()
+    assert float(loss) == 3.0
+    assert int(loss) == 3
+    assert f"{loss:.3f}" == "3.000"
+    assert f"{loss}" == str(loss)
+    with pytest.raises(TypeError, match="unsupported format"):
+        f"{Tensor([1.0, 2.0]):.3f}"
+    with pytest.raises(ValueError, match="size 1"):
+        float(Tensor([1.0, 2.0]))
+
+
+def test_numpy_takes_the_values():
+    a = leaf(2, 3)
+    np.testing.assert_array_equal(np.asarray(a), a.data)
+    assert np.asarray(a, dtype=np.float32).dtype == np.float32
+    assert np.shares_memory(np.asarray(a), a.data)
+    assert not np.shares_memory(np.array(a), a.data)
+    with pytest.raises(TypeError, match="ufunc"):
+        np.exp(a)
+
+
+@pytest.mark.parametrize("base", [np.array([0.5, 2.0, 3.0]), np.array([[1.5], [2.0]]), 0, 1, 2.5])
+def test_the_gradient_of_a_power_of_any_base(base):
+    gradcheck(lambda x: base**x, [np.array([0.5, 2.0, 3.0])])
+
+
+def test_powers_of_zero_and_of_negative_numbers_are_numpys():
+    x = Tensor(np.array([0.0, 1.0, 2.0]), requires_grad=True)
+    for base in (0, -2, np.array([0.0, -2.0, -3.0])):
+        y = base**x
+        np.testing.assert_array_equal(y.data, np.asarray(base, float) ** x.data)
+    (0**x).sum().backward()
+    np.testing.assert_array_equal(x.grad, [0, 0, 0])
+    ((-2) ** x).sum().backward()
+    assert np.isnan(x.grad).all()  # a power of a negative number has no derivative
+
+
+@pytest.mark.parametrize("other", [np.arange(3), [0, 1, 2], [0.1, 1.1, 2.1], np.array([True, False, True]), (1, 2, 3)], ids=str)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_integers_and_lists_keep_the_dtype(other, dtype):
+    a = Tensor(np.ones(3, dtype), requires_grad=True)
+    for y in (a + other, other + a, a * other, a - other, other / a):
+        assert y.dtype == dtype
+    np.testing.assert_array_equal((a * other).data, np.asarray(other, dtype))
+
+
+def test_leaves_can_be_copied_and_results_cannot():
+    a = Tensor([1.0, 2.0], requires_grad=True)
+    (a * 3).sum().backward()
+    for copied in (copy.copy(a), copy.deepcopy(a), pickle.loads(pickle.dumps(a))):
+        assert copied.requires_grad
+        np.testing.assert_array_equal(copied.data, a.data)
+        np.testing.assert_array_equal(copied.grad, a.grad)
+    for copies in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(RuntimeError, match=r"not be part of its graph; copy tensor\.detach\(\)"):
+            copies(a * 2)
+    assert not copy.deepcopy((a * 2).detach()).requires_grad
