@@ -17,6 +17,7 @@ from npgpt.config.fields import RequestError
 from npgpt.text.characters import CharTokenizer
 
 BYTES_PER_PIECE = 1 << 26  # malloc returns freed blocks of this size to the system
+DECODED_AT_ONCE = 1 << 20  # bytes: one wide character makes Python hold a whole string in four bytes a character
 
 Track = Callable[..., Iterable[Any]]  # track(iterable, total=..., desc=..., unit=..., unit_scale=...), as tqdm
 
@@ -40,20 +41,50 @@ def read_ids(
 
     tokenizer: None builds one from the text. track: shows the progress, as `tqdm` does.
 
-    The text may have any size. The time grows in proportion to it. Memory holds the text (one byte for most characters) or
-    the ids, never both as a whole. Raises RequestError as `read_text` does, and for a character that the given tokenizer
-    does not know.
+    The text may have any size. The time grows in proportion to it. Memory holds the text as UTF-8, or the ids, never both as
+    a whole. Raises RequestError as `read_text` does, and for a character that the given tokenizer does not know.
     """
     track = track or _untracked
-    pieces = deque(_pieces_of(path, track))
-    tokenizer = tokenizer or CharTokenizer.build_vocab(pieces)
-    ids = np.empty(sum(map(len, pieces)), dtype=tokenizer.id_dtype)
-    done = 0
-    for _ in track(range(len(pieces)), total=len(pieces), desc="Encoding", **_MIB_PER_PIECE):
-        piece = pieces.popleft()  # each piece is freed after it is encoded
+    text = _StoredText()
+    pieces = text.storing(_pieces_of(path, track))
+    if tokenizer is None:
+        tokenizer = CharTokenizer.build_vocab(pieces)
+    else:
+        deque(pieces, maxlen=0)  # only stores them
+    ids, done = np.empty(text.length, dtype=tokenizer.id_dtype), 0
+    for piece in text.taken(track):
         ids[done : done + len(piece)] = tokenizer.encode_array(piece, position=done)
         done += len(piece)
     return tokenizer, ids
+
+
+class _StoredText:
+    """A text that is stored once, as UTF-8, and taken back piece by piece. Its memory is freed as it is taken."""
+
+    def __init__(self) -> None:
+        self._parts: deque[bytes] = deque()
+        self.length = 0  # in characters
+
+    def storing(self, pieces: Iterable[str]) -> Iterator[str]:
+        """Store pieces of a text, and pass them on."""
+        part = bytearray()
+        for piece in pieces:
+            part += piece.encode()
+            self.length += len(piece)
+            if len(part) >= BYTES_PER_PIECE:
+                self._parts.append(bytes(part))
+                part = bytearray()
+            yield piece
+        self._parts.append(bytes(part))
+
+    def taken(self, track: Track) -> Iterator[str]:
+        """Take the text back, in pieces."""
+        for _ in track(range(len(self._parts)), total=len(self._parts), desc="Encoding", **_MIB_PER_PIECE):
+            decoder = codecs.getincrementaldecoder("utf-8")()
+            part = self._parts.popleft()
+            for start in range(0, len(part), DECODED_AT_ONCE):
+                if piece := decoder.decode(part[start : start + DECODED_AT_ONCE]):
+                    yield piece
 
 
 _MIB_PER_PIECE = {"unit": "MiB", "unit_scale": BYTES_PER_PIECE >> 20}
@@ -77,7 +108,7 @@ def _pieces_of(path: str | Path, track: Track = _untracked) -> Iterator[str]:
 
 
 def decoded(pieces: Iterable[bytes], name: str) -> Iterator[str]:
-    """Decode pieces of bytes to pieces of text. name: the source of the bytes, for messages.
+    """Decode pieces of bytes to pieces of text, of DECODED_AT_ONCE bytes at most. name: the source, for messages.
 
     Raises RequestError as `read_text` does.
     """
@@ -89,10 +120,12 @@ def decoded(pieces: Iterable[bytes], name: str) -> Iterator[str]:
                 raise RequestError(f"{name} is UTF-16, expected UTF-8; save it as UTF-8 and try again")
             if (nul := raw.find(b"\0")) >= 0:
                 raise RequestError(f"{name} is not a text file: it has a NUL byte at offset {done + nul}")
-            done += len(raw)
-            piece = decoder.decode(raw)
-            empty = empty and not piece
-            yield piece
+            for start in range(0, len(raw), DECODED_AT_ONCE):
+                part = raw[start : start + DECODED_AT_ONCE]
+                done += len(part)
+                piece = decoder.decode(part)
+                empty = empty and not piece
+                yield piece
         if piece := decoder.decode(b"", final=True):
             empty = False
             yield piece

@@ -1,5 +1,7 @@
 """Reading a text from a file: line ends, encodings, wrong files."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -51,3 +53,31 @@ def test_read_ids(tmp_path, monkeypatch, piece):
     assert read_ids(path, CharTokenizer("\n €𝄞enotwx"))[1].tolist() == [6, 5, 4, 0, 7, 8, 6, 1, 2, 3, 0]
     with pytest.raises(RequestError, match=r"'w' .* at position 5"):
         read_ids(path, CharTokenizer("\n €𝄞enot"))
+
+
+def test_one_wide_character_does_not_widen_the_text(tmp_path, monkeypatch):
+    """Memory is that of the text as UTF-8 and of the ids, whatever characters are in it."""
+    monkeypatch.setattr(reading, "BYTES_PER_PIECE", 1 << 22)
+    size = 24 << 20
+    plain = b"the bell rang over the water. " * (size // 30)
+    peaks = []
+    for name, content in (("plain.txt", plain), ("wide.txt", plain + "𝄞".encode())):
+        (tmp_path / name).write_bytes(content)
+        tracemalloc.start()
+        _, ids = read_ids(tmp_path / name)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert len(ids) == len(content.decode())
+    assert max(peaks) < 2.5 * size + (16 << 20), peaks
+    assert peaks[1] < 1.2 * peaks[0], peaks
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 5])
+def test_pieces_may_end_inside_a_character(tmp_path, monkeypatch, at_once):
+    monkeypatch.setattr(reading, "DECODED_AT_ONCE", at_once)
+    monkeypatch.setattr(reading, "BYTES_PER_PIECE", 7)
+    text = "aé€𝄞\nb𝄞€éa" * 3
+    path = tmp_path / "text.txt"
+    path.write_bytes(text.encode())
+    tokenizer, ids = read_ids(path)
+    assert tokenizer.decode(ids) == text == read_text(path)
