@@ -33,6 +33,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="TEXT",
         help="a text file (default: the held-out part of the text the model was trained on)",
     )
+    parser.add_argument(
+        "--unknown",
+        choices=("error", "skip", "replace"),
+        default="error",
+        help="what to do with a character that the model does not know; skip leaves it out; replace uses the other case of "
+        "the letter or the letter without its accent, or leaves it out if neither is known (default: error)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument(
         "--sample-tokens",
@@ -52,7 +59,7 @@ def _at_least_0(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     checkpoint = load(args.ckpt)
-    path, ids, held_out = judged_text(checkpoint, args.text, "name one after the flags", progress_bar)
+    path, ids, held_out = judged_text(checkpoint, args.text, "name one after the flags", progress_bar, args.unknown)
     if held_out is None:
         what, scored = f"all of {path}", ids
     elif len(held_out):

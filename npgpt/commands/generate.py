@@ -6,21 +6,29 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
+import re
 import secrets
+import select as select_module
+import stat
 import sys
 import time
+import unicodedata
 from typing import Any
 
 from npgpt.config.fields import RequestError
 from npgpt.config.settings import GenerateConfig
 from npgpt.console.flags import add_flags, settings_from
-from npgpt.console.terminal import command_parser, say
+from npgpt.console.terminal import command_parser, say, visible
 from npgpt.engine.backend import select
 from npgpt.generation.generate import Token, generate_texts
 from npgpt.storage.checkpoint import Checkpoint, load
 from npgpt.text.reading import decoded, read_text
 
 ABOUT = "write text with a trained model"
+
+ESCAPES = re.compile(r"\\(?:x([0-9a-fA-F]{2})|([ntr\\\"']))")
+MEANING = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\", '"': '"', "'": "'"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,6 +45,12 @@ def parser() -> argparse.ArgumentParser:
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue; - reads standard input (default: a line break)")
     prompt.add_argument("--prompt-file", metavar="FILE", help="a file with the text to continue")
+    parser.add_argument(
+        "--escape",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help=r"read \n, \t, \r, \\, \", \' and \xHH in --prompt and --stop as in a Python string (default: yes)",
+    )
     parser.add_argument(
         "--unknown",
         choices=("error", "skip", "replace"),
@@ -65,10 +79,11 @@ def run(args: argparse.Namespace) -> int:
     settings = GenerateConfig(**settings_from(args, GenerateConfig))
     if settings.seed is None and args.json:  # the output names the seed, so that the same text can be generated again
         settings = dataclasses.replace(settings, seed=secrets.randbits(32))
-    if "" in args.stop:
+    stops = [_typed(text, args.escape) for text in args.stop]
+    if "" in stops:
         raise RequestError("--stop must be a text of at least one character, got an empty one")
     checkpoint = load(args.ckpt, select(settings.device))
-    for stop in args.stop:
+    for stop in stops:
         if unknown := checkpoint.tokenizer.unknown(stop):
             raise RequestError(f"--stop {stop!r} can never occur: the model does not know {', '.join(map(repr, unknown))}")
     if args.prompt_file is not None:
@@ -76,11 +91,38 @@ def run(args: argparse.Namespace) -> int:
     elif args.prompt == "-":
         prompt = _from_stdin()
     elif args.prompt is None and sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty():
-        return _converse(checkpoint, settings, args)
+        return _converse(checkpoint, settings, args, stops)
+    elif args.prompt is None:
+        prompt = _piped()
     else:
-        prompt = args.prompt or ""
-    _write_samples(checkpoint, _known(checkpoint, prompt, args.unknown), settings, args)
+        prompt = _typed(args.prompt, args.escape)
+    _write_samples(checkpoint, _known(checkpoint, prompt, args.unknown), settings, args, stops)
     return 0
+
+
+def _typed(text: str, escape: bool) -> str:
+    """A text from the command line: with its escapes resolved, and with line ends as files have them after reading."""
+    if escape:
+        text = ESCAPES.sub(lambda match: chr(int(match[1], 16)) if match[1] else MEANING[match[2]], text)
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _piped() -> str:
+    """The text that another program pipes in, or that a file is redirected from; else an empty one.
+
+    A pipe without any text may stay open for ever, so it is not waited for: it may have nothing to do with this command.
+    """
+    if sys.stdin is None or sys.platform == "win32":  # where a pipe cannot be asked whether it has text
+        return ""
+    try:
+        kind = os.fstat(sys.stdin.fileno()).st_mode
+    except OSError:  # not a file of the system
+        return ""
+    if stat.S_ISREG(kind) or (stat.S_ISFIFO(kind) and select_module.select([sys.stdin], [], [], 0)[0]):
+        return _from_stdin()
+    if stat.S_ISFIFO(kind):
+        say("standard input has no text yet and is not waited for; --prompt - waits for it")
+    return ""
 
 
 def _from_stdin() -> str:
@@ -96,6 +138,8 @@ def _known(checkpoint: Checkpoint, prompt: str, unknown: str) -> str:
 
     Raises RequestError for an unknown character if `unknown` is "error".
     """
+    if checkpoint.tokenizer.unknown(prompt):  # a letter and its accent as two characters may be known as one
+        prompt = unicodedata.normalize("NFC", prompt)
     if unknown != "error":
         return checkpoint.tokenizer.without_unknown(prompt, replace=unknown == "replace")
     try:
@@ -105,8 +149,14 @@ def _known(checkpoint: Checkpoint, prompt: str, unknown: str) -> str:
     return prompt
 
 
-def _write_samples(checkpoint: Checkpoint, prompt: str, settings: GenerateConfig, args: argparse.Namespace) -> None:
-    """Write the samples to stdout, in order. The first unfinished sample is written while it is generated."""
+def _write_samples(
+    checkpoint: Checkpoint, prompt: str, settings: GenerateConfig, args: argparse.Namespace, stops: list[str]
+) -> None:
+    """Write the samples to stdout, in order. The first unfinished sample is written while it is generated.
+
+    On a terminal, control characters are made visible. Files and pipes get the text as it is.
+    """
+    shown_as = visible if sys.stdout.isatty() else str
     started, shown = time.perf_counter(), 0
     tokens: list[Token] = []
     texts = dict.fromkeys(range(settings.num_samples), "")
@@ -114,19 +164,19 @@ def _write_samples(checkpoint: Checkpoint, prompt: str, settings: GenerateConfig
     stopped: set[int] = set()
     live = not args.json
     if live:
-        sys.stdout.write(prompt)
-    for piece in generate_texts(checkpoint.model, checkpoint.tokenizer, prompt, settings, args.stop, tokens=tokens):
+        sys.stdout.write(shown_as(prompt))
+    for piece in generate_texts(checkpoint.model, checkpoint.tokenizer, prompt, settings, stops, tokens=tokens):
         texts[piece.sample] += piece.text
         done |= {piece.sample} if piece.done else set()
         stopped |= {piece.sample} if piece.stopped else set()
         if live and piece.sample == shown:
-            sys.stdout.write(piece.text)
+            sys.stdout.write(shown_as(piece.text))
         while live and shown in done:  # then the next sample is shown, and perhaps it is done already
             sys.stdout.write("\n")
             shown += 1
             if shown in texts:
                 say("----------------")
-                sys.stdout.write(prompt + texts[shown])
+                sys.stdout.write(shown_as(prompt + texts[shown]))
         sys.stdout.flush()
     if args.json:
         tokens_of: dict[int, list[Token]] = {k: [] for k in texts}
@@ -145,7 +195,7 @@ def _write_samples(checkpoint: Checkpoint, prompt: str, settings: GenerateConfig
         say(f"{len(tokens):,} tokens, {len(tokens) / max(seconds, 1e-9):,.0f} a second")
 
 
-def _converse(checkpoint: Checkpoint, settings: GenerateConfig, args: argparse.Namespace) -> int:
+def _converse(checkpoint: Checkpoint, settings: GenerateConfig, args: argparse.Namespace, stops: list[str]) -> int:
     """Ask for prompts and continue them, until end of file. Ctrl-C ends an answer."""
     with contextlib.suppress(ModuleNotFoundError):  # gives input() line editing and history; Windows does not have it
         import readline  # noqa: F401
@@ -160,7 +210,8 @@ def _converse(checkpoint: Checkpoint, settings: GenerateConfig, args: argparse.N
             say("")
             continue
         try:
-            _write_samples(checkpoint, _known(checkpoint, prompt, args.unknown), settings, args)
+            prompt = _typed(prompt, args.escape)
+            _write_samples(checkpoint, _known(checkpoint, prompt, args.unknown), settings, args, stops)
         except RequestError as error:
             say(str(error))
         except KeyboardInterrupt:

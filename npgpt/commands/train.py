@@ -18,7 +18,7 @@ from npgpt.config.fields import RequestError
 from npgpt.config.settings import PRESETS, GPTConfig, TrainConfig
 from npgpt.console.flags import add_flags, settings_from
 from npgpt.console.signals import StopRequest, interruptible
-from npgpt.console.terminal import command_parser, duration, failed, progress_bar, say
+from npgpt.console.terminal import command, command_parser, duration, failed, progress_bar, say
 from npgpt.engine.backend import select
 from npgpt.model.gpt import GPT
 from npgpt.parallel.machine import available_cores, describe_blas
@@ -280,14 +280,14 @@ def _report(trainer: Trainer, end: End, args: argparse.Namespace, files: RunFile
         if files.last.exists():
             say(f"{files.last} is the state at the last evaluation or interruption")
         if files.crash.exists():
-            say(f"repeat that step with: bin/npgpt replay {shlex.quote(str(files.crash))}")
+            say(f"repeat that step with: {command('replay')} {shlex.quote(str(files.crash))}")
     if end.advice:
         say(end.advice)
     if end.outcome is Outcome.DIVERGED:
         return 1
     best = trainer.progress
     loss = "" if best.best_loss is None else f", validation loss {best.best_loss:.4f}"
-    say(f"{files.best}: step {best.best_step}{loss}; write with: bin/generate --ckpt {shlex.quote(str(files.best))}")
+    say(f"{files.best}: step {best.best_step}{loss}; write with: {command('generate')} --ckpt {shlex.quote(str(files.best))}")
     return 0
 
 
@@ -307,4 +307,4 @@ def _resume_command(args: argparse.Namespace) -> str:
     # A resumed run with --steps may not have saved the new number of steps yet.
     asked = _asked(args, TrainConfig)
     steps = f" --steps {asked['steps']}" if args.resume is not None and "steps" in asked else ""
-    return f"bin/train {shlex.quote(args.text)}{out} --resume{steps}"
+    return f"{command('train')} {shlex.quote(args.text)}{out} --resume{steps}"

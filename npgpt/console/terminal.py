@@ -6,9 +6,14 @@ import argparse
 import contextlib
 import difflib
 import os
+import re
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NoReturn
+
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # C0 without tab and line feed, DEL, C1
+IN_BIN = ("train", "generate", "evaluate", "compare", "gradcheck", "inspect")  # the commands with a script of their own
 
 
 class Parser(argparse.ArgumentParser):
@@ -20,6 +25,9 @@ class Parser(argparse.ArgumentParser):
             flags = [flag for action in self._actions for flag in action.option_strings]
             close = difflib.get_close_matches(wrong.split("=")[0], flags, n=1)
             message = f"unknown argument {wrong}" + (f"; did you mean {close[0]}?" if close else "")
+        elif message.endswith("expected one argument"):
+            flag = message.removeprefix("argument ").split(":")[0].split("/")[-1]
+            message += f"; a value that begins with - is written {flag}=VALUE"
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
@@ -35,8 +43,21 @@ def command_parser(name: str, about: str, examples: list[str]) -> argparse.Argum
 
 
 def say(message: str, end: str = "\n") -> None:
-    """Print to stderr."""
-    print(message, file=sys.stderr, end=end, flush=True)
+    """Print to stderr. On a terminal, control characters are made visible."""
+    print(visible(message) if sys.stderr.isatty() else message, file=sys.stderr, end=end, flush=True)
+
+
+def visible(text: str) -> str:
+    """The text with escapes for control characters, which could change what a terminal does. Line breaks and tabs stay."""
+    return CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
+def command(name: str) -> str:
+    """The command as the user can type it, in the way this program was started: `bin/train`, `npgpt train`, ..."""
+    program = Path(sys.argv[0]).name
+    if program == "launch.py":  # bin/npgpt starts it
+        return f"bin/{name}" if name in IN_BIN else f"bin/npgpt {name}"
+    return f"python -m npgpt {name}" if program == "__main__.py" else f"npgpt {name}"
 
 
 def failed(name: str, message: str) -> int:

@@ -9,17 +9,18 @@ import numpy as np
 from npgpt.config.fields import RequestError
 from npgpt.storage.checkpoint import Checkpoint
 from npgpt.text.dataset import fingerprint, split
-from npgpt.text.reading import Track, read_ids
+from npgpt.text.reading import Track, read_ids, read_text
 
 
 def judged_text(
-    checkpoint: Checkpoint, asked: str | None, hint: str, track: Track | None = None
+    checkpoint: Checkpoint, asked: str | None, hint: str, track: Track | None = None, unknown: str = "error"
 ) -> tuple[str, np.ndarray, np.ndarray | None]:
     """The text to judge a model on: (its path, its ids, the held-out ids).
 
     asked: the path that the user gave; None means the text that the model was trained on.
     hint: how the user can name a text, for messages.
     track: shows the progress of reading; see `read_ids`.
+    unknown: what to do with characters that the tokenizer does not know: "error", "skip" or "replace".
 
     The held-out ids are None if the model was not trained on this text. Raises RequestError if there is no such text.
     """
@@ -28,7 +29,11 @@ def judged_text(
         raise RequestError(f"this checkpoint does not say what text it was trained on; {hint}")
     if asked is None and not Path(path).is_file():
         raise RequestError(f"the text it was trained on, {path}, is not here; {hint}")
-    _, ids = read_ids(path, checkpoint.tokenizer, track)
+    if unknown == "error":
+        _, ids = read_ids(path, checkpoint.tokenizer, track)
+    else:
+        text = checkpoint.tokenizer.without_unknown(read_text(path), replace=unknown == "replace")
+        ids = checkpoint.tokenizer.encode_array(text)
     held_out = None
     if trained is not None and fingerprint(ids) == checkpoint.fingerprint:
         held_out = split(ids, trained.val_fraction)[1]

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +46,11 @@ def _or_none(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 def _is_line(value: Any) -> bool:
     """Whether a text can be shown on one line as it is."""
-    return isinstance(value, str) and value.isprintable() and len(value) < 5000
+    return isinstance(value, str) and all(map(_fits_a_line, value)) and len(value) < 5000
+
+
+def _fits_a_line(c: str) -> bool:
+    return c.isprintable() or unicodedata.category(c) == "Zs"  # such as a no-break space, which file names may have
 
 
 def _is_vocabulary(value: Any) -> bool:
@@ -163,4 +168,4 @@ def parse_header(data: bytes) -> dict[str, Any]:
 
 def one_line(text: str) -> str:
     """The text with escapes for characters that are not printable or not UTF-8. A file name may have such characters."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if _fits_a_line(c) else c.encode("unicode_escape").decode() for c in text)

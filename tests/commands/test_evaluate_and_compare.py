@@ -83,3 +83,26 @@ def test_compare(workshop, tmp_path):
     assert refused.stderr.startswith("npgpt compare: poorer.npz cannot be judged on this text: ")
     assert rows[1]["difference"] == pytest.approx(rows[1]["loss"] - rows[0]["loss"])
     assert all(row["seconds"] > 0 for row in rows)
+
+
+def test_evaluate_with_unknown_characters(workshop, capsys, monkeypatch):
+    monkeypatch.chdir(workshop)
+    Path("accents.txt").write_text("the béll rang € over the water, " * 20, encoding="utf-8")
+    Path("plain.txt").write_text("the bell rang  over the water, " * 20, encoding="utf-8")
+    assert npgpt.cli.main(["evaluate", "--ckpt", "model.npz", "accents.txt"]) == 2
+    assert "unknown characters" in capsys.readouterr().err
+    found = []
+    for flags in (["accents.txt", "--unknown", "replace"], ["plain.txt"]):
+        assert npgpt.cli.main(["evaluate", "--ckpt", "model.npz", *flags]) == 0
+        found.append(capsys.readouterr().out.splitlines()[1])
+    assert found[0] == found[1]
+
+
+def test_a_text_whose_name_has_unusual_spaces_is_found_again(workshop, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "my\u00a0text \u2003.txt"
+    shutil.copy(workshop / "text.txt", name)
+    assert npgpt.cli.main(["train", name, *QUICK]) == 0
+    assert npgpt.load("model.npz").source == name
+    assert npgpt.cli.main(["evaluate", "--ckpt", "model.npz", "--sample-tokens", "0"]) == 0
+    assert f"the held-out part of {name}" in capsys.readouterr().out

@@ -135,3 +135,83 @@ def test_a_closed_pipe_ends_a_long_text_quietly(tmp_path):
     assert process.stderr.read() == b""
     process.stderr.close()
     assert process.wait(timeout=60) in (0, -signal.SIGPIPE)
+
+
+def text_for(workshop, *flags, stdin=None):
+    """What generate writes, without its last line break; and what it says on stderr."""
+    flags = ["generate", "--ckpt", "model.npz", "--seed", "4", "--max-new-tokens", "5", *flags]
+    result = npgpt_command(*flags, cwd=workshop, stdin=stdin)
+    assert result.returncode == 0, result.stderr
+    return result.stdout, result.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a pipe cannot be asked there whether it has text")
+def test_piped_text_is_the_prompt(workshop):
+    expected = text_for(workshop, "--prompt", "HOB:")
+    reading, writing = os.pipe()
+    os.write(writing, b"HOB:")
+    os.close(writing)
+    assert text_for(workshop, stdin=reading) == expected
+    os.close(reading)
+    (workshop / "piped.txt").write_text("HOB:", encoding="utf-8")
+    with (workshop / "piped.txt").open(encoding="utf-8") as file:
+        assert text_for(workshop, stdin=file) == expected
+    with (workshop / "piped.txt").open(encoding="utf-8") as file:  # --prompt has priority
+        assert text_for(workshop, "--prompt", "HALE:", stdin=file) == text_for(workshop, "--prompt", "HALE:")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a pipe cannot be asked there whether it has text")
+def test_a_pipe_without_text_is_not_waited_for(workshop):
+    expected, _ = text_for(workshop)
+    reading, writing = os.pipe()
+    text, said = text_for(workshop, stdin=reading)  # the pipe stays open
+    assert text == expected
+    assert said == "standard input has no text yet and is not waited for; --prompt - waits for it\n"
+    os.close(writing)
+    assert text_for(workshop, stdin=reading) == (expected, "")  # closed and empty
+    os.close(reading)
+
+
+def test_escapes_in_prompts_and_stop_texts(workshop):
+    expected = text_for(workshop, "--prompt", "HOB:\nA")
+    assert text_for(workshop, "--prompt", r"HOB:\nA") == expected
+    assert text_for(workshop, "--prompt", "HOB:\r\nA") == expected  # line ends as in files
+    assert text_for(workshop, "--prompt", r"\x48OB:\x0aA") == expected
+    assert npgpt_command("generate", "--ckpt", "model.npz", "--prompt", r"A\nB", "--no-escape", cwd=workshop).stderr.startswith(
+        "npgpt generate: unknown character '\\\\'"
+    )
+    greedy = ["--temperature", "0", "--max-new-tokens", "100"]
+    whole, _ = text_for(workshop, "--prompt", "H", *greedy)
+    stopped, _ = text_for(workshop, "--prompt", "H", *greedy, "--stop", r"\n")
+    assert stopped == whole.split("\n")[0] + "\n"
+
+
+def test_a_letter_and_its_accent_are_one_character(tmp_path, capsys):
+    tokenizer = npgpt.CharTokenizer("\nabcé")
+    npgpt.save(tmp_path / "m.npz", npgpt.GPT(npgpt.GPTConfig(5, block_size=8, n_layer=1, n_head=1, n_embd=8)), tokenizer)
+    flags = ["--ckpt", str(tmp_path / "m.npz"), "--seed", "1", "--max-new-tokens", "0", "--prompt"]
+    assert npgpt.cli.main(["generate", *flags, "cae\u0301"]) == 0
+    assert capsys.readouterr().out == "caé\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX")
+def test_control_characters_reach_no_terminal(tmp_path):
+    """A pipe gets the bytes; a terminal gets escapes."""
+    import pty
+
+    tokenizer = npgpt.CharTokenizer("\nab\x07\x1b\x9b")
+    npgpt.save(tmp_path / "m.npz", npgpt.GPT(npgpt.GPTConfig(6, block_size=8, n_layer=1, n_head=1, n_embd=8)), tokenizer)
+    flags = ["generate", "--ckpt", "m.npz", "--seed", "1", "--max-new-tokens", "0", "--prompt", r"a\x1b[31mb\x07\x9b"]
+    flags[-1] = flags[-1].replace("[31m", "")
+    assert npgpt_command(*flags, cwd=tmp_path).stdout == "a\x1bb\x07\x9b\n"
+    ours, theirs = pty.openpty()
+    subprocess.run(
+        [sys.executable, "-m", "npgpt", *flags],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=theirs,
+        check=True,
+    )
+    os.close(theirs)
+    assert os.read(ours, 1000) == b"a\\x1bb\\x07\\x9b\r\n"
+    os.close(ours)

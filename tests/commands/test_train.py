@@ -23,7 +23,7 @@ def test_train_shows_what_happens(workshop):
         r"step 3: train loss \d\.\d{4}, val loss \d\.\d{4} ± \d\.\d{4} \(best\), [\d,]+ tokens/s, \d+ s left", shown
     )
     assert "\n    | " in shown  # a sample
-    assert "write with: bin/generate --ckpt model.npz" in shown
+    assert "write with: python -m npgpt generate --ckpt model.npz" in shown
     assert "\r" not in shown  # no progress bar, because stderr is not a terminal
     assert {"model.npz", "model.last.npz", "model.jsonl"} <= {p.name for p in workshop.iterdir()}
 
@@ -74,7 +74,7 @@ def test_interrupting_saves_and_resumes(workshop, tmp_path, signal_name, status)
     process.send_signal(getattr(signal, signal_name))
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == status
-    assert "bin/train text.txt --resume" in errors
+    assert "continue with: python -m npgpt train text.txt --resume" in errors
     assert "Traceback" not in errors
     done = npgpt.load(tmp_path / "model.last.npz").step
     assert done >= 1

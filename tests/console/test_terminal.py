@@ -87,7 +87,7 @@ def test_a_stream_whose_reader_has_gone_is_silenced():
         (["--prom", "a"], "unknown argument --prom; did you mean --prompt?"),  # no abbreviations
         (["--xyz"], "unknown argument --xyz"),
         (["extra"], "unknown argument extra"),
-        (["--prompt"], "argument --prompt: expected one argument"),
+        (["--prompt"], "argument --prompt: expected one argument; a value that begins with - is written --prompt=VALUE"),
     ],
 )
 def test_a_misspelt_flag_is_answered_with_a_suggestion(arguments, message, capsys):

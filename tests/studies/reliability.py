@@ -179,7 +179,7 @@ def signals(folder, n, seed=0):
         step = npgpt.load(RunFiles(out).last, with_optimizer=True).step if RunFiles(out).last.exists() else -1
         good = process.returncode == status and "Traceback" not in said
         if i % 5 != 4:
-            good = good and f"stopped after step {step}; continue with: bin/train text.txt --resume" in said
+            good = good and f"stopped after step {step}; continue with: python -m npgpt train text.txt --resume" in said
             good = good and not list(folder.glob(".*"))  # no lock and no temporary file
         tally.check(good, f"signal {i}: status {process.returncode}, step {step}, said {said[-300:]!r}")
     return tally
