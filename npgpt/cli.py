@@ -23,7 +23,8 @@ from npgpt.config.fields import RequestError
 from npgpt.console.terminal import BreakableStream, failed, say, silence
 from npgpt.engine.backend import DeviceError
 from npgpt.engine.gradcheck import GradientError
-from npgpt.parallel.machine import available_cores, describe_blas
+from npgpt.parallel.limits import available_cores
+from npgpt.parallel.machine import describe_blas
 
 COMMANDS: dict[str, ModuleType] = {
     "train": train,

@@ -21,13 +21,15 @@ from npgpt.console.signals import StopRequest, interruptible
 from npgpt.console.terminal import command, command_parser, duration, failed, progress_bar, say
 from npgpt.engine.backend import select
 from npgpt.model.gpt import GPT
-from npgpt.parallel.machine import available_cores, describe_blas
+from npgpt.parallel.limits import core_limit
+from npgpt.parallel.machine import describe_blas
 from npgpt.storage.archive import CheckpointError
 from npgpt.storage.checkpoint import Checkpoint, load
 from npgpt.storage.run import RunFiles
 from npgpt.text.characters import CharTokenizer
 from npgpt.text.dataset import Dataset
 from npgpt.text.reading import read_ids
+from npgpt.training.advice import MUCH_REPEATED
 from npgpt.training.events import End, Evaluation, Outcome, Step
 from npgpt.training.memory import check_memory, memory_advice
 from npgpt.training.plan import plan
@@ -246,14 +248,19 @@ def _print_banner(trainer: Trainer, source: str, files: RunFiles) -> None:
     dataset, config, model = trainer.dataset, trainer.config, trainer.model
     say(f"text    {source}: {len(dataset.ids):,} characters, {trainer.tokenizer.vocab_size} different;", end=" ")
     say(f"{len(dataset.train):,} to train on, {len(dataset.val):,} held out")
+    if dataset.repeated_share > MUCH_REPEATED:
+        share = f"{dataset.repeated_share:.0%} of the held-out text also occurs in the training text"
+        say(f"warning: {share}, so the validation loss will be too low; remove the copies, or hold out another text")
     c = model.config
     say(f"model   {model.num_parameters():,} parameters: n_layer {c.n_layer}, n_head {c.n_head}, n_embd {c.n_embd},", end=" ")
     say(f"block_size {c.block_size}, dropout {c.dropout:g}, {c.activation}")
     say(f"run     {config.steps:,} steps of {config.batch_size} x {c.block_size} tokens on {model.backend.name},", end=" ")
     say(f"seed {config.seed}, log in {files.log}")
     if model.backend.is_cpu:
-        threads = config.threads or available_cores()
-        say(f"        {threads} worker{'' if threads == 1 else 's'}, {describe_blas()}")
+        cores = core_limit()
+        threads = config.threads or cores.value
+        limited = "" if config.threads or cores.source == "cores" else f" (limited by {cores.source})"
+        say(f"        {threads} worker{'' if threads == 1 else 's'}{limited}, {describe_blas()}")
     if trainer.progress.step:
         say(f"        resumed at step {trainer.progress.step}")
 

@@ -58,8 +58,15 @@ class TokenStream:
     round differently, and then a draw very close to a boundary may give another token.
     """
 
-    def __init__(self, model: GPT, context_ids: Sequence[int], settings: GenerateConfig, samples: Sequence[int] = (0,)) -> None:
-        """samples: the numbers of the samples.
+    def __init__(
+        self,
+        model: GPT,
+        context_ids: Sequence[int],
+        settings: GenerateConfig,
+        samples: Sequence[int] = (0,),
+        vocab_size: int | None = None,
+    ) -> None:
+        """samples: the numbers of the samples. vocab_size: ids from here on are padding and are never drawn.
 
         Raises RequestError for an empty context or an id outside the vocabulary. Iterating raises FloatingPointError if the
         logits are not finite.
@@ -72,7 +79,7 @@ class TokenStream:
         entropy = settings.seed if settings.seed is not None else secrets.randbits(64)
         self.model, self.settings = model, settings
         self._samples = {k: _Sample(list(context), generator(entropy, Stream.SAMPLE, k)) for k in samples}
-        self._next_logits = NextLogits(model, settings.window, settings.threads)
+        self._next_logits, self._vocab_size = NextLogits(model, settings.window, settings.threads), vocab_size
 
     def stop(self, sample: int) -> None:
         """End this sample. The other samples continue."""
@@ -85,7 +92,7 @@ class TokenStream:
             if not self._samples:
                 return
             texts = [sample.ids for sample in self._samples.values()]
-            logits = self._next_logits(texts)
+            logits = self._next_logits(texts)[:, : self._vocab_size]
             ids = sample_ids(logits, self.settings, [sample.rng for sample in self._samples.values()], texts)
             for text, new_id in zip(texts, ids.tolist(), strict=True):
                 text.append(new_id)
@@ -134,7 +141,9 @@ def generate_texts(
     return (
         piece
         for group in groups
-        for piece in _text_pieces(TokenStream(model, context, settings, group), tokenizer, group, stop, tokens)
+        for piece in _text_pieces(
+            TokenStream(model, context, settings, group, tokenizer.vocab_size), tokenizer, group, stop, tokens
+        )
     )
 
 

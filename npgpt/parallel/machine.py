@@ -1,4 +1,4 @@
-"""This computer: its cores, memory and BLAS. Two settings of the process are also here: BLAS threads and malloc."""
+"""The BLAS of this process, what decides rounding, and two settings of the process: BLAS threads and malloc."""
 
 from __future__ import annotations
 
@@ -14,21 +14,6 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 AVX512_KERNELS = {"skylakex", "cooperlake", "sapphirerapids"}  # the kernels of OpenBLAS that use AVX-512
-
-
-def available_cores() -> int:
-    """The number of cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def physical_memory() -> int | None:
-    """The memory of this machine in bytes; None if the system does not tell."""
-    names = ("SC_PHYS_PAGES", "SC_PAGE_SIZE")
-    if not hasattr(os, "sysconf") or not set(names) <= os.sysconf_names.keys():
-        return None
-    return os.sysconf(names[0]) * os.sysconf(names[1])
 
 
 @functools.cache

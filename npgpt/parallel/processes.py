@@ -104,6 +104,8 @@ class Processes:
         """Start `number` processes. Raises OSError if they cannot be started."""
         if not sys.executable:
             raise OSError("Python does not know the path of its own executable")
+        if getattr(sys, "frozen", False):  # the executable is an application, which would start again
+            raise OSError("a frozen application cannot start Python")
         self._model = model
         self._id_dtype = np.min_scalar_type(model.config.vocab_size - 1)
         flat = model.flat

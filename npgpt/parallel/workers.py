@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any, TypeVar
 
 from npgpt.kernels.cpu import BLOCK
-from npgpt.parallel.machine import available_cores, blas_threads
+from npgpt.parallel.limits import available_cores
+from npgpt.parallel.machine import blas_threads
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -29,7 +32,29 @@ class Workers:
         self._blas_limit = blas_threads(1)
         self._blas_limit.__enter__()
         self._executor = ThreadPoolExecutor(self.threads, thread_name_prefix="npgpt")
+        if self.threads > 1:
+            self._start_threads()
         return self
+
+    def _start_threads(self) -> None:
+        """Start all threads now. If the system refuses one, go on with those that could be started."""
+        begin, started = threading.Event(), 0
+        try:
+            for _ in range(self.threads):
+                self._executor.submit(begin.wait)  # all wait, so each needs a thread of its own
+                started += 1
+        except RuntimeError:  # "can't start new thread"
+            warnings.warn(
+                f"the system allows {max(1, started)} of {self.threads} worker threads; going on with these",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            self.threads = max(1, started)
+            begin.set()
+            self._executor.shutdown(cancel_futures=True)  # it would try again to start the other threads
+            self._executor = ThreadPoolExecutor(self.threads, thread_name_prefix="npgpt")
+        finally:
+            begin.set()
 
     def __exit__(self, *exception: Any) -> None:
         self._executor.shutdown(cancel_futures=True)

@@ -72,8 +72,12 @@ def sha256(encoded: EncodedArray) -> str:
     return digest.hexdigest()
 
 
-def write_archive(path: Path, header: bytes, arrays: Mapping[str, EncodedArray], hashes: Mapping[str, str]) -> None:
+def write_archive(
+    path: Path, header: bytes, arrays: Mapping[str, EncodedArray], hashes: Mapping[str, str], keep: bool = True
+) -> None:
     """Write an archive. What was at `path` stays there until the new file is complete, on disk and read back.
+
+    keep: with False, the new file is then removed, and `path` stays as it is.
 
     Raises OSError if the file cannot be written or does not read back as it should.
     """
@@ -88,7 +92,7 @@ def write_archive(path: Path, header: bytes, arrays: Mapping[str, EncodedArray],
         except CheckpointError as error:
             raise OSError(errno.EIO, f"what was written reads back differently ({error})") from None
 
-    with atomic_write(path, verify) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+    with atomic_write(path, verify, keep) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         # zipfile.ZipInfo has a fixed date, so the same contents give the same bytes.
         archive.writestr(zipfile.ZipInfo(HEADER), header)
         for name, parts in arrays.items():
@@ -167,7 +171,7 @@ def open_archive(path: Path) -> Iterator[Archive]:
                     raise CheckpointError("the file continues after the end of the archive")
                 yield found
     except FileNotFoundError:
-        raise CheckpointError(f"no such checkpoint: {path}; bin/train writes one") from None
+        raise CheckpointError(f"no such checkpoint: {path}; the train command writes one") from None
     except IsADirectoryError:
         raise CheckpointError(f"expected a checkpoint, got a folder: {path}") from None
     except UnusableError as error:

@@ -71,8 +71,11 @@ class Checkpoint:
 # ---------------------------------------------------------------- writing
 
 
-def save(path: str | Path, checkpoint: Checkpoint | GPT, tokenizer: CharTokenizer | None = None) -> None:
+def save(path: str | Path, checkpoint: Checkpoint | GPT, tokenizer: CharTokenizer | None = None, *, keep: bool = True) -> None:
     """Write a Checkpoint, or a model and its tokenizer. A file at `path` is replaced only once the new one is complete.
+
+    The model's vocab_size may be larger than the tokenizer's. The ids above are padding, and sampling never draws them.
+    keep: with False, the new file is removed after it was written and read back. `path` then stays as it is.
 
     Raises OSError if the file cannot be written or does not read back as it should, and ValueError for anything that
     `load` would refuse, such as numbers that are not finite. In both cases no temporary file is left behind.
@@ -100,14 +103,14 @@ def save(path: str | Path, checkpoint: Checkpoint | GPT, tokenizer: CharTokenize
             "sha256": hashes,
         }
     )
-    write_archive(Path(path), header, encoded, hashes)
+    write_archive(Path(path), header, encoded, hashes, keep)
 
 
 def _arrays_of(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     """The arrays to be saved, by name. Raises ValueError if they cannot be saved, or do not fit together."""
     if (checkpoint.crash is None) != (checkpoint.batch is None):
         raise ValueError("a crash file needs its batch, and no other file has one")
-    if checkpoint.tokenizer.vocab_size != checkpoint.config.vocab_size:
+    if checkpoint.tokenizer.vocab_size > checkpoint.config.vocab_size:
         raise ValueError(
             f"the vocabulary has {checkpoint.tokenizer.vocab_size} characters, but the model's vocab_size is "
             f"{checkpoint.config.vocab_size}"
@@ -202,7 +205,7 @@ class _OpenCheckpoint:
         trained = self.header["train_config"]
         self.train_config = None if trained is None else TrainConfig.from_dict(trained)
         vocabulary, n = self.header["vocabulary"], self.config.num_parameters()
-        if len(vocabulary) != self.config.vocab_size:
+        if len(vocabulary) > self.config.vocab_size:
             raise CheckpointError(
                 f"its vocabulary has {len(vocabulary)} characters, but its vocab_size is {self.config.vocab_size}"
             )

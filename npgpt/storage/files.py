@@ -37,11 +37,13 @@ PAUSES = (0.05, 0.2, 1.0) if sys.platform == "win32" else ()
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path, verify: Callable[[Path], None]) -> Iterator[BinaryIO]:
+def atomic_write(path: Path, verify: Callable[[Path], None], keep: bool = True) -> Iterator[BinaryIO]:
     """Open a file for writing that replaces `path` at the end of the `with` block.
 
     It replaces `path` only if the block ends without an error, the file is on disk, and `verify(its path)` raises nothing. At
     every moment, also after a loss of power, `path` is the complete old file or the complete new file.
+
+    keep: with False, the file is removed instead of replacing `path`.
 
     Raises OSError if the file cannot be written, and passes on what the block or `verify` raises. No temporary file is left
     behind then.
@@ -53,7 +55,10 @@ def atomic_write(path: Path, verify: Callable[[Path], None]) -> Iterator[BinaryI
             file.flush()
             _sync(file.fileno())
         verify(temporary)
-        _replace(temporary, path)
+        if keep:
+            _replace(temporary, path)
+        else:
+            temporary.unlink()
     except BaseException as error:
         with contextlib.suppress(OSError):  # the first error says more than this one
             temporary.unlink(missing_ok=True)

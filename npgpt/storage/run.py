@@ -110,6 +110,14 @@ class RunFiles:
         if is_best or not self.best.exists():  # a run that stops before its first evaluation leaves a model too
             atomic_copy(self.last, self.best)
 
+    def try_to_save(self, checkpoint: Checkpoint) -> None:
+        """Write the run's state to a temporary file and remove it. Raises what `save` would raise."""
+        try:
+            save(self.crash, checkpoint, keep=False)  # the longest of the names
+        except OSError as error:
+            error.filename = str(self.last)
+            raise
+
     # ---------------------------------------------------------------- the log
 
     def append_to_log(self, event: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from typing import Any
 
@@ -13,6 +14,11 @@ from npgpt.engine.streams import Stream, generator
 from npgpt.kernels.reference import Array
 
 SPLITS = ("train", "val")
+
+# For repeated_share.
+SPAN = 64  # tokens; a power of two
+LONGEST_SEARCHED = 1 << 25  # tokens of the training text
+HASHED_AT_ONCE = 1 << 20
 
 
 class Dataset:
@@ -37,7 +43,7 @@ class Dataset:
                 f"{block_size}, {batch_size}, {val_fraction}"
             )
         self.ids = ids.astype(np.min_scalar_type(int(ids.max(initial=0))), copy=False)
-        self.block_size, self.batch_size, self.seed = block_size, batch_size, seed
+        self.block_size, self.batch_size, self.val_fraction, self.seed = block_size, batch_size, val_fraction, seed
         self.train, self.val = split(self.ids, val_fraction)
         if len(self.train) < block_size + 1:
             raise RequestError(
@@ -79,6 +85,11 @@ class Dataset:
             self._on_device[key] = backend.asarray(ids)
         return windows_at(self._on_device[key], starts, self.block_size)
 
+    @functools.cached_property
+    def repeated_share(self) -> float:
+        """The share of the held-out text that also occurs in the training text; see the function of the same name."""
+        return repeated_share(self.train, self.val)
+
     def fingerprint(self) -> str:
         """The SHA-256 of the ids; see the function of the same name."""
         return fingerprint(self.ids)
@@ -94,6 +105,40 @@ def fingerprint(ids: np.ndarray) -> str:
     """The SHA-256 of the ids, to tell one text from another."""
     smallest = np.min_scalar_type(int(ids.max(initial=0))).newbyteorder("<")  # the same bytes on every machine
     return hashlib.sha256(np.ascontiguousarray(ids, dtype=smallest).data).hexdigest()
+
+
+def repeated_share(train: np.ndarray, held_out: np.ndarray) -> float:
+    """The share of spans of 64 held-out tokens that also occur in the training text, from 0 to 1.
+
+    In ordinary text hardly any span of this length occurs twice. A high share means that the held-out text is a copy, so a
+    model that has memorised the training text has a low loss on it. At most 4096 spans, spread evenly, are looked for in the
+    last 32 million training tokens.
+    """
+    starts = window_starts(len(held_out) + 1, SPAN, 4096 * SPAN)
+    if not len(starts) or len(train) < SPAN:
+        return 0.0
+    train = train[-LONGEST_SEARCHED:]
+    wanted = np.concatenate([_span_hashes(held_out[start : start + SPAN]) for start in starts])
+    # A table of 16 bits of each hash finds almost every position without a match. The rest are compared with the hashes.
+    table = np.zeros(1 << 16, dtype=bool)
+    table[wanted & 0xFFFF] = True
+    found: set[int] = set()
+    for start in range(0, len(train) - SPAN + 1, HASHED_AT_ONCE):
+        hashes = _span_hashes(train[start : start + HASHED_AT_ONCE + SPAN - 1])
+        found.update(np.intersect1d(hashes[table[hashes & 0xFFFF]], wanted).tolist())
+    return float(np.mean([h in found for h in wanted.tolist()]))
+
+
+def _span_hashes(ids: np.ndarray) -> np.ndarray:
+    """A 64-bit hash of each span of SPAN ids: (n,) -> (n - SPAN + 1,).
+
+    The hash of a span is made from those of its halves, so log2(SPAN) passes are enough.
+    """
+    hashes, length = (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15), 1
+    while length < SPAN:
+        hashes = hashes[:-length] * np.uint64(0xBF58476D1CE4E5B9) + (hashes[length:] ^ (hashes[length:] >> np.uint64(29)))
+        length *= 2
+    return hashes
 
 
 def window_starts(n_ids: int, block_size: int, max_tokens: int | None = None) -> np.ndarray:

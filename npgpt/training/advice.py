@@ -8,9 +8,14 @@ from npgpt.config.settings import GPTConfig, TrainConfig
 from npgpt.storage.header import Progress
 from npgpt.training.events import Outcome
 
+MUCH_REPEATED = 0.05  # a larger share of the held-out text that also occurs in the training text makes its loss useless
 
-def advice(progress: Progress, config: TrainConfig, model: GPTConfig, outcome: Outcome) -> str:
-    """One line: what the losses of a run show, and the setting to change next. Empty after an interruption."""
+
+def advice(progress: Progress, config: TrainConfig, model: GPTConfig, outcome: Outcome, repeated_share: float = 0.0) -> str:
+    """One line: what the losses of a run show, and the setting to change next. Empty after an interruption.
+
+    repeated_share: the share of the held-out text that also occurs in the training text, from 0 to 1.
+    """
     lower = f"lower the learning rate (--lr {min(config.lr / 3, 1e-3):.1g}, it was {config.lr:g})"
     if outcome is Outcome.DIVERGED:
         return (
@@ -20,6 +25,13 @@ def advice(progress: Progress, config: TrainConfig, model: GPTConfig, outcome: O
     rows = progress.history
     if outcome is Outcome.INTERRUPTED:
         return ""
+    if model.vocab_size == 1:
+        return "The text has one distinct character, so there is nothing to learn: use another text."
+    if repeated_share > MUCH_REPEATED:
+        return (
+            f"{repeated_share:.0%} of the held-out text also occurs in the training text, so the validation loss says little "
+            "about new text: remove the copies, or hold out another text."
+        )
     if len(rows) < 2:
         return (
             "There are too few evaluations to judge the run: train longer (--steps) or evaluate more often (--eval-interval)."
@@ -39,6 +51,8 @@ def advice(progress: Progress, config: TrainConfig, model: GPTConfig, outcome: O
             f"is {last_train:.2f}. More text helps most. Otherwise use more dropout (--dropout "
             f"{min(0.5, model.dropout + 0.1):.1f}) or a smaller model."
         )
+    if last < 0.01:
+        return f"The {'training' if rows[-1][2] is None else 'validation'} loss is {last:.4f}: the text is completely learned."
     middle = losses[(len(losses) - 1) // 2]
     which = "training" if rows[-1][2] is None else "validation"
     if last < middle - 0.02 * middle or (len(rows) < 4 and last == best):

@@ -7,7 +7,7 @@ import dataclasses
 from npgpt.config.fields import RequestError
 from npgpt.config.settings import GPTConfig, TrainConfig
 from npgpt.kernels.cpu import QUERY_BLOCK
-from npgpt.parallel.machine import physical_memory
+from npgpt.parallel.limits import memory_limit
 from npgpt.parallel.step import micro_batches
 from npgpt.parallel.workers import Workers
 
@@ -34,13 +34,13 @@ def estimate_memory(model: GPTConfig, config: TrainConfig) -> int:
 
 
 def check_memory(model: GPTConfig, config: TrainConfig) -> None:
-    """Raise RequestError if training needs more memory than the machine has. If that is unknown, nothing is checked.
+    """Raise RequestError if training needs more memory than this process may take. If that is unknown, nothing is checked.
 
     Operating systems promise more memory than there is, and kill the process when it uses too much.
     """
-    have = physical_memory()
-    if have is not None and estimate_memory(model, config) > have:
-        raise RequestError(f"this machine has {have / 2**30:.1f} GiB of memory, but {memory_advice(model, config)}")
+    limit = memory_limit()
+    if limit is not None and estimate_memory(model, config) > limit.value:
+        raise RequestError(f"{limit.source}, but {memory_advice(model, config)}")
 
 
 def memory_advice(model: GPTConfig, config: TrainConfig) -> str:

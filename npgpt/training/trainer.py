@@ -83,7 +83,7 @@ class Trainer:
         model, dataset, config = self.model, self.dataset, self.config
         if config.device not in ("auto", model.backend.name):
             raise RequestError(f"the settings ask for device {config.device!r}, but the model is on {model.backend.name!r}")
-        for name in ("batch_size", "seed", "block_size"):
+        for name in ("batch_size", "seed", "val_fraction", "block_size"):
             expected = model.config.block_size if name == "block_size" else getattr(config, name)
             if getattr(dataset, name) != expected:
                 raise RequestError(
@@ -151,6 +151,7 @@ class Trainer:
         """
         self._started, self._step_seconds = time.perf_counter(), []
         with self.files.locked() if self.files else contextlib.nullcontext():
+            self._try_to_save()
             yield from self._run(stop_requested)
 
     def _run(self, stop_requested: Callable[[], bool]) -> Iterator[Step | Evaluation | End]:
@@ -166,7 +167,10 @@ class Trainer:
         with self._workers, contextlib.closing(self._forward_backward):
             outcome = yield from self._steps_and_evaluations(stop_requested)
             reason = self._explain_divergence() if outcome is Outcome.DIVERGED else ""
-        end = End(self.progress.step, outcome, advice(self.progress, config, self.model.config, outcome), reason)
+        judged = outcome in (Outcome.FINISHED, Outcome.EARLY_STOP)
+        repeated_share = self.dataset.repeated_share if judged else 0.0
+        line = advice(self.progress, config, self.model.config, outcome, repeated_share)
+        end = End(self.progress.step, outcome, line, reason)
         self._log("end", {"step": end.step, "outcome": outcome.name.lower(), "advice": end.advice, "reason": reason})
         yield end
 
@@ -319,6 +323,17 @@ class Trainer:
             optimizer_state=self.optimizer.state_dict(),
             machine=self.machine,
         )
+
+    def _try_to_save(self) -> None:
+        """Save the state and remove it again, so that what would fail at the first evaluation fails before the first step.
+
+        Raises OSError if the file cannot be written, and RequestError if the state cannot be saved.
+        """
+        if self.files:
+            try:
+                self.files.try_to_save(self._checkpoint(self.progress))
+            except ValueError as error:
+                raise RequestError(f"this run could not be saved: {error}") from None
 
     def _save(self, progress: Progress, is_best: bool = False) -> None:
         """Write the state of the run, with this progress, and the checkpoint if it is the best so far."""

@@ -25,7 +25,8 @@ import npgpt
 from npgpt.engine.backend import CPU
 from npgpt.generation.generate import TokenStream
 from npgpt.kernels.reference import AdamWStep, Kernels
-from npgpt.parallel.machine import available_cores, blas_threads
+from npgpt.parallel.limits import available_cores
+from npgpt.parallel.machine import blas_threads
 from npgpt.storage.files import atomic_copy
 from npgpt.text.reading import read_ids
 

@@ -141,9 +141,22 @@ def test_out_of_memory_says_what_to_lower(workshop, flags, words):
         timeout=100,
         check=False,
     )
-    assert result.returncode == 1
-    assert re.search(rf"out of memory: this run needs roughly [\d.]+ GiB; {words}", result.stderr), result.stderr
+    assert result.returncode == 2  # before the first step
+    said = rf"`ulimit -v` allows this process 1\.0 GiB of memory, but this run needs roughly [\d.]+ GiB; {words}"
+    assert re.search(said, result.stderr), result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_memory_that_runs_out_all_the_same_says_what_to_lower(workshop, capsys, monkeypatch):
+    """The estimate may be too low."""
+
+    def run(self, stop_requested):
+        raise MemoryError
+
+    monkeypatch.chdir(workshop)
+    monkeypatch.setattr(npgpt.Trainer, "run", run)
+    assert npgpt.cli.main(["train", "text.txt", *QUICK]) == 1
+    assert re.search(r"out of memory: this run needs roughly [\d.]+ GiB; lower --", capsys.readouterr().err)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="other systems report closed pipes differently")
@@ -159,3 +172,21 @@ def test_training_continues_when_stderr_is_closed(workshop, tmp_path):
     process.stderr.close()
     assert process.wait(60) == 0
     assert npgpt.load(tmp_path / "model.last.npz").step == 6
+
+
+def test_copied_held_out_text_is_said_before_training(workshop, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (workshop / "text.txt").read_text(encoding="utf-8")
+    Path("twice.txt").write_text(text * 2, encoding="utf-8")
+    assert npgpt.cli.main(["train", "twice.txt", *QUICK]) == 0
+    said = capsys.readouterr().err
+    assert said.index("warning: 100% of the held-out text also occurs in the training text") < said.index("step 3:")
+    assert "100% of the held-out text also occurs in the training text, so the validation loss says little" in said
+
+
+def test_the_cores_of_a_cgroup_are_said(workshop, tmp_path, capsys, monkeypatch):
+    shutil.copy(workshop / "text.txt", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert npgpt.cli.main(["train", "text.txt", *QUICK]) == 0
+    assert "1 worker (limited by OMP_NUM_THREADS=1)" in capsys.readouterr().err

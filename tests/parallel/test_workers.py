@@ -71,3 +71,23 @@ def test_workers_limit_the_blas_to_one_thread():
         with Workers(2):
             assert all(n == 1 for n in blas_threads())
         assert blas_threads() == before
+
+
+@pytest.mark.parametrize("allowed", [0, 1, 2])
+def test_threads_that_cannot_be_started_are_done_without(monkeypatch, allowed):
+    """The system refuses new threads, as under `ulimit -u`."""
+    real, started = threading.Thread.start, []
+
+    def start(thread):
+        if sum(other.is_alive() for other in started) >= allowed:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        real(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    workers = Workers(4)
+    with pytest.warns(RuntimeWarning, match=f"the system allows {max(1, allowed)} of 4 worker threads"):
+        workers.__enter__()
+    assert workers.threads == max(1, allowed)
+    assert workers.map(lambda i: i * i, range(10)) == [i * i for i in range(10)]
+    workers.__exit__(None, None, None)

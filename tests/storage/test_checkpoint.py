@@ -127,8 +127,8 @@ def test_a_checkpoint_that_could_not_be_loaded_is_not_saved(tmp_path):
     ]:
         with pytest.raises(ValueError, match=words):
             npgpt.save(path, Checkpoint(model, tokenizer, **more))
-    with pytest.raises(ValueError, match="vocabulary has 3 characters, but the model's vocab_size is 30"):
-        npgpt.save(path, model, npgpt.CharTokenizer("abc"))
+    with pytest.raises(ValueError, match="vocabulary has 31 characters, but the model's vocab_size is 30"):
+        npgpt.save(path, model, npgpt.CharTokenizer(tokenizer.characters + "€"))
     with pytest.raises(ValueError, match="vocabulary cannot be saved"):
         npgpt.save(path, model, npgpt.CharTokenizer(tokenizer.characters[:-1] + "\udc80"))
     with pytest.raises(ValueError, match="float16"):
@@ -207,7 +207,7 @@ def test_the_difference_from_the_configuration_is_named(tmp_path):
         (changed(config=header["config"] | {"d_ff": 31}), r"mlp.fc.weight has shape \(8, 32\), expected \(8, 31\)"),
         (changed(config=header["config"] | {"n_layer": 2}), "describes .* parameters|missing blocks.1"),
         (changed(config=header["config"] | {"colour": 1}), "colour"),
-        (changed(vocabulary="abc"), "vocabulary has 3"),
+        (changed(vocabulary=header["vocabulary"] + "€"), "vocabulary has 31"),
         (changed(format=99), "format 99, this version reads 1 and 2"),
     ]:
         with zipfile.ZipFile(bad, "w") as archive:

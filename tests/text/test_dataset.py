@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from npgpt import Dataset, RequestError
-from npgpt.text.dataset import window_starts, windows_at
+from npgpt.text import dataset as dataset_module
+from npgpt.text.dataset import repeated_share, split, window_starts, windows_at
 
 
 def test_split_is_ninety_ten_in_order():
@@ -24,8 +25,8 @@ def test_a_fingerprint_tells_texts_apart_and_not_dtypes():
 
 def test_batches_are_shifted_windows_of_their_split():
     data = Dataset(np.arange(1000), block_size=8, batch_size=64)
-    for split, low, high in (("train", 0, 900), ("val", 900, 1000)):
-        x, y = data.get_batch(split)
+    for name, low, high in (("train", 0, 900), ("val", 900, 1000)):
+        x, y = data.get_batch(name)
         assert x.shape == y.shape == (64, 8)
         np.testing.assert_array_equal(y, x + 1)
         np.testing.assert_array_equal(np.diff(x), 1)
@@ -78,3 +79,28 @@ def test_bad_datasets():
         Dataset(np.arange(20), 8, 1, val_fraction=1.0)
     with pytest.raises(ValueError, match="split"):
         Dataset(np.arange(20), 8, 1).get_batch("test")
+
+
+# ---------------------------------------------------------------- held-out text that is a copy
+
+
+def test_repeated_held_out_text_is_found(text, tokenizer):
+    ids = tokenizer.encode_array(text)
+    assert repeated_share(*split(ids, 0.1)) < 0.01
+    assert repeated_share(*split(np.tile(ids, 2), 0.1)) == 1.0
+    mixed = np.concatenate([ids[1000:6000], np.random.default_rng(0).integers(0, 60, 5000, dtype=ids.dtype)])
+    assert repeated_share(ids, mixed) == pytest.approx(0.5, abs=0.02)
+    assert Dataset(np.tile(ids, 3), 16, 4).repeated_share == 1.0
+
+
+def test_short_texts_have_no_repeated_share():
+    assert repeated_share(np.zeros(1000, np.uint8), np.zeros(63, np.uint8)) == 0.0
+    assert repeated_share(np.zeros(63, np.uint8), np.zeros(1000, np.uint8)) == 0.0
+    assert repeated_share(np.zeros(64, np.uint8), np.zeros(64, np.uint8)) == 1.0
+
+
+def test_a_long_text_is_searched_in_parts(monkeypatch, text, tokenizer):
+    ids = tokenizer.encode_array(text[:20_000])
+    expected = repeated_share(ids, ids[3000:9000])
+    monkeypatch.setattr(dataset_module, "HASHED_AT_ONCE", 100)
+    assert repeated_share(ids, ids[3000:9000]) == expected == 1.0

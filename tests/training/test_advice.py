@@ -28,3 +28,21 @@ def test_advice(history, words):
     line = advice(progress, TrainConfig(), GPTConfig(65), Outcome.FINISHED)
     assert re.search(words, line), line
     assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("losses", "vocab_size", "repeated_share", "words"),
+    [
+        ([[0.5, 0.4], [0.0, 0.0], [0.0, 0.0]], 1, 0.0, "^The text has one distinct character"),
+        ([[2.0, 2.0], [0.5, 0.4], [0.01, 0.001]], 65, 0.0, "^The validation loss is 0.0010: the text is completely learned"),
+        ([[2.0, 2.0], [0.5, 0.4], [0.01, 0.001]], 65, 0.8, "^80% of the held-out text also occurs in the training text"),
+        ([[2.0, 2.0], [1.5, 1.6], [1.2, 1.3]], 65, 0.01, "still falling"),
+    ],
+)
+def test_losses_that_say_little(losses, vocab_size, repeated_share, words):
+    history = [[100 * i, train, val, 0.01] for i, (train, val) in enumerate(losses, 1)]
+    progress = Progress(step=300, history=history)
+    line = advice(progress, TrainConfig(), GPTConfig(vocab_size), Outcome.FINISHED, repeated_share)
+    assert re.search(words, line), line
+    if words[0] == "^":
+        assert not re.search("still falling|larger model|train longer", line)

@@ -1,15 +1,18 @@
 """Training: the model learns, and a run's events, files, resumption, divergence and worker processes are right."""
 
 import dataclasses
+import errno
 import json
 import math
+import os
 
 import numpy as np
 import pytest
 
 import npgpt
-from npgpt import GPT, AdamW, Dataset, GPTConfig, RequestError, TrainConfig, Trainer, evaluate
+from npgpt import GPT, AdamW, CharTokenizer, Dataset, GPTConfig, RequestError, TrainConfig, Trainer, evaluate
 from npgpt.evaluation.loss import Loss
+from npgpt.generation.generate import generate_text
 from npgpt.parallel.processes import Processes
 from npgpt.storage.run import RunFiles
 from npgpt.training.events import Evaluation, Outcome, Step
@@ -251,3 +254,69 @@ def test_threads_replace_processes_that_cannot_start(text, tokenizer, small_conf
     with pytest.warns(RuntimeWarning, match=r"worker processes cannot start \(no more processes\); going on with threads"):
         _, events = run(text[:4000], tokenizer, small_config, quick(threads=2, processes=True))
     assert events[-1].outcome is Outcome.FINISHED
+
+
+# ---------------------------------------------------------------- a run starts only if it can end
+
+
+def files_in(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def full_disk(descriptor):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "words"),
+    [
+        ("long name", OSError, "too long"),
+        ("full disk", OSError, "No space left"),
+        ("surrogate", RequestError, "this run could not be saved: vocabulary"),
+        ("small vocabulary", RequestError, "this run could not be saved: the vocabulary has 63 characters"),
+        ("not finite", RequestError, "this run could not be saved: lm_head.weight"),
+    ],
+)
+def test_a_run_that_cannot_be_saved_does_not_start(text, tokenizer, tmp_path, trained, monkeypatch, damage, error, words):
+    """The error comes before the first step, and the files of an earlier run stay where they are."""
+    before = files_in(tmp_path)
+    out, ids, vocab_size = trained, tokenizer.encode_array(text[:4000]), tokenizer.vocab_size
+    if damage == "surrogate":
+        tokenizer = CharTokenizer([*tokenizer.characters[:-1], "\udc80"])
+    if damage == "small vocabulary":
+        ids, vocab_size = ids % 20, 20
+    if damage == "long name":
+        out = tmp_path / ("x" * 240 + ".npz")
+    if damage == "full disk":
+        monkeypatch.setattr(
+            os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        )
+    config = GPTConfig(vocab_size, block_size=16, n_layer=1, n_head=2, n_embd=16)
+    trainer = Trainer(GPT(config), tokenizer, Dataset(ids, 16, 4), quick(), out)
+    if damage == "not finite":
+        trainer.model.lm_head.weight.data[0] = np.nan
+    with pytest.raises(error, match=words):
+        next(trainer.run())
+    assert trainer.progress.step == 0
+    assert files_in(tmp_path) == before
+
+
+def test_a_dataset_with_another_split_is_refused(text, tokenizer, small_config):
+    """Its loss would be of tokens that the model was trained on."""
+    dataset = Dataset(tokenizer.encode_array(text[:4000]), small_config.block_size, 4, val_fraction=0.02)
+    with pytest.raises(RequestError, match=r"the dataset's val_fraction is 0\.02, the run's is 0\.1"):
+        Trainer(GPT(small_config), tokenizer, dataset, quick())
+
+
+def test_a_padded_vocabulary_trains_saves_and_writes(text, tokenizer, tmp_path):
+    """Ids without a character are never drawn, however likely the model thinks they are."""
+    config = GPTConfig(128, block_size=16, n_layer=1, n_head=2, n_embd=16)
+    dataset = Dataset(tokenizer.encode_array(text[:4000]), 16, 4)
+    trainer = Trainer(GPT(config), tokenizer, dataset, quick(), tmp_path / "model.npz")
+    list(trainer.run())
+    checkpoint = npgpt.load(tmp_path / "model.npz")
+    assert (checkpoint.config.vocab_size, checkpoint.tokenizer.vocab_size) == (128, 63)
+    checkpoint.model.ln_f.bias.data[...] = 1.0
+    checkpoint.model.lm_head.weight.data[:, 63:] = 10.0  # the padding is by far the likeliest
+    settings = npgpt.GenerateConfig(max_new_tokens=200, seed=1, temperature=2.0)
+    assert len("".join(generate_text(checkpoint.model, tokenizer, "", settings))) == 200
