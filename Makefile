@@ -19,11 +19,11 @@ PIP := $(VENV_BIN)/python -m pip install --quiet --disable-pip-version-check
 
 help: ## show this list
 	@echo "make train DATA=tiny.txt [OUT=model.npz] [ARGS=\"--steps 500 --lr 1e-3\"]"
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 18
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 21
 
 train: .venv/.core ## train on DATA (a path, or a name under data/), write OUT
 	@data="$(DATA)"; [ -e "$$data" ] || [ ! -e "data/$$data" ] || data="data/$$data"; \
-	exec $(VENV_BIN)/python -m npgpt train "$$data" --out "$(OUT)" $(ARGS)
+	exec bin/train "$$data" --out "$(OUT)" $(ARGS)
 
 test: .venv/.test ## run all tests
 	$(VENV_BIN)/python -m pytest -n auto

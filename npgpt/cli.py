@@ -77,7 +77,7 @@ def _no_command(argv: list[str]) -> int:
     if argv[0] in ("-h", "--help"):
         print("usage: npgpt NAME ...\n")
         print("\n".join(f"  npgpt {name:10} {command.ABOUT}" for name, command in COMMANDS.items()))
-        print("\nnpgpt NAME --help says more. bin/NAME is the same as npgpt NAME.")
+        print("\nnpgpt NAME --help says more. In a checkout, bin/npgpt NAME and bin/NAME are the same.")
         return 0
     if argv[0] == "--version":
         print(f"npgpt {npgpt.__version__}, NumPy {np.__version__}, {describe_blas()}, {available_cores()} cores")

@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
         "Print what differs between runs, and whether it matters: settings, parameters, time, and the difference of their\n"
         "losses on the same held-out text. Use it to change one thing at a time. The standard error says how much another\n"
         "text of this kind could change the difference. Another seed can change it more, so repeat runs that are close.",
-        ["bin/compare a.npz b.npz", "bin/compare small.npz large.npz --text another.txt"],
+        ["a.npz b.npz", "small.npz large.npz --text another.txt"],
     )
     parser.add_argument(
         "ckpt", nargs="+", metavar="FILE", help="checkpoints written by train; the others are compared with the first"

@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
         "evaluate",
         "Print the exact loss of a model on a text. On the text it was trained on, also compare samples with that text:\n"
         "rates of characters, share of words that occur in it, longest copied span, share of new 8-grams.",
-        ["bin/evaluate --ckpt model.npz", "bin/evaluate --ckpt model.npz another.txt --json"],
+        ["--ckpt model.npz", "--ckpt model.npz another.txt --json"],
     )
     parser.add_argument("--ckpt", required=True, metavar="FILE", help="a checkpoint written by train")
     parser.add_argument(

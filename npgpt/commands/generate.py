@@ -37,8 +37,8 @@ def parser() -> argparse.ArgumentParser:
         "Write text with a trained model. On a terminal and without a prompt, the command asks for one prompt after\n"
         "another, until end of file (Ctrl-D).",
         [
-            'bin/generate --ckpt model.npz --prompt "HOB:" --temperature 0.7 --top-k 20',
-            "bin/generate --ckpt model.npz --num-samples 3 --max-new-tokens 100 --stop HALE:",
+            '--ckpt model.npz --prompt "HOB:" --temperature 0.7 --top-k 20',
+            "--ckpt model.npz --num-samples 3 --max-new-tokens 100 --stop HALE:",
         ],
     )
     parser.add_argument("--ckpt", required=True, metavar="FILE", help="a checkpoint written by train")
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         prompt = read_text(args.prompt_file)
     elif args.prompt == "-":
         prompt = _from_stdin()
-    elif args.prompt is None and sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty():
+    elif args.prompt is None and sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty() and not args.json:
         return _converse(checkpoint, settings, args, stops)
     elif args.prompt is None:
         prompt = _piped()

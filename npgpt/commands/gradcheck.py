@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
         "Compare the gradient of every parameter of a small GPT with finite differences, in float64 and with dropout:\n"
         "twelve elements of each parameter, and three random directions that all elements contribute to. Where the\n"
         "function is not smooth (at a kink, such as ReLU's at 0) there is no derivative; such places are counted.",
-        ["bin/gradcheck --activation relu --n-layer 3", "bin/gradcheck --ckpt model.npz"],
+        ["--activation relu --n-layer 3", "--ckpt model.npz"],
     )
     parser.add_argument(
         "--ckpt", metavar="FILE", help="check the model of a checkpoint, with its weights (default: a small one)"

@@ -13,9 +13,7 @@ ABOUT = "what a checkpoint holds"
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = command_parser(
-        "inspect", "Print what a checkpoint holds.", ["bin/inspect model.npz", "bin/inspect --arrays model.npz"]
-    )
+    parser = command_parser("inspect", "Print what a checkpoint holds.", ["model.npz", "--arrays model.npz"])
     parser.add_argument("ckpt", metavar="FILE", help="a checkpoint written by train")
     parser.add_argument("--arrays", action="store_true", help="also list every array")
     return parser

@@ -17,7 +17,7 @@ def parser() -> argparse.ArgumentParser:
     parser = command_parser(
         "replay",
         "Repeat the step at which a training run found a number that is not finite, and name the operation that gave it.",
-        ["bin/npgpt replay model.crash.npz"],
+        ["model.crash.npz"],
     )
     parser.add_argument("ckpt", metavar="FILE", help="the crash file that the run has written")
     return parser

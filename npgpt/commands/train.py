@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     parser = command_parser(
         "train",
         "Train a GPT on the characters of a text file.",
-        ["bin/train data/tiny.txt --steps 500", "bin/train mytext.txt --out mine.npz --n-embd 128 --dropout 0.2"],
+        ["data/tiny.txt --steps 500", "mytext.txt --out mine.npz --n-embd 128 --dropout 0.2"],
     )
     parser.add_argument("text", metavar="DATA", help="a UTF-8 text file")
     parser.add_argument("--out", default="model.npz", metavar="FILE", help="the checkpoint to write (default: model.npz)")
@@ -261,6 +261,10 @@ def _print_banner(trainer: Trainer, source: str, files: RunFiles) -> None:
         threads = config.threads or cores.value
         limited = "" if config.threads or cores.source == "cores" else f" (limited by {cores.source})"
         say(f"        {threads} worker{'' if threads == 1 else 's'}{limited}, {describe_blas()}")
+    if trainer.files and trainer.files.are_of_earlier_run:
+        previous = files.previous_paths()[0]
+        replaced = ", in place of the run there" if previous.exists() else ""
+        say(f"        the run that is now in {files.best} is kept as {previous}{replaced}")
     if trainer.progress.step:
         say(f"        resumed at step {trainer.progress.step}")
 

@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -32,8 +33,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def command_parser(name: str, about: str, examples: list[str]) -> argparse.ArgumentParser:
-    """The parser of `npgpt NAME`. Its help begins with examples."""
-    description = "examples:\n" + "\n".join(f"  {e}" for e in examples) + f"\n\n{about}"
+    """The parser of `npgpt NAME`. Its help begins with examples, each the arguments after the name."""
+    description = "examples:\n" + "\n".join(f"  {command(name)} {e}" for e in examples) + f"\n\n{about}"
     return Parser(
         prog=f"npgpt {name}",
         description=description,
@@ -54,10 +55,12 @@ def visible(text: str) -> str:
 
 def command(name: str) -> str:
     """The command as the user can type it, in the way this program was started: `bin/train`, `npgpt train`, ..."""
-    program = Path(sys.argv[0]).name
-    if program == "launch.py":  # bin/npgpt starts it
-        return f"bin/{name}" if name in IN_BIN else f"bin/npgpt {name}"
-    return f"python -m npgpt {name}" if program == "__main__.py" else f"npgpt {name}"
+    program = Path(sys.argv[0])
+    if program.name == "launch.py":  # bin/npgpt starts it
+        folder = program.parent
+        shown = folder.name if folder.parent.resolve() == Path.cwd() else shlex.quote(str(folder))
+        return f"{shown}/{name}" if name in IN_BIN else f"{shown}/npgpt {name}"
+    return f"python -m npgpt {name}" if program.name == "__main__.py" else f"npgpt {name}"
 
 
 def failed(name: str, message: str) -> int:

@@ -66,6 +66,11 @@ class RunFiles:
         """Inside `with`, no other run can write these files. Raises RequestError if another run has them locked."""
         return lock(self.best.with_name(f".{self.best.name}.lock"), str(self.best))
 
+    @property
+    def are_of_earlier_run(self) -> bool:
+        """Whether files of an earlier run are here, which `claim` will set aside."""
+        return not self._owned and any(path.exists() for path in self.paths())
+
     def adopt(self, step: int) -> None:
         """Mark the files as this run's own. step: the step of the state that was loaded from them."""
         self._owned, self.saved_step = True, step

@@ -8,6 +8,7 @@ from npgpt.config.settings import GPTConfig, TrainConfig
 from npgpt.storage.header import Progress
 from npgpt.training.events import Outcome
 
+MUCH_FALLEN = 0.005  # a smaller fall of a loss over the last quarter of a run counts as none
 MUCH_REPEATED = 0.05  # a larger share of the held-out text that also occurs in the training text makes its loss useless
 
 
@@ -53,10 +54,17 @@ def advice(progress: Progress, config: TrainConfig, model: GPTConfig, outcome: O
         )
     if last < 0.01:
         return f"The {'training' if rows[-1][2] is None else 'validation'} loss is {last:.4f}: the text is completely learned."
-    middle = losses[(len(losses) - 1) // 2]
     which = "training" if rows[-1][2] is None else "validation"
-    if last < middle - 0.02 * middle or (len(rows) < 4 and last == best):
-        return f"The {which} loss was still falling at the end: train longer (--resume --steps {2 * config.steps})."
+    late = -1 - max(1, len(rows) // 4)  # the last quarter of the run begins here
+    if last < min(losses[: late + 1]) * (1 - MUCH_FALLEN) or (len(rows) < 4 and last == best):
+        rise = "" if config.schedule == "constant" else "; the learning rate rises again first"
+        return f"The {which} loss was still falling at the end: train longer (--resume --steps {2 * config.steps}{rise})."
+    if which == "validation" and last_train < rows[late][1] * (1 - MUCH_FALLEN) and last_train < last - noise:
+        return (
+            f"At the end the training loss was still falling and the validation loss, {best:.2f}, was not: the model begins to "
+            f"learn the text by heart. More text helps most. Otherwise use more dropout (--dropout "
+            f"{min(0.5, model.dropout + 0.1):.1f}) or a smaller model."
+        )
     return (
         f"The {which} loss has levelled off at {best:.2f}: more steps alone will help little. Change one thing, such as a "
         f"larger model (--n-embd {2 * model.n_embd}) or a longer context (--block-size {2 * model.block_size})."

@@ -16,7 +16,7 @@ import npgpt.cli
 def test_help(name, tmp_path):
     result = npgpt_command(name, "--help", cwd=tmp_path)
     assert result.returncode == 0
-    assert f"bin/{name}" in result.stdout
+    assert f"examples:\n  python -m npgpt {name} " in result.stdout
 
 
 def test_help_and_version_of_npgpt(tmp_path):

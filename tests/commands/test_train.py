@@ -190,3 +190,14 @@ def test_the_cores_of_a_cgroup_are_said(workshop, tmp_path, capsys, monkeypatch)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert npgpt.cli.main(["train", "text.txt", *QUICK]) == 0
     assert "1 worker (limited by OMP_NUM_THREADS=1)" in capsys.readouterr().err
+
+
+def test_the_run_that_a_new_one_replaces_is_named(workshop, tmp_path, capsys, monkeypatch):
+    shutil.copy(workshop / "text.txt", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for said in [None, "model.npz is kept as model.previous.npz\n", "model.previous.npz, in place of the run there\n"]:
+        assert npgpt.cli.main(["train", "text.txt", *QUICK]) == 0
+        shown = capsys.readouterr().err
+        assert said in shown if said else "previous" not in shown
+    assert npgpt.cli.main(["train", "text.txt", *QUICK, "--resume", "--steps", "8"]) == 0
+    assert "previous" not in capsys.readouterr().err

@@ -2,10 +2,11 @@
 
 import io
 import os
+import sys
 
 import pytest
 
-from npgpt.console.terminal import BreakableStream, command_parser, duration, failed, progress_bar, say
+from npgpt.console.terminal import BreakableStream, command, command_parser, duration, failed, progress_bar, say
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,7 @@ def test_a_stream_whose_reader_has_gone_is_silenced():
     ],
 )
 def test_a_misspelt_flag_is_answered_with_a_suggestion(arguments, message, capsys):
-    parser = command_parser("write", "Write a text.", ["bin/write --prompt a"])
+    parser = command_parser("write", "Write a text.", ["--prompt a"])
     parser.add_argument("--prompt")
     if message is None:
         assert parser.parse_args(arguments).prompt == "a"
@@ -102,6 +103,21 @@ def test_a_misspelt_flag_is_answered_with_a_suggestion(arguments, message, capsy
     assert capsys.readouterr() == ("", f"npgpt write: {message} (see npgpt write --help)\n")
 
 
-def test_the_help_begins_with_examples():
-    shown = command_parser("write", "Write a text.", ["bin/write --prompt a"]).format_help()
-    assert shown.index("examples:\n  bin/write --prompt a\n") < shown.index("Write a text.") < shown.index("--help")
+def test_the_help_begins_with_examples(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["npgpt"])
+    shown = command_parser("write", "Write a text.", ["--prompt a"]).format_help()
+    assert shown.index("examples:\n  npgpt write --prompt a\n") < shown.index("Write a text.") < shown.index("--help")
+
+
+def test_commands_are_named_in_the_way_the_program_was_started(monkeypatch, tmp_path):
+    folder = tmp_path / "a space" / "bin"
+    folder.mkdir(parents=True)
+    for program, here, train, replay in [
+        (folder / "launch.py", folder.parent, "bin/train", "bin/npgpt replay"),
+        (folder / "launch.py", tmp_path, f"'{folder}'/train", f"'{folder}'/npgpt replay"),
+        (tmp_path / "__main__.py", tmp_path, "python -m npgpt train", "python -m npgpt replay"),
+        (tmp_path / "npgpt", tmp_path, "npgpt train", "npgpt replay"),
+    ]:
+        monkeypatch.setattr(sys, "argv", [str(program)])
+        monkeypatch.chdir(here)
+        assert (command("train"), command("replay")) == (train, replay)

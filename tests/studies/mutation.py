@@ -216,6 +216,8 @@ def main():
     parser.add_argument("names", nargs="*", help="parts of the names of the bugs to plant (default: all)")
     args = parser.parse_args()
     bugs = [bug for bug in BUGS if not args.names or any(name in bug[0] for name in args.names)]
+    if not bugs:
+        raise SystemExit(f"no planted bug has a name with {' or '.join(args.names)}; add one to BUGS")
     clean = caught(("nothing", REFERENCE, '"""The definition of every', '"""The definition of every'))
     if clean:
         raise SystemExit(f"the tests fail without any bug: {clean}")

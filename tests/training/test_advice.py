@@ -15,6 +15,8 @@ from npgpt.training.events import Outcome
     [
         ([[100, 2.5, 2.6, 0.02], [200, 1.5, 2.0, 0.02], [300, 1.0, 2.4, 0.02]], "Over-fitting since step 200"),
         ([[100, 2.5, 2.6, 0.02], [200, 2.2, 2.3, 0.02], [300, 2.0, 2.1, 0.02]], "still falling.*--resume --steps 2000"),
+        ([[i, 2.5, 2.6 - 0.1 * min(i, 6), 0.02] for i in range(1, 9)], "levelled off"),  # the fall ended long before
+        ([[i, 2.5 - 0.1 * i, 2.6 - 0.1 * min(i, 6), 0.02] for i in range(1, 9)], "begins to learn the text by heart"),
         ([[10, 3.69, 3.68, 0.02], [20, 3.65, 3.63, 0.02]], "still falling"),
         ([[i, 2.5, 2.6 - 0.001 * i, 0.02] for i in range(1, 7)], "levelled off"),
         ([[100, 2.5, 2.6, 0.02], [200, 3.9, 3.9, 0.02], [300, 4.2, 4.1, 0.02]], "diverged: lower the learning rate"),
@@ -28,6 +30,12 @@ def test_advice(history, words):
     line = advice(progress, TrainConfig(), GPTConfig(65), Outcome.FINISHED)
     assert re.search(words, line), line
     assert "\n" not in line
+
+
+def test_the_advice_to_train_longer_names_what_the_schedule_does():
+    progress = Progress(step=200, history=[[100, 2.5, 2.6, 0.02], [200, 2.2, 2.3, 0.02]])
+    for schedule, words in [("cosine", "--steps 2000; the learning rate rises again first"), ("constant", "--steps 2000)")]:
+        assert words in advice(progress, TrainConfig(schedule=schedule), GPTConfig(65), Outcome.FINISHED)
 
 
 @pytest.mark.parametrize(
