@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from types import FrameType
 
@@ -20,8 +21,14 @@ class StopRequest:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[StopRequest]:
-    """Inside `with`, the first SIGINT, SIGTERM or SIGHUP sets the StopRequest. A second one ends the process at once."""
+    """Inside `with`, the first SIGINT, SIGTERM or SIGHUP sets the StopRequest. A second one ends the process at once.
+
+    Outside the main thread nothing is done, because Python handles signals there alone.
+    """
     request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+        yield request
+        return
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         if request():

@@ -6,9 +6,11 @@ import ctypes
 import functools
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
@@ -29,15 +31,36 @@ def blas_threads(threads: int) -> Iterator[None]:
     machine the difference is much larger.
     """
     # ThreadpoolController.limit does the same, but takes five times as long, and generation enters this for every token.
-    libraries = [library for library in _blas().lib_controllers if library.user_api == "blas"]
-    before = [library.num_threads for library in libraries]
+    wish = object()
     try:
-        for library in libraries:
-            library.set_num_threads(threads)
+        with _wishes_lock:
+            if not _wishes:
+                _blas_before[:] = [library.num_threads for library in _blas_libraries()]
+            _wishes[wish] = threads
+            _set_blas_threads()
         yield
     finally:
-        for library, number in zip(libraries, before, strict=True):
-            library.set_num_threads(number)
+        with _wishes_lock:
+            if _wishes.pop(wish, None) is not None:
+                _set_blas_threads()
+
+
+# The number of threads is one of the whole process. So the wishes of all `blas_threads` blocks that are open, in whatever
+# thread, are kept here. The newest applies. The last block to end sets the number from before the first.
+_wishes_lock = threading.RLock()
+_wishes: dict[object, int] = {}
+_blas_before: list[int] = []
+
+
+def _set_blas_threads() -> None:
+    newest = next(reversed(_wishes.values()), None)
+    for library, before in zip(_blas_libraries(), _blas_before, strict=True):
+        library.set_num_threads(before if newest is None else newest)
+
+
+@functools.cache
+def _blas_libraries() -> list[Any]:
+    return [library for library in _blas().lib_controllers if library.user_api == "blas"]
 
 
 def describe_machine(device: str, threads: int) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import warnings
 from collections.abc import Callable, Iterable
@@ -27,11 +28,12 @@ class Workers:
     def __init__(self, threads: int | None = None) -> None:
         """threads: None means one for each core this process may use."""
         self.threads = threads or available_cores()
+        self._opened = contextlib.ExitStack()
 
     def __enter__(self) -> Workers:
-        self._blas_limit = blas_threads(1)
-        self._blas_limit.__enter__()
+        self._opened.enter_context(blas_threads(1))
         self._executor = ThreadPoolExecutor(self.threads, thread_name_prefix="npgpt")
+        self._opened.callback(lambda: self._executor.shutdown(cancel_futures=True))
         if self.threads > 1:
             self._start_threads()
         return self
@@ -57,8 +59,7 @@ class Workers:
             begin.set()
 
     def __exit__(self, *exception: Any) -> None:
-        self._executor.shutdown(cancel_futures=True)
-        self._blas_limit.__exit__(*exception)
+        self._opened.close()  # a second time it does nothing
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
         """[function(item) for item in items], computed side by side.

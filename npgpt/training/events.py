@@ -1,8 +1,10 @@
-"""What a training run yields: a record for each step and each evaluation, and one for the end. Only data."""
+"""What a training run yields: a record for each step and each evaluation, and one for the end. No training here."""
 
 from __future__ import annotations
 
 import enum
+import warnings
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 
@@ -48,3 +50,27 @@ class End:
     outcome: Outcome
     advice: str
     reason: str = ""  # if the run diverged: what was not finite, and where it came from
+
+
+class Events(Iterator[Step | Evaluation | End]):
+    """The records of a run, as an iterator. The run goes on only while it is iterated over, so it warns if it never was."""
+
+    def __init__(self, events: Generator[Step | Evaluation | End, None, None]) -> None:
+        self._events, self._begun = events, False
+
+    def __next__(self) -> Step | Evaluation | End:
+        self._begun = True
+        return next(self._events)
+
+    def close(self) -> None:
+        """Leave the run where it is. `run()` continues from there."""
+        self._begun = True
+        self._events.close()
+
+    def __del__(self) -> None:
+        if not self._begun:
+            warnings.warn(
+                "trainer.run() was not iterated over, so nothing was trained; write: for event in trainer.run(): ...",
+                RuntimeWarning,
+                stacklevel=2,
+            )

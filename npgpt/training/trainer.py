@@ -12,7 +12,7 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from npgpt.generation.generate import generate_text
 from npgpt.model.gpt import GPT
 from npgpt.parallel.machine import describe_machine
 from npgpt.parallel.processes import Processes, processes_pay_off
+from npgpt.parallel.shield import Shield
 from npgpt.parallel.step import ALL_FINITE, ParallelStep
 from npgpt.parallel.workers import Workers
 from npgpt.storage.checkpoint import Checkpoint, save
@@ -32,7 +33,7 @@ from npgpt.storage.run import RunFiles
 from npgpt.text.characters import CharTokenizer
 from npgpt.text.dataset import Dataset
 from npgpt.training.advice import advice
-from npgpt.training.events import End, Evaluation, Outcome, Step
+from npgpt.training.events import End, Evaluation, Events, Outcome, Step
 from npgpt.training.optim import AdamW, Update, learning_rate
 
 STEPS_BEFORE_PROCESSES = 10  # after these steps the time of a step is known
@@ -69,7 +70,7 @@ class Trainer:
         self.fingerprint = dataset.fingerprint()
         self.progress = Progress()
         self._started = time.perf_counter()
-        self._evaluation_due = False
+        self._resumed_at = 0  # the step
         self._step_seconds: list[float] = []  # of the first eleven steps of this run
         self._workers = Workers(config.threads if model.backend.is_cpu else 1)
         precision = "".join(f", {name}" for name in ("bf16", "tf32") if getattr(config, name))
@@ -133,7 +134,7 @@ class Trainer:
             raise RequestError(f"cannot resume: the checkpoint's training state is damaged ({error})") from None
         self.model.load_state_dict(last.model.state_dict())
         self.progress = dataclasses.replace(last.progress, history=list(last.progress.history))
-        self._evaluation_due = False
+        self._resumed_at = self.progress.step
         if self.files:
             self.files.disown() if elsewhere else self.files.adopt(self.progress.step)
         before = last.machine or self.machine
@@ -143,19 +144,40 @@ class Trainer:
 
     # ---------------------------------------------------------------- the run
 
-    def run(self, stop_requested: Callable[[], bool] = lambda: False) -> Iterator[Step | Evaluation | End]:
+    def run(self, stop_requested: Callable[[], bool] = lambda: False) -> Events:
         """Train to the end. If an earlier iteration was left half-way, continue from there.
 
         `stop_requested()` is asked after every step, or on a GPU after every group of steps. If it returns True, the run
         saves its state and ends. Raises OSError if a file cannot be written.
-        """
-        self._started, self._step_seconds = time.perf_counter(), []
-        with self.files.locked() if self.files else contextlib.nullcontext():
-            self._try_to_save()
-            yield from self._run(stop_requested)
 
-    def _run(self, stop_requested: Callable[[], bool]) -> Iterator[Step | Evaluation | End]:
-        step, config = self.progress.step, self.config
+        An iteration may end at any moment, also by KeyboardInterrupt. On a CPU, a step is then done and counted, or not done
+        at all, and the next iteration continues as if nothing had happened. An interruption waits for the end of the step.
+        """
+        return Events(self._run(stop_requested))
+
+    def _run(self, stop_requested: Callable[[], bool]) -> Generator[Step | Evaluation | End, None, None]:
+        with (
+            self.files.locked() if self.files else contextlib.nullcontext(),
+            # A GPU library keeps settings for each thread, so there the work stays in this one.
+            Shield(threaded=self.model.backend.is_cpu) as shield,
+        ):
+            try:
+                shield(self._open)
+                outcome = yield from self._steps_and_evaluations(stop_requested, shield)
+                reason = shield(self._explain_divergence) if outcome is Outcome.DIVERGED else ""
+            finally:
+                try:
+                    shield(self._close)
+                except BaseException:  # interrupted before it began
+                    shield(self._close)
+                    raise
+            yield self._end(outcome, reason)
+
+    def _open(self) -> None:
+        """Make the run's files this run's own, and start the workers."""
+        self._started, self._step_seconds = time.perf_counter(), []
+        self._try_to_save()
+        step = self.progress.step
         if self.files:
             if not self.files.claim():
                 self.progress.forget_best()
@@ -163,24 +185,30 @@ class Trainer:
                 self._save(self.progress, is_best=True)  # the run may have been killed between the two files of a save
             if step:
                 self.files.cut_log(step)
-        self._log("resume" if step else "start", {"step": step, "config": dataclasses.asdict(config)})
-        with self._workers, contextlib.closing(self._forward_backward):
-            outcome = yield from self._steps_and_evaluations(stop_requested)
-            reason = self._explain_divergence() if outcome is Outcome.DIVERGED else ""
+        self._log("resume" if step else "start", {"step": step, "config": dataclasses.asdict(self.config)})
+        self._workers.__enter__()
+
+    def _close(self) -> None:
+        """End the workers, if they were started."""
+        self._forward_backward.close()
+        self._workers.__exit__()
+
+    def _end(self, outcome: Outcome, reason: str) -> End:
         judged = outcome in (Outcome.FINISHED, Outcome.EARLY_STOP)
         repeated_share = self.dataset.repeated_share if judged else 0.0
-        line = advice(self.progress, config, self.model.config, outcome, repeated_share)
+        line = advice(self.progress, self.config, self.model.config, outcome, repeated_share)
         end = End(self.progress.step, outcome, line, reason)
         self._log("end", {"step": end.step, "outcome": outcome.name.lower(), "advice": end.advice, "reason": reason})
-        yield end
+        return end
 
-    def _steps_and_evaluations(self, stop_requested: Callable[[], bool]) -> Generator[Step | Evaluation, None, Outcome]:
+    def _steps_and_evaluations(
+        self, stop_requested: Callable[[], bool], shield: Shield
+    ) -> Generator[Step | Evaluation, None, Outcome]:
         """Take steps and evaluate until the run ends; returns why it ended."""
         config = self.config
         while self.progress.step < config.steps or self._evaluation_due:
             if not self._evaluation_due:  # an evaluation is still due if an earlier iteration ended before it
-                self._start_processes_if_worthwhile()
-                for step in self._take_steps(self._group_size()):
+                for step in shield(self._take_steps):
                     if len(self._step_seconds) <= STEPS_BEFORE_PROCESSES:
                         self._step_seconds.append(step.seconds)
                     if not (math.isfinite(step.loss) and math.isfinite(step.grad_norm)):
@@ -190,19 +218,26 @@ class Trainer:
                     yield step
             stop = stop_requested()
             if self._evaluation_due:
-                evaluation = self._evaluate()
+                evaluation = shield(self._evaluate)
                 if evaluation is None:
                     return Outcome.DIVERGED
-                self._evaluation_due = False
                 yield evaluation
                 too_many = config.patience and self.progress.stale_evaluations >= config.patience
                 if too_many and self.progress.step < config.steps:
                     return Outcome.EARLY_STOP
             elif stop:
-                self._save(self.progress)
+                shield(lambda: self._save(self.progress))
             if stop and self.progress.step < config.steps:
                 return Outcome.INTERRUPTED
         return Outcome.FINISHED
+
+    @property
+    def _evaluation_due(self) -> bool:
+        """Whether the state has yet to be evaluated. It follows from the progress, so it is right after an interruption too."""
+        p, config = self.progress, self.config
+        is_time = p.step % config.eval_interval == 0 or p.step == config.steps
+        is_evaluated = bool(p.history) and p.history[-1][0] == p.step
+        return is_time and not is_evaluated and p.step > self._resumed_at
 
     def _explain_divergence(self) -> str:
         """Find out why the loss or the gradient of the next step is not finite, and save a crash file for `replay`."""
@@ -219,9 +254,10 @@ class Trainer:
 
     # ---------------------------------------------------------------- steps
 
-    def _take_steps(self, n: int) -> list[Step]:
-        """Take the next n steps. The list ends with the first step whose loss or gradient is not finite; it changed nothing."""
-        started = time.perf_counter()
+    def _take_steps(self) -> list[Step]:
+        """Take the next steps. The list ends with the first step whose loss or gradient is not finite; it changed nothing."""
+        self._start_processes_if_worthwhile()
+        n, started = self._group_size(), time.perf_counter()
         p, config = self.progress, self.config
         assert config.min_lr is not None  # TrainConfig fills it in
         rates: list[float] = []
@@ -247,7 +283,6 @@ class Trainer:
             for (loss, grad_norm), lr in zip(results, rates, strict=False):
                 if math.isfinite(loss) and math.isfinite(grad_norm):
                     p.step += 1
-                    self._evaluation_due = p.step % config.eval_interval == 0 or p.step == config.steps
                     p.loss_sum += loss
                     p.loss_count += 1
                 steps.append(Step(p.step, loss, grad_norm, lr, tokens, seconds))

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -201,3 +202,12 @@ def test_the_run_that_a_new_one_replaces_is_named(workshop, tmp_path, capsys, mo
         assert said in shown if said else "previous" not in shown
     assert npgpt.cli.main(["train", "text.txt", *QUICK, "--resume", "--steps", "8"]) == 0
     assert "previous" not in capsys.readouterr().err
+
+
+def test_a_command_works_outside_the_main_thread(workshop, tmp_path):
+    status = []
+    arguments = ["train", str(workshop / "text.txt"), *QUICK, "--out", str(tmp_path / "model.npz")]
+    thread = threading.Thread(target=lambda: status.append(npgpt.cli.main(arguments)))
+    thread.start()
+    thread.join()
+    assert status == [0]

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from studies.mutation import BUGS
 
 ROOT = Path(__file__).parent.parent.parent
 PACKAGE = ROOT / "npgpt"
@@ -107,3 +108,9 @@ def test_every_test_file_is_in_the_folder_of_a_room(file):
     folder = file.split("/")[0]
     assert folder in set(STAGE_OF) | OTHER_FOLDERS
     assert ast.get_docstring(ast.parse((TESTS / file).read_text(encoding="utf-8"))), f"{file} does not say what it tests"
+
+
+def test_every_planted_bug_has_its_place():
+    """`make mutation` takes minutes; this finds at once which of its bugs no longer fit the code."""
+    misfits = [name for name, file, right, _ in BUGS if (PACKAGE / file).read_text(encoding="utf-8").count(right) != 1]
+    assert not misfits

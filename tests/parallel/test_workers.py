@@ -73,6 +73,23 @@ def test_workers_limit_the_blas_to_one_thread():
         assert blas_threads() == before
 
 
+def test_the_last_of_several_users_gives_the_blas_its_threads_back():
+    """Two runs in one process may end in any order."""
+
+    def blas_threads():
+        return {library["num_threads"] for library in ThreadpoolController().info() if library["user_api"] == "blas"}
+
+    with threadpool_limits(limits=2, user_api="blas"):
+        first, second = Workers(2), Workers(2)
+        first.__enter__()
+        second.__enter__()
+        first.__exit__()
+        assert blas_threads() == {1}
+        second.__exit__()
+        second.__exit__()  # a second time it does nothing
+        assert blas_threads() == {2}
+
+
 @pytest.mark.parametrize("allowed", [0, 1, 2])
 def test_threads_that_cannot_be_started_are_done_without(monkeypatch, allowed):
     """The system refuses new threads, as under `ulimit -u`."""

@@ -2,7 +2,7 @@
 
 Each function tries one thing a number of times and returns a Tally. The faults are those of an operating system: processes
 are killed, writes fail, bits flip. No function of npgpt is replaced, except in `not_finite`, because nothing else can put a
-NaN into a gradient. R1 to R9 are the rows of the table in docs/reliability.md.
+NaN into a gradient. R1 to R10 are the rows of the table in docs/reliability.md.
 """
 
 import builtins
@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from threadpoolctl import ThreadpoolController
 
 import npgpt
 from npgpt import GPT, AdamW, CharTokenizer, Checkpoint, CheckpointError, Dataset, GPTConfig, TrainConfig, Trainer
@@ -665,3 +666,82 @@ def duplicate_member(folder):
         with zipfile.ZipFile(path, "a") as archive:
             archive.writestr("wte.weight.npy", data)
     return "duplicate member", path
+
+
+# ---------------------------------------------------------------- R10: interruptions of the calling thread
+
+
+class _InterruptAt:
+    """A trace function that raises KeyboardInterrupt before the n-th instruction of this thread, wherever that is."""
+
+    def __init__(self, n):
+        self.left = n
+
+    def __call__(self, frame, event, argument):
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            self.left -= 1
+            if self.left == 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return self
+
+
+def _all_events(run):
+    """Iterate to the end. A `for` loop would not: Python's own loop has no instructions to be interrupted at."""
+    for _ in run.run():
+        pass
+
+
+@contextlib.contextmanager
+def _signal_after(seconds):
+    """Send SIGINT to this process after a time, unless the block ends earlier."""
+    old = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+
+
+def interruptions(folder, n, seed=0, **settings):
+    """R10: a run that KeyboardInterrupt leaves, and that continues in the same process, must write the same bytes.
+
+    Half of the interruptions come before a random instruction, and half at a random time, where there are such signals. The
+    BLAS must have as many threads as before.
+    """
+    tally, rng = Tally(), random.Random(seed)
+    straight = folder / "straight" / "model.npz"
+    straight.parent.mkdir()
+    run, count = trainer(straight, **settings), _InterruptAt(-1)
+    started = time.perf_counter()
+    sys.settrace(count)
+    try:
+        _all_events(run)
+    finally:
+        sys.settrace(None)
+    instructions, seconds = -1 - count.left, time.perf_counter() - started
+    threads = [library["num_threads"] for library in ThreadpoolController().info()]
+    for i in range(n):
+        out = folder / f"try{i}" / "model.npz"
+        out.parent.mkdir()
+        run, interrupted = trainer(out, **settings), False
+        try:
+            if i % 2 and hasattr(signal, "setitimer"):
+                with _signal_after(rng.uniform(0, seconds)):
+                    _all_events(run)
+            else:
+                sys.settrace(_InterruptAt(rng.randrange(1, instructions)))
+                _all_events(run)
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            sys.settrace(None)
+        step = run.progress.step
+        for _ in run.run():
+            pass
+        equal = all((out.with_name(p.name)).read_bytes() == p.read_bytes() for p in straight.parent.glob("*.npz"))
+        same = [library["num_threads"] for library in ThreadpoolController().info()] == threads
+        tally.check(equal and same, f"interruption {i} ({interrupted}) at step {step}: equal {equal}, BLAS threads {same}")
+    return tally

@@ -49,6 +49,7 @@ def programme(scale):
         ("R3 each operation of a save failing", reliability.faults),
         ("R6 hostile files", hostile),
         ("R9 NaN and infinities", reliability.not_finite, setattr),
+        ("R10 KeyboardInterrupt, and on in the same process", reliability.interruptions, times(2000)),
     ]
 
 
@@ -73,7 +74,7 @@ def main():
         f"NumPy {np.__version__}, {time.perf_counter() - started:.0f} s\n"
     )
     print("| | tried | survived | lost | wrong | seconds |\n|---|---|---|---|---|---|")
-    for what, tally, seconds in sorted(results, key=lambda row: row[0]):
+    for what, tally, seconds in sorted(results, key=lambda row: int(row[0].split()[0][1:])):
         print(f"| {what} | {tally.tried:,} | {tally.survived:,} | {tally.lost} | {tally.wrong} | {seconds:.0f} |")
     notes = [f"{what}: {note}" for what, tally, _ in results for note in tally.notes[:10]]
     if notes:

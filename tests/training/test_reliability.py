@@ -45,6 +45,16 @@ def test_a_resumed_run_that_gets_worse_writes_the_same_bytes(tmp_path):
     reliability.sound(reliability.resumptions(tmp_path, 20, [8, 10, 15], lr=0.5))  # R7
 
 
+def test_an_interrupted_run_goes_on_in_the_same_process(tmp_path):
+    reliability.sound(reliability.interruptions(tmp_path, 24))  # R10
+
+
+def test_a_run_that_nobody_iterates_over_says_so():
+    with pytest.warns(RuntimeWarning, match="nothing was trained; write: for event in trainer.run"):
+        reliability.trainer().run()
+    reliability.trainer().run().close()
+
+
 def test_numbers_that_are_not_finite_stop_a_run(tmp_path, monkeypatch):
     assert reliability.sound(reliability.not_finite(tmp_path, monkeypatch.setattr)).tried >= 12  # R9
 
