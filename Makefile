@@ -14,7 +14,7 @@ VENV_BIN := .venv/bin
 endif
 PIP := $(VENV_BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help train test soak lint bench gpu gradcheck gradcheck-full parity mutation nvrtc data venv clean
+.PHONY: help train test oldest soak lint bench gpu gradcheck gradcheck-full parity mutation nvrtc data venv clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -27,6 +27,11 @@ train: .venv/.core ## train on DATA (a path, or a name under data/), write OUT
 
 test: .venv/.test ## run all tests
 	$(VENV_BIN)/python -m pytest -n auto
+
+oldest: ## run all tests with the oldest versions of NumPy, threadpoolctl and tqdm that setup.py allows
+	[ -d .venv-oldest ] || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/$(notdir $(VENV_BIN))/python -m pip install --quiet --disable-pip-version-check -e ".[test,oldest]"
+	.venv-oldest/$(notdir $(VENV_BIN))/python -m pytest -n auto
 
 soak: .venv/.test ## run the reliability tests at full size: kills, faults, damaged files; about seven minutes
 	$(VENV_BIN)/python tests/studies/soak.py $(ARGS)
@@ -62,7 +67,7 @@ data: ## fetch tiny Shakespeare into data/ (needs a network)
 venv: .venv/.core ## install what the commands in bin/ need into .venv
 
 clean: ## remove .venv and the caches of tests and tools
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf .venv .venv-oldest .pytest_cache .mypy_cache .ruff_cache build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp file for each set of dependencies. A change in setup.py makes them stale.

@@ -12,6 +12,9 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "npgpt" / "__init__.py").re
 WITH_NVRTC = "platform_system != 'Darwin' and platform_machine in 'x86_64 AMD64 aarch64'"
 TEST = ["pytest>=8", "hypothesis>=6", "pytest-timeout>=2", "pytest-xdist>=3", "ml_dtypes>=0.5"]
 
+# `make oldest` runs the tests with exactly these versions. threadpoolctl 3.4 does not find the BLAS of NumPy's own packages.
+CORE = ["numpy>=2.0", "threadpoolctl>=3.5", "tqdm>=4.60"]
+
 setup(
     name="npgpt",
     version=VERSION,
@@ -22,7 +25,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["npgpt", "npgpt.*"]),
     package_data={"npgpt": ["py.typed", "kernels/cuda/*.cu"]},
-    install_requires=["numpy>=2.0", "threadpoolctl>=3", "tqdm>=4.60"],
+    install_requires=CORE,
     extras_require={
         "cuda12": ["cupy-cuda12x[ctk]>=14", "ml_dtypes>=0.5", "numpy>=2.1.2"],
         "cuda13": ["cupy-cuda13x[ctk]>=14", "ml_dtypes>=0.5", "numpy>=2.1.2"],
@@ -30,6 +33,7 @@ setup(
         "plot": ["matplotlib>=3.7"],
         "test": TEST,
         "dev": [*TEST, "ruff>=0.9", "mypy>=1.13"],
+        "oldest": [requirement.replace(">=", "==") for requirement in CORE],
         "parity": ["torch>=2.6"],
     },
     entry_points={"console_scripts": ["npgpt = npgpt.cli:main"]},

@@ -7,12 +7,14 @@ import functools
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import threadpoolctl
 from threadpoolctl import ThreadpoolController
 
 AVX512_KERNELS = {"skylakex", "cooperlake", "sapphirerapids"}  # the kernels of OpenBLAS that use AVX-512
@@ -60,7 +62,22 @@ def _set_blas_threads() -> None:
 
 @functools.cache
 def _blas_libraries() -> list[Any]:
-    return [library for library in _blas().lib_controllers if library.user_api == "blas"]
+    libraries = [library for library in _blas().lib_controllers if library.user_api == "blas"]
+    if not libraries and _built_with() != "accelerate":  # Apple's library chooses its threads itself
+        warnings.warn(
+            f"threadpoolctl {threadpoolctl.__version__} does not find the BLAS of NumPy {np.__version__} ({_built_with()}), so "
+            "its threads cannot be limited, and training may be many times slower; try: pip install -U threadpoolctl, or "
+            "set OPENBLAS_NUM_THREADS=1 (MKL_NUM_THREADS=1 for MKL)",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return libraries
+
+
+def _built_with() -> str:
+    """The BLAS that NumPy was built with, such as scipy-openblas, mkl or accelerate."""
+    built: Any = np.show_config(mode="dicts")
+    return str(built.get("Build Dependencies", {}).get("blas", {}).get("name", "unknown"))
 
 
 def describe_machine(device: str, threads: int) -> dict[str, str]:
@@ -79,7 +96,7 @@ def describe_blas() -> str:
     """
     found = [library for library in _blas().info() if library["user_api"] == "blas"]
     if not found:
-        return "BLAS unknown"
+        return f"BLAS {_built_with()}"
     blas = found[0]
     kernel = blas.get("architecture")
     text = f"{blas['internal_api']} {blas['version']}" + (f" ({kernel} kernels)" if kernel else "")

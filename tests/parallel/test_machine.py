@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +28,20 @@ def test_the_blas_is_described(monkeypatch, kernel, avx512, words):
     monkeypatch.setenv("OPENBLAS_CORETYPE", kernel)
     assert re.search(words, machine.describe_blas())
     assert ("OPENBLAS_CORETYPE=Haswell" in machine.describe_blas()) == (words == "AVX-512 is unused")
+
+
+@pytest.mark.parametrize(("built_with", "warns"), [("scipy-openblas", True), ("accelerate", False)])
+def test_a_blas_that_is_not_found_is_said_with_the_remedy(monkeypatch, built_with, warns):
+    monkeypatch.setattr(machine, "_blas", lambda: SimpleNamespace(info=lambda: [], lib_controllers=[]))
+    monkeypatch.setattr(machine, "_built_with", lambda: built_with)
+    found = machine._blas_libraries.__wrapped__
+    with pytest.warns(RuntimeWarning, match=r"\(scipy-openblas\).* pip install -U threadpoolctl") if warns else nullcontext():
+        assert found() == []
+    assert machine.describe_blas() == f"BLAS {built_with}"
+
+
+def test_what_numpy_was_built_with_has_a_name():
+    assert machine._built_with() != "unknown"
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux has glibc")
