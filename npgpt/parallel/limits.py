@@ -31,7 +31,8 @@ def core_limit() -> Limit:
     limits = [Limit(visible, "cores")]
     quota = _cpu_quota()
     if quota is not None:
-        limits.append(Limit(max(1, math.ceil(quota)), f"the CPU quota of its cgroup, {quota:g} cores"))
+        cores = "1 core" if quota == 1 else f"{quota:g} cores"
+        limits.append(Limit(max(1, math.ceil(quota)), f"the CPU quota of its cgroup, {cores}"))
     asked = os.environ.get("OMP_NUM_THREADS", "")
     if asked.isdecimal() and int(asked) > 0:
         limits.append(Limit(int(asked), f"OMP_NUM_THREADS={asked}"))
