@@ -18,8 +18,6 @@ from npgpt.engine.backend import Backend, backend_of, is_float, to_numpy
 from npgpt.engine.graph import Backward, Node, SliceGradient, add_to_leaf, current_watch, is_recording, walk_back
 from npgpt.kernels.reference import Array
 
-Scalar = int | float
-
 
 def record(data: Array, inputs: tuple[Tensor, ...], backward: Backward) -> Tensor:
     """Make a Tensor of an operation's output array `data`, and record how to go back through the operation.
@@ -43,6 +41,18 @@ def record(data: Array, inputs: tuple[Tensor, ...], backward: Backward) -> Tenso
     return output
 
 
+def _comparison(function: np.ufunc) -> Callable[[Tensor, Any], Any]:
+    """The method of Tensor that compares its elements with those of `other`."""
+
+    def compare(self: Tensor, other: Any) -> Any:
+        if other is None or isinstance(other, str):
+            return NotImplemented
+        xp = self.backend.xp
+        return Tensor(xp.asarray(getattr(xp, function.__name__)(self.data, _operand(self, other)[1])))
+
+    return compare
+
+
 class Tensor:
     """An array that can take part in differentiation.
 
@@ -60,8 +70,7 @@ class Tensor:
             data = data.data
         elif not hasattr(data, "dtype"):
             data = np.asarray(data)
-            if data.dtype == np.float64:
-                data = data.astype(np.float32)
+            data = data.astype(np.float32) if data.dtype == np.float64 else data
         elif isinstance(data, np.generic):
             data = np.asarray(data)
         if requires_grad and not is_float(data.dtype):
@@ -171,34 +180,16 @@ class Tensor:
             walk_back(self._node, gradient)
 
     # ---------------------------------------------------------------- comparisons
-    #
+
     # The result is a boolean Tensor, element by element, for masks. No gradient flows through it.
 
-    def __eq__(self, other: object) -> Any:
-        return self._compare(np.equal, other)
-
-    def __ne__(self, other: object) -> Any:
-        return self._compare(np.not_equal, other)
-
-    def __lt__(self, other: Any) -> Any:
-        return self._compare(np.less, other)
-
-    def __le__(self, other: Any) -> Any:
-        return self._compare(np.less_equal, other)
-
-    def __gt__(self, other: Any) -> Any:
-        return self._compare(np.greater, other)
-
-    def __ge__(self, other: Any) -> Any:
-        return self._compare(np.greater_equal, other)
-
+    __eq__ = _comparison(np.equal)
+    __ne__ = _comparison(np.not_equal)
+    __lt__ = _comparison(np.less)
+    __le__ = _comparison(np.less_equal)
+    __gt__ = _comparison(np.greater)
+    __ge__ = _comparison(np.greater_equal)
     __hash__ = object.__hash__  # by identity, so that Tensors can be keys
-
-    def _compare(self, function: np.ufunc, other: Any) -> Any:
-        if other is None or isinstance(other, str):
-            return NotImplemented
-        compare = getattr(self.backend.xp, function.__name__)
-        return Tensor(self.backend.xp.asarray(compare(self.data, _operand(self, other)[1])))
 
     # ---------------------------------------------------------------- arithmetic
     #
@@ -365,17 +356,14 @@ def _operand(like: Tensor, other: Any) -> tuple[Tensor | None, Any]:
     """The other operand of a binary operation: (tensor, array), or (None, number) for a number."""
     if isinstance(other, int | float | np.generic):
         return None, other.item() if isinstance(other, np.generic) else other
+    if isinstance(other, list | tuple):  # beside a float tensor it has that dtype, so that no digit is lost or added
+        other = np.asarray(other, dtype=like.dtype if is_float(like.dtype) else None)
     if not isinstance(other, Tensor):
-        other = Tensor(np.asarray(other, dtype=_list_dtype(like, other)) if isinstance(other, list | tuple) else other)
+        other = Tensor(other)
     backend_of(like.data, other.data)
     if is_float(like.dtype) and other.dtype.kind in "iub":  # integers do not widen a float tensor, as numbers do not
         other = Tensor(other.data.astype(like.dtype))
     return other, other.data
-
-
-def _list_dtype(like: Tensor, values: Any) -> Any:
-    """The dtype for a list beside a tensor: a float tensor's own, so that no digit is lost and none is added."""
-    return like.dtype if is_float(like.dtype) else None
 
 
 def _leaf(data: Array, grad: Array | None, requires_grad: bool) -> Tensor:
