@@ -33,7 +33,7 @@ oldest: ## run all tests with the oldest versions of NumPy, threadpoolctl and tq
 	.venv-oldest/$(notdir $(VENV_BIN))/python -m pip install --quiet --disable-pip-version-check -e ".[test,oldest]"
 	.venv-oldest/$(notdir $(VENV_BIN))/python -m pytest -n auto
 
-soak: .venv/.test ## run the reliability tests at full size: kills, faults, damaged files; about seven minutes
+soak: .venv/.test ## run the reliability tests at full size: kills, faults, damaged files; about ten minutes
 	$(VENV_BIN)/python tests/studies/soak.py $(ARGS)
 
 lint: .venv/.dev ## check style and types

@@ -1,4 +1,4 @@
-"""`make soak`: run the reliability programme with large numbers of tries and print a table. About seven minutes on two cores.
+"""`make soak`: run the reliability programme with large numbers of tries and print a table. About ten minutes on two cores.
 
 python tests/studies/soak.py [--scale 0.01]
 """
