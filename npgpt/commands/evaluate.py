@@ -9,6 +9,7 @@ import json
 import numpy as np
 
 from npgpt.config.settings import GenerateConfig
+from npgpt.console.flags import add_unknown_flag
 from npgpt.console.terminal import command_parser, failed, progress_bar
 from npgpt.evaluation.judged_text import judged_text
 from npgpt.evaluation.likeness import LARGEST_TEXT, NGRAM, Likeness, likeness
@@ -33,13 +34,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="TEXT",
         help="a text file (default: the held-out part of the text the model was trained on)",
     )
-    parser.add_argument(
-        "--unknown",
-        choices=("error", "skip", "replace"),
-        default="error",
-        help="what to do with a character that the model does not know; skip leaves it out; replace uses the other case of "
-        "the letter or the letter without its accent, or leaves it out if neither is known (default: error)",
-    )
+    add_unknown_flag(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     parser.add_argument(
         "--sample-tokens",

@@ -18,7 +18,7 @@ from typing import Any
 
 from npgpt.config.fields import RequestError
 from npgpt.config.settings import GenerateConfig
-from npgpt.console.flags import add_flags, settings_from
+from npgpt.console.flags import add_flags, add_unknown_flag, settings_from
 from npgpt.console.terminal import command_parser, say, visible
 from npgpt.engine.backend import select
 from npgpt.generation.generate import Token, generate_texts
@@ -51,13 +51,7 @@ def parser() -> argparse.ArgumentParser:
         default=True,
         help=r"read \n, \t, \r, \\, \", \' and \xHH in --prompt and --stop as in a Python string (default: yes)",
     )
-    parser.add_argument(
-        "--unknown",
-        choices=("error", "skip", "replace"),
-        default="error",
-        help="what to do with a character of the prompt that the model does not know; skip leaves it out; replace uses the "
-        "other case of the letter or the letter without its accent, or leaves it out if neither is known (default: error)",
-    )
+    add_unknown_flag(parser, " of the prompt")
     parser.add_argument(
         "--stop",
         action="append",

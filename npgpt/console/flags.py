@@ -1,4 +1,4 @@
-"""Command-line flags made from settings, and settings read back from flags. No flag is declared here by hand."""
+"""Command-line flags made from settings, settings read back from flags, and the flag that two commands share."""
 
 from __future__ import annotations
 
@@ -31,6 +31,17 @@ def add_flags(
         else:
             metavar = None if f.choices else {int: "N", float: "X", str: "NAME"}[f.type]
             group.add_argument(flag, choices=f.choices, metavar=metavar, type=_parser_of(f), **shared)
+
+
+def add_unknown_flag(parser: argparse.ArgumentParser, where: str = "") -> None:
+    """Add --unknown: what to do with characters that the model does not know. where: such as " of the prompt"."""
+    parser.add_argument(
+        "--unknown",
+        choices=("error", "skip", "replace"),
+        default="error",
+        help=f"what to do with a character{where} that the model does not know; skip leaves it out; replace uses the other "
+        "case of the letter or the letter without its accent, or leaves it out if neither is known (default: error)",
+    )
 
 
 def settings_from(namespace: argparse.Namespace, cls: type[Settings]) -> dict[str, Any]:

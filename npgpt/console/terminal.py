@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # C0 without tab and line feed, DEL, C1
-IN_BIN = ("train", "generate", "evaluate", "compare", "gradcheck", "inspect")  # the commands with a script of their own
 
 
 class Parser(argparse.ArgumentParser):
@@ -59,7 +58,7 @@ def command(name: str) -> str:
     if program.name == "launch.py":  # bin/npgpt starts it
         folder = program.parent
         shown = folder.name if folder.parent.resolve() == Path.cwd() else shlex.quote(str(folder))
-        return f"{shown}/{name}" if name in IN_BIN else f"{shown}/npgpt {name}"
+        return f"{shown}/{name}" if (folder / name).exists() else f"{shown}/npgpt {name}"
     return f"python -m npgpt {name}" if program.name == "__main__.py" else f"npgpt {name}"
 
 

@@ -112,6 +112,7 @@ def test_the_help_begins_with_examples(monkeypatch):
 def test_commands_are_named_in_the_way_the_program_was_started(monkeypatch, tmp_path):
     folder = tmp_path / "a space" / "bin"
     folder.mkdir(parents=True)
+    (folder / "train").touch()  # replay has no script of its own
     for program, here, train, replay in [
         (folder / "launch.py", folder.parent, "bin/train", "bin/npgpt replay"),
         (folder / "launch.py", tmp_path, f"'{folder}'/train", f"'{folder}'/npgpt replay"),

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+from support.models import model_with_clear_logits
 from threadpoolctl import threadpool_info
 
-from npgpt import GPT, CharTokenizer, GenerateConfig, GPTConfig, RequestError, generate
+from npgpt import GPT, CharTokenizer, GenerateConfig, RequestError, generate
 from npgpt.generation.generate import Token, TokenStream, generate_text, generate_texts
 
 
@@ -15,11 +16,7 @@ def tokenizer():
 
 @pytest.fixture
 def model(tokenizer):
-    model = GPT(GPTConfig(tokenizer.vocab_size, block_size=8, n_layer=1, n_head=2, n_embd=8), seed=1)
-    rng = np.random.default_rng(0)
-    for p in model.parameters():
-        p.data[...] += rng.standard_normal(p.shape)  # so that the logits differ clearly
-    return model
+    return model_with_clear_logits(tokenizer)
 
 
 def test_generate_returns_context_and_new_ids(model):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from support.models import model_with_clear_logits
 
 from npgpt import GPT, CharTokenizer, GPTConfig, ops
 from npgpt.engine.graph import no_grad
@@ -14,11 +15,7 @@ def tokenizer():
 
 @pytest.fixture
 def model(tokenizer):
-    model = GPT(GPTConfig(tokenizer.vocab_size, block_size=8, n_layer=1, n_head=2, n_embd=8), seed=1)
-    rng = np.random.default_rng(0)
-    for p in model.parameters():
-        p.data[...] += rng.standard_normal(p.shape)  # so that the logits differ clearly
-    return model
+    return model_with_clear_logits(tokenizer)
 
 
 @pytest.mark.parametrize(
