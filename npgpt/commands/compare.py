@@ -46,11 +46,12 @@ def run(args: argparse.Namespace) -> int:
         raise RequestError("a checkpoint is named twice")
     first = runs[args.ckpt[0]]
     try:
-        path, ids, held_out = judged_text(first, args.text, "name one with --text", progress_bar)
+        judged = judged_text(first, [args.text] if args.text else [], "name one with --text", progress_bar)
     except RequestError as error:
         raise RequestError(f"{args.ckpt[0]}: {error}") from None
-    judged = ids if held_out is None or not len(held_out) else held_out
-    text = first.tokenizer.decode(judged)
+    is_held_out = judged.held_out is not None and len(judged.held_out) > 0
+    ids = judged.held_out if judged.held_out is not None and is_held_out else judged.ids
+    text = first.tokenizer.decode(ids)
     with Workers() as workers:
         results = compare([(run.model, _ids_of(name, run, text)) for name, run in runs.items()], workers)
     differing = _differing_settings(runs)
@@ -66,9 +67,9 @@ def run(args: argparse.Namespace) -> int:
         for row in rows:
             print(json.dumps(row, ensure_ascii=False))
         return 0
-    _warn_about_texts(runs, first, args.ckpt[0], held_out is not None)
-    part = "the held-out part" if held_out is not None and len(held_out) else "all"
-    print(f"on {part} of {path}, {len(judged) - 1:,} characters predicted")
+    _warn_about_texts(runs, first, args.ckpt[0], judged.held_out is not None)
+    part = "the held-out part" if is_held_out and not first.val_text else "all"
+    print(f"on {part} of {judged.name}, {len(ids) - 1:,} characters predicted")
     _print_rows(rows)
     return 0
 
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 def _differing_settings(runs: dict[str, Checkpoint]) -> dict[str, dict[str, Any]]:
     """For each run, the settings in which the runs differ."""
     settings = {
-        name: vars(run.config) | (vars(run.train_config) if run.train_config else {}) | {"text": run.source}
+        name: vars(run.config) | (vars(run.train_config) if run.train_config else {}) | _texts_of(run)
         for name, run in runs.items()
     }
     all_keys = dict.fromkeys(key for own in settings.values() for key in own if key != "processes")
@@ -84,12 +85,16 @@ def _differing_settings(runs: dict[str, Checkpoint]) -> dict[str, dict[str, Any]
     return {name: {key: own.get(key) for key in differing} for name, own in settings.items()}
 
 
+def _texts_of(run: Checkpoint) -> dict[str, str | None]:
+    return {name: str(text) if text else None for name, text in (("text", run.text), ("held-out text", run.val_text))}
+
+
 def _warn_about_texts(runs: dict[str, Checkpoint], first: Checkpoint, first_name: str, on_held_out: bool) -> None:
     def held_out_fraction(run: Checkpoint) -> float:
         return run.train_config.val_fraction if run.train_config else 0.0
 
     for name, run in runs.items():
-        if run.fingerprint != first.fingerprint:
+        if (run.text and run.text.sha256) != (first.text and first.text.sha256):
             say(f"warning: {name} was trained on another text than {first_name}")
         elif on_held_out and run.train_config and held_out_fraction(run) < held_out_fraction(first):
             say(

@@ -30,9 +30,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--ckpt", required=True, metavar="FILE", help="a checkpoint written by train")
     parser.add_argument(
         "text",
-        nargs="?",
+        nargs="*",
         metavar="TEXT",
-        help="a text file (default: the held-out part of the text the model was trained on)",
+        help="text files or folders, as for train (default: the held-out part of the text the model was trained on)",
     )
     add_unknown_flag(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -54,19 +54,21 @@ def _at_least_0(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     checkpoint = load(args.ckpt)
-    path, ids, held_out = judged_text(checkpoint, args.text, "name one after the flags", progress_bar, args.unknown)
-    if held_out is None:
-        what, scored = f"all of {path}", ids
-    elif len(held_out):
-        what, scored = f"the held-out part of {path}", held_out
+    text = judged_text(checkpoint, args.text, "name one after the flags", progress_bar, args.unknown)
+    if text.held_out is None:
+        what, scored = f"all of {text.name}", text.ids
+    elif not len(text.held_out):
+        what, scored = f"all of {text.name}, and the model was trained on every character of it", text.ids
+    elif checkpoint.val_text:
+        what, scored = f"all of {text.name}, which was held out", text.held_out
     else:
-        what, scored = f"all of {path}, and the model was trained on every character of it", ids
+        what, scored = f"the held-out part of {text.name}", text.held_out
     result = evaluate(checkpoint.model, scored)
     if not np.isfinite(result.loss):
         return failed("evaluate", f"the loss is {result.loss}: the model's weights or its results are not finite")
     like = None
-    if held_out is not None and args.sample_tokens:
-        trained_on = checkpoint.tokenizer.decode(ids[: min(len(ids) - len(held_out), LARGEST_TEXT)])
+    if text.trained_on is not None and args.sample_tokens:
+        trained_on = checkpoint.tokenizer.decode(text.trained_on[:LARGEST_TEXT])
         like = likeness(_samples_of(checkpoint, args.sample_tokens), trained_on)
     numbers = {"what": what, "characters": result.n_targets, "loss": result.loss, "stderr": result.stderr}
     numbers |= {"perplexity": result.perplexity, "bits_per_character": result.bits_per_token}

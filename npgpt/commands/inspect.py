@@ -31,8 +31,10 @@ def run(args: argparse.Namespace) -> int:
     if checkpoint.train_config:
         print("training    " + ", ".join(f"{k} {v}" for k, v in vars(checkpoint.train_config).items()))
     print(f"vocabulary  {checkpoint.tokenizer.characters!r}")
-    if checkpoint.fingerprint:
-        print(f"text        SHA-256 of its ids {checkpoint.fingerprint}")
+    for name, text in (("text", checkpoint.text), ("held out", checkpoint.val_text)):
+        if text:
+            length = "" if text.n_tokens is None else f"{text.n_tokens:,} tokens, "
+            print(f"{name:10}  {f'{text}: ' if text.sources else ''}{length}SHA-256 of the ids {text.sha256}")
     if checkpoint.machine:
         print("machine     " + ", ".join(f"{k} {v}" for k, v in checkpoint.machine.items()))
     for step, train_loss, val_loss, _ in progress.history:

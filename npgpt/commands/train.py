@@ -12,8 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from npgpt.config.fields import RequestError
 from npgpt.config.settings import PRESETS, GPTConfig, TrainConfig
 from npgpt.console.flags import add_flags, settings_from
@@ -26,25 +24,37 @@ from npgpt.parallel.machine import describe_blas
 from npgpt.storage.archive import CheckpointError
 from npgpt.storage.checkpoint import Checkpoint, load
 from npgpt.storage.run import RunFiles
-from npgpt.text.characters import CharTokenizer
-from npgpt.text.dataset import Dataset
-from npgpt.text.reading import read_ids
+from npgpt.text.characters import UnknownCharacterError
+from npgpt.text.corpus import Corpus
+from npgpt.text.dataset import TextRecord
+from npgpt.text.sources import STDIN, Sources
 from npgpt.training.advice import MUCH_REPEATED
 from npgpt.training.events import End, Evaluation, Outcome, Step
 from npgpt.training.memory import check_memory, memory_advice
 from npgpt.training.plan import plan
+from npgpt.training.resumption import JUDGING, described
 from npgpt.training.trainer import Trainer
 
-ABOUT = "train a GPT on a text file"
+ABOUT = "train a GPT on a text"
+MOST_FILES = 20  # files of a text that are listed one by one
 
 
 def parser() -> argparse.ArgumentParser:
     parser = command_parser(
         "train",
         "Train a GPT on the characters of a text file.",
-        ["data/tiny.txt --steps 500", "mytext.txt --out mine.npz --n-embd 128 --dropout 0.2"],
+        ["data/tiny.txt --steps 500", "mytext.txt --out mine.npz --n-embd 128 --dropout 0.2", "books/ --val-text other.txt"],
     )
-    parser.add_argument("text", metavar="DATA", help="a UTF-8 text file")
+    parser.add_argument(
+        "text",
+        nargs="*",
+        metavar="DATA",
+        help="UTF-8 text files, which are read one after the other; a folder stands for the texts in it, in the order of their "
+        "paths; - is standard input; files that end in .gz, .bz2, .xz or .zst are unpacked; with --resume, DATA may be missing",
+    )
+    parser.add_argument(
+        "--val-text", metavar="FILE", help="hold out this text, or the texts of this folder, instead of a part of DATA"
+    )
     parser.add_argument("--out", default="model.npz", metavar="FILE", help="the checkpoint to write (default: model.npz)")
     parser.add_argument(
         "--resume",
@@ -84,18 +94,19 @@ def _minutes(text: str) -> float:
 def run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     files = _files_to_write(args.out)
-    _check_flags(args, files)
-    tokenizer, ids = read_ids(args.text, track=progress_bar)
+    _check_flags(args)
+    last = None if args.resume is None else _state_to_resume(args, files)
+    corpus = _read(args, files, last)
     if args.minutes:
-        choice = _plan(args, started + 60 * args.minutes, files, tokenizer, ids)
-    elif args.resume is not None:
-        choice = _resumption(args, files, tokenizer)
+        choice = _plan(args, started + 60 * args.minutes, files, corpus)
+    elif last:
+        choice = _resumption(args, last, elsewhere=_resumed_path(args, files).resolve() != files.last.resolve())
     else:
-        model = GPTConfig(vocab_size=tokenizer.vocab_size, **_asked(args, GPTConfig))
+        model = GPTConfig(vocab_size=corpus.tokenizer.vocab_size, **_asked(args, GPTConfig))
         choice = _Choice(model, TrainConfig(**_asked(args, TrainConfig)))
     try:
         with interruptible() as stop_requested:
-            trainer, end = _train(choice, args, files, tokenizer, ids, stop_requested)
+            trainer, end = _train(choice, files, corpus, stop_requested)
     except MemoryError:
         if not select(choice.training.device).is_cpu:
             return failed("train", "out of GPU memory: lower --micro-batch or --batch-size, then --n-embd or --n-layer")
@@ -136,75 +147,103 @@ def _files_to_write(path: str) -> RunFiles:
     return RunFiles(out)
 
 
-def _check_flags(args: argparse.Namespace, files: RunFiles) -> None:
+def _check_flags(args: argparse.Namespace) -> None:
     flags = {"--resume": args.resume is not None, "--preset": args.preset is not None, "--steps": hasattr(args, "steps")}
     for flag, is_given in flags.items():
         if args.minutes and is_given:
             raise RequestError(f"--minutes chooses the run itself; give --minutes or {flag}, not both")
-    if Path(args.text).resolve() in [path.resolve() for path in files.paths()]:
-        raise RequestError(f"{args.text} is one of the files this run would write; choose another --out")
+    if args.resume and not args.text and Path(args.resume).suffix != ".npz":  # `--resume my.txt` means DATA
+        args.text, args.resume = [args.resume], ""
+    if not args.text and args.resume is None:
+        raise RequestError("expected DATA, a text file to train on; data/tiny.txt is one")
+    if args.val_text and getattr(args, "val_fraction", 0.0):
+        raise RequestError("give --val-text or --val-fraction, not both")
+
+
+def _read(args: argparse.Namespace, files: RunFiles, last: Checkpoint | None) -> Corpus:
+    """Read the text that the flags name; in a resumed run, by default the text of the run before, with its vocabulary."""
+    text, val_text, tokenizer = (last.text, last.val_text, last.tokenizer) if last else (None, None, None)
+    paths = args.text or _recorded(text, "DATA")
+    if not paths:
+        raise RequestError("the checkpoint does not say what text it was trained on; give DATA")
+    val_path = args.val_text or next(iter(_recorded(val_text, "--val-text")), None)
+    try:
+        return Corpus.read(paths, val_path, tokenizer, [*files.paths(), *files.previous_paths()], progress_bar)
+    except UnknownCharacterError as error:
+        raise RequestError(f"cannot resume: {error}; remove it from the text, or start a new run") from None
+
+
+def _recorded(text: TextRecord | None, flag: str) -> tuple[str, ...]:
+    """Where a text of the run before came from."""
+    if text is not None and STDIN in text.sources:
+        raise RequestError(f"the run before read {flag} from standard input; give it again")
+    return text.sources if text else ()
 
 
 def _asked(args: argparse.Namespace, cls: type[GPTConfig] | type[TrainConfig]) -> dict[str, Any]:
     """The settings of `cls` from the preset and the flags; a flag has priority."""
     names = {f.name for f in dataclasses.fields(cls)}
     preset = {name: value for name, value in PRESETS.get(args.preset, {}).items() if name in names}
-    return preset | settings_from(args, cls)
+    held_out = {"val_fraction": 0.0} if args.val_text and cls is TrainConfig else {}
+    return preset | settings_from(args, cls) | held_out
 
 
-def _plan(args: argparse.Namespace, until: float, files: RunFiles, tokenizer: CharTokenizer, ids: np.ndarray) -> _Choice:
+def _plan(args: argparse.Namespace, until: float, files: RunFiles, corpus: Corpus) -> _Choice:
     """Choose a run that ends when `time.perf_counter()` reaches `until`, and print the reasons."""
     backend = select(getattr(args, "device", "auto"))
     with files.locked():  # finds another run now, not after minutes of timing
         pass
     if args.minutes > 1:  # otherwise the timing takes a second
         say(f"plan    timing what could be trained in {args.minutes:g} minutes")
-    chosen = plan(until, ids, tokenizer, backend, _asked(args, GPTConfig) | _asked(args, TrainConfig))
+    chosen = plan(until, corpus, backend, _asked(args, GPTConfig) | _asked(args, TrainConfig))
     say(f"plan    {chosen.reasons[0]}\n        {chosen.reasons[1]}")
     return _Choice(chosen.model, chosen.training)
 
 
-def _resumption(args: argparse.Namespace, files: RunFiles, tokenizer: CharTokenizer) -> _Choice:
-    """The configuration of the run to resume, changed by the flags."""
-    path = Path(args.resume) if args.resume else files.last
+def _resumed_path(args: argparse.Namespace, files: RunFiles) -> Path:
+    return Path(args.resume) if args.resume else files.last
+
+
+def _state_to_resume(args: argparse.Namespace, files: RunFiles) -> Checkpoint:
+    path = _resumed_path(args, files)
     if not path.exists():
         raise RequestError(f"nothing to resume: there is no {path}; a run with --out {files.best} writes {files.last}")
     if path.resolve() in [previous.resolve() for previous in files.previous_paths()]:
         raise RequestError(f"{path} would be replaced by the files of the run at {files.best}; copy it to another name first")
     try:
-        last = load(path, with_optimizer=True)
+        return load(path, with_optimizer=True)
     except CheckpointError as error:
         best = shlex.quote(str(files.best))
         instead = (
             f"; --resume {best} continues from the best state instead" if path != files.best and files.best.exists() else ""
         )
         raise RequestError(f"{error}{instead}") from None
+
+
+def _resumption(args: argparse.Namespace, last: Checkpoint, elsewhere: bool) -> _Choice:
+    """The configuration of the run to resume, changed by the flags."""
     asked = _asked(args, TrainConfig)
-    before = {} if last.train_config is None else vars(last.train_config)
-    model = GPTConfig(**(vars(last.config) | {"vocab_size": tokenizer.vocab_size} | _asked(args, GPTConfig)))
-    return _Choice(model, TrainConfig(**(before | asked)), last, elsewhere=path.resolve() != files.last.resolve())
+    before = {} if last.train_config is None else dict(vars(last.train_config))
+    if "lr" in asked and before.get("min_lr") == before.get("lr", 0.0) / 10:
+        del before["min_lr"]  # it follows lr, as it did
+    model = GPTConfig(**(vars(last.config) | _asked(args, GPTConfig)))
+    return _Choice(model, TrainConfig(**(before | asked)), last, elsewhere)
 
 
 # ---------------------------------------------------------------- running
 
 
-def _train(
-    choice: _Choice,
-    args: argparse.Namespace,
-    files: RunFiles,
-    tokenizer: CharTokenizer,
-    ids: np.ndarray,
-    stop_requested: StopRequest,
-) -> tuple[Trainer, End]:
+def _train(choice: _Choice, files: RunFiles, corpus: Corpus, stop_requested: StopRequest) -> tuple[Trainer, End]:
     model, training = choice.model, choice.training
     backend = select(training.device)
-    dataset = Dataset(ids, model.block_size, training.batch_size, training.val_fraction, training.seed)
+    dataset = corpus.dataset(model.block_size, training)
     if backend.is_cpu:
         check_memory(model, training)
     gpt = GPT(model, seed=training.seed, backend=backend)
-    trainer = Trainer(gpt, tokenizer, dataset, training, files.best, source=args.text)
+    sources, val_sources = (found.given if found else () for found in (corpus.sources, corpus.val_sources))
+    trainer = Trainer(gpt, corpus.tokenizer, dataset, training, files.best, sources, val_sources)
     different = [] if choice.last is None else trainer.resume(choice.last, choice.elsewhere)
-    _print_banner(trainer, args.text, files)
+    _print_banner(trainer, corpus, files)
     if different:
         say(f"warning: {'; '.join(different)}: the numbers will differ slightly from those of an uninterrupted run")
     return trainer, _show_run(trainer, stop_requested)
@@ -244,10 +283,14 @@ def _show_run(trainer: Trainer, stop_requested: Callable[[], bool]) -> End:
 # ---------------------------------------------------------------- reporting
 
 
-def _print_banner(trainer: Trainer, source: str, files: RunFiles) -> None:
+def _print_banner(trainer: Trainer, corpus: Corpus, files: RunFiles) -> None:
     dataset, config, model = trainer.dataset, trainer.config, trainer.model
-    say(f"text    {source}: {len(dataset.ids):,} characters, {trainer.tokenizer.vocab_size} different;", end=" ")
-    say(f"{len(dataset.train):,} to train on, {len(dataset.val):,} held out")
+    held_out = f"{len(dataset.val):,} held out" + (f": {corpus.val_sources}" if corpus.val_sources else "")
+    say(f"text    {corpus.sources}: {len(dataset.ids):,} characters, {trainer.tokenizer.vocab_size} different;", end=" ")
+    say(f"{len(dataset.train):,} to train on, {held_out}")
+    for sources in (corpus.sources, corpus.val_sources):
+        if sources:
+            _print_files(sources)
     if dataset.repeated_share > MUCH_REPEATED:
         share = f"{dataset.repeated_share:.0%} of the held-out text also occurs in the training text"
         say(f"warning: {share}, so the validation loss will be too low; remove the copies, or hold out another text")
@@ -267,6 +310,27 @@ def _print_banner(trainer: Trainer, source: str, files: RunFiles) -> None:
         say(f"        the run that is now in {files.best} is kept as {previous}{replaced}")
     if trainer.progress.step:
         say(f"        resumed at step {trainer.progress.step}")
+    if trainer.changes:
+        anew = "; the search for the lowest validation loss begins again" if trainer.changes.keys() & set(JUDGING) else ""
+        say(f"        from step {trainer.progress.step + 1} on: {described(trainer.changes)}{anew}")
+
+
+def _print_files(sources: Sources) -> None:
+    """The share of each file of a text, if there are several, and the files of folders that are left out."""
+    sizes = sources.characters
+    total, shown = sum(sizes.values()), list(sizes)
+    if len(shown) > MOST_FILES:
+        shown = sorted(shown, key=lambda name: -sizes[name])[:MOST_FILES]
+    for name in shown if len(sizes) > 1 else []:
+        say(f"        {sizes[name] / total:6.1%}  {name}, {sizes[name]:,} characters")
+    rest = total - sum(sizes[name] for name in shown)
+    if rest:
+        say(f"        {rest / total:6.1%}  {len(sizes) - len(shown):,} smaller files, {rest:,} characters")
+    for path, reason in list(sources.left_out.items())[:MOST_FILES]:
+        say(f"warning: {path} is left out: {reason}")
+    more = len(sources.left_out) - MOST_FILES
+    if more > 0:
+        say(f"warning: {more:,} more files are left out")
 
 
 def _evaluation_line(event: Evaluation, tokens_per_second: float, seconds_left: float) -> str:
@@ -315,7 +379,5 @@ def _write_error(error: OSError, args: argparse.Namespace, files: RunFiles) -> s
 
 def _resume_command(args: argparse.Namespace) -> str:
     out = "" if args.out == "model.npz" else f" --out {shlex.quote(args.out)}"
-    # A resumed run with --steps may not have saved the new number of steps yet.
-    asked = _asked(args, TrainConfig)
-    steps = f" --steps {asked['steps']}" if args.resume is not None and "steps" in asked else ""
-    return f"{command('train')} {shlex.quote(args.text)}{out} --resume{steps}"
+    val_text = f" --val-text {shlex.quote(args.val_text)}" if args.val_text else ""
+    return " ".join([command("train"), *map(shlex.quote, args.text)]) + f"{val_text}{out} --resume"

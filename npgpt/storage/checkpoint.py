@@ -38,6 +38,7 @@ from npgpt.storage.archive import (
 )
 from npgpt.storage.header import FORMAT, Progress, encode_header, one_line, parse_header
 from npgpt.text.characters import CharTokenizer
+from npgpt.text.dataset import TextRecord
 
 MOMENTS = ("optimizer.exp_avg", "optimizer.exp_avg_sq")
 BATCH = ("batch.x", "batch.y")
@@ -51,8 +52,8 @@ class Checkpoint:
     tokenizer: CharTokenizer
     train_config: TrainConfig | None = None  # how the model is trained
     progress: Progress = field(default_factory=Progress)
-    source: str | None = None  # the file name of the training text
-    fingerprint: str | None = None  # the SHA-256 of the text's ids
+    text: TextRecord | None = None  # what it is trained on
+    val_text: TextRecord | None = None  # the held-out text, if it is not a part of the training text
     optimizer_state: dict[str, Any] | None = None  # from AdamW.state_dict
     machine: dict[str, str] | None = None  # what decides rounding: device, threads, NumPy, BLAS
     crash: str | None = None  # in a crash file: what went wrong
@@ -95,8 +96,8 @@ def save(path: str | Path, checkpoint: Checkpoint | GPT, tokenizer: CharTokenize
             "vocabulary": checkpoint.tokenizer.characters,
             "train_config": dataclasses.asdict(checkpoint.train_config) if checkpoint.train_config else None,
             "progress": dataclasses.asdict(checkpoint.progress),
-            "source": None if checkpoint.source is None else one_line(checkpoint.source),
-            "fingerprint": checkpoint.fingerprint,
+            "text": _encoded_text(checkpoint.text),
+            "val_text": _encoded_text(checkpoint.val_text),
             "machine": checkpoint.machine,
             "crash": checkpoint.crash,
             "optimizer_steps": checkpoint.optimizer_state["steps"] if checkpoint.optimizer_state else None,
@@ -104,6 +105,14 @@ def save(path: str | Path, checkpoint: Checkpoint | GPT, tokenizer: CharTokenize
         }
     )
     write_archive(Path(path), header, encoded, hashes, keep)
+
+
+def _encoded_text(text: TextRecord | None) -> dict[str, Any] | None:
+    return None if text is None else dataclasses.asdict(text) | {"sources": [one_line(source) for source in text.sources]}
+
+
+def _decoded_text(text: dict[str, Any] | None) -> TextRecord | None:
+    return None if text is None else TextRecord(tuple(text["sources"]), text["sha256"], text["n_tokens"])
 
 
 def _arrays_of(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
@@ -179,7 +188,9 @@ def load(path: str | Path, backend: Backend = CPU, with_optimizer: bool = False)
             progress=Progress(**header["progress"]),
             optimizer_state=optimizer_state,
             batch=batch,
-            **{key: header[key] for key in ("source", "fingerprint", "machine", "crash", "format")},
+            text=_decoded_text(header["text"]),
+            val_text=_decoded_text(header["val_text"]),
+            **{key: header[key] for key in ("machine", "crash", "format")},
         )
 
 

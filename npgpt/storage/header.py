@@ -17,7 +17,8 @@ from typing import Any
 
 from npgpt.storage.archive import HEADER, MAX_HEADER_BYTES, CheckpointError, UnusableError, first_few, shortened
 
-FORMAT = 2  # format 1 had no hashes, no machine and no crash
+# Format 1 had no hashes, no machine and no crash. Format 2 had `source` and `fingerprint` in place of the two texts.
+FORMAT = 3
 
 LONGEST_HISTORY = 10_000  # evaluations that a checkpoint remembers
 
@@ -25,6 +26,7 @@ KEYS = {  # by format number
     1: {"format", "config", "vocabulary", "train_config", "progress", "source", "fingerprint", "optimizer_steps"},
 }
 KEYS[2] = KEYS[1] | {"machine", "crash", "sha256"}
+KEYS[3] = KEYS[2] - {"source", "fingerprint"} | {"text", "val_text"}
 
 
 # ---------------------------------------------------------------- checks of one value
@@ -108,13 +110,31 @@ class Progress:
         return after
 
 
+def _is_sha256(value: Any) -> bool:
+    return isinstance(value, str) and bool(re.fullmatch("[0-9a-f]{64}", value))
+
+
+def _is_text(value: Any) -> bool:
+    """Whether this is a TextRecord as a dictionary."""
+    return (
+        isinstance(value, dict)
+        and set(value) == {"sources", "sha256", "n_tokens"}
+        and isinstance(value["sources"], list)
+        and all(map(_is_line, value["sources"]))
+        and _or_none(_is_sha256)(value["sha256"])
+        and _or_none(_is_count)(value["n_tokens"])
+    )
+
+
 FIELDS: dict[str, Callable[[Any], Any]] = {
     "config": lambda value: isinstance(value, dict),
     "vocabulary": _is_vocabulary,
     "train_config": _or_none(lambda value: isinstance(value, dict)),
     "progress": _is_progress,
-    "source": _or_none(_is_line),
-    "fingerprint": _or_none(lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)),
+    "source": _or_none(_is_line),  # of the formats 1 and 2
+    "fingerprint": _or_none(_is_sha256),  # of the formats 1 and 2
+    "text": _or_none(_is_text),
+    "val_text": _or_none(_is_text),
     "optimizer_steps": _or_none(_is_count),
     "machine": _or_none(lambda value: isinstance(value, dict) and all(_is_line(n) for pair in value.items() for n in pair)),
     "crash": _or_none(_is_line),
@@ -124,8 +144,8 @@ FIELDS: dict[str, Callable[[Any], Any]] = {
 
 def encode_header(header: dict[str, Any]) -> bytes:
     """The header as JSON. Raises ValueError for a header that `parse_header` would refuse."""
-    for key, is_valid in FIELDS.items():
-        if not is_valid(header[key]):
+    for key in KEYS[FORMAT] - {"format"}:
+        if not FIELDS[key](header[key]):
             raise ValueError(f"{key} cannot be saved: {str(header[key])[:200]!r}")
     data = json.dumps({"format": FORMAT} | header, ensure_ascii=False, allow_nan=False).encode()
     if len(data) > MAX_HEADER_BYTES:
@@ -134,7 +154,7 @@ def encode_header(header: dict[str, Any]) -> bytes:
 
 
 def parse_header(data: bytes) -> dict[str, Any]:
-    """The header as a dictionary with the right keys and types, whatever its format. Keys of newer formats are None.
+    """The header with the keys and types of the newest format, whatever its format. What an older format lacks is None.
 
     Raises CheckpointError.
     """
@@ -163,7 +183,10 @@ def parse_header(data: bytes) -> dict[str, Any]:
     for key, is_valid in FIELDS.items():
         if key in header and not is_valid(header[key]):
             raise CheckpointError(f"its {HEADER} cannot be used ({key} is {shortened(header[key])})")
-    return dict.fromkeys(KEYS[FORMAT]) | header
+    if number < 3 and (header["source"] or header["fingerprint"]):
+        sources = [] if header["source"] is None else [header["source"]]
+        header["text"] = {"sources": sources, "sha256": header["fingerprint"], "n_tokens": None}
+    return {key: header.get(key) for key in KEYS[FORMAT]}
 
 
 def one_line(text: str) -> str:

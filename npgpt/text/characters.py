@@ -9,6 +9,11 @@ import numpy as np
 
 from npgpt.config.fields import RequestError
 
+
+class UnknownCharacterError(RequestError):
+    """A text has a character outside the vocabulary."""
+
+
 CHARACTERS_AT_ONCE = 1 << 16  # few, so that encoding a large text needs little more memory than its ids
 
 
@@ -98,7 +103,7 @@ class CharTokenizer:
         closest = {c: (self._closest(c) if replace else None) or "" for c in self.unknown(text)}
         return "".join(closest.get(c, c) for c in text)
 
-    def _unknown_error(self, text: str, position: int) -> RequestError:
+    def _unknown_error(self, text: str, position: int) -> UnknownCharacterError:
         unknown = self.unknown(text)
         shown = []
         for character, at in list(unknown.items())[:5]:
@@ -107,7 +112,9 @@ class CharTokenizer:
             shown.append(f"{character!r} ({name}) at position {position + at}" + (f", closest {close!r}" if close else ""))
         more = f"; and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         plural = "s" if len(unknown) > 1 else ""
-        return RequestError(f"unknown character{plural} {'; '.join(shown)}{more}: not in the text the model was trained on")
+        return UnknownCharacterError(
+            f"unknown character{plural} {'; '.join(shown)}{more}: not in the text the model was trained on"
+        )
 
     def _closest(self, character: str) -> str | None:
         """The closest known character, or None.

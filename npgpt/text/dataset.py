@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,27 +26,38 @@ HASHED_AT_ONCE = 1 << 20
 class Dataset:
     """Token ids, split into a training part and a held-out part, and random batches of them.
 
-    The last `val_fraction` of the ids is held out. Batch k of a split is a pure function of the seed and k. So a resumed run
-    sees the same batches as an uninterrupted one.
+    The last `val_fraction` of the ids is held out, or another text, `val_ids`. Batch k of a split is a pure function of the
+    seed and k. So a resumed run sees the same batches as an uninterrupted one.
     """
 
-    def __init__(self, ids: Any, block_size: int, batch_size: int, val_fraction: float = 0.1, seed: int = 1337) -> None:
-        """ids: a sequence of integers >= 0; it is kept in the smallest unsigned dtype.
+    def __init__(
+        self,
+        ids: Any,
+        block_size: int,
+        batch_size: int,
+        val_fraction: float = 0.1,
+        seed: int = 1337,
+        val_ids: Any = None,
+    ) -> None:
+        """ids: a sequence of integers >= 0; it is kept in the smallest unsigned dtype. val_ids: a held-out text of its own;
+        val_fraction must then be 0.
 
         Raises RequestError if the training part is too short for one window of `block_size` tokens and the token after it,
         or if a setting is out of range.
         """
-        ids = np.asarray(ids, dtype=np.uint8 if len(ids) == 0 else None)
-        if ids.ndim != 1 or ids.dtype.kind not in "iu" or (ids.size and ids.min() < 0):
-            raise RequestError(f"ids must be a flat sequence of integers >= 0, got shape {ids.shape}, dtype {ids.dtype}")
         if block_size < 1 or batch_size < 1 or not 0 <= val_fraction < 1:
             raise RequestError(
                 "a dataset needs block_size >= 1, batch_size >= 1 and 0 <= val_fraction < 1, got "
                 f"{block_size}, {batch_size}, {val_fraction}"
             )
-        self.ids = ids.astype(np.min_scalar_type(int(ids.max(initial=0))), copy=False)
+        if val_ids is not None and val_fraction:
+            raise RequestError(f"with val_ids, all of ids is trained on; val_fraction must be 0, got {val_fraction}")
+        self.ids = _flat_ids(ids)
+        self.has_own_val = val_ids is not None
         self.block_size, self.batch_size, self.val_fraction, self.seed = block_size, batch_size, val_fraction, seed
         self.train, self.val = split(self.ids, val_fraction)
+        if val_ids is not None:
+            self.val = _flat_ids(val_ids)
         if len(self.train) < block_size + 1:
             raise RequestError(
                 f"the text is too short: its training part has {len(self.train)} tokens, a window of block_size {block_size} "
@@ -90,9 +103,34 @@ class Dataset:
         """The share of the held-out text that also occurs in the training text; see the function of the same name."""
         return repeated_share(self.train, self.val)
 
-    def fingerprint(self) -> str:
-        """The SHA-256 of the ids; see the function of the same name."""
-        return fingerprint(self.ids)
+
+@dataclass(frozen=True)
+class TextRecord:
+    """What a checkpoint remembers of a text: where it came from, and enough to recognise it."""
+
+    sources: tuple[str, ...]  # files, folders, or - for standard input
+    sha256: str | None  # of its ids, see `fingerprint`
+    n_tokens: int | None  # None in the formats 1 and 2
+
+    @classmethod
+    def of(cls, ids: np.ndarray, sources: Sequence[str] = ()) -> TextRecord:
+        return cls(tuple(sources), fingerprint(ids), len(ids))
+
+    def length_in(self, ids: np.ndarray) -> int | None:
+        """How many ids at the beginning of `ids` are this text; None if `ids` do not begin with it."""
+        n = len(ids) if self.n_tokens is None else self.n_tokens
+        return n if n <= len(ids) and fingerprint(ids[:n]) == self.sha256 else None
+
+    def __str__(self) -> str:
+        return ", ".join(self.sources)
+
+
+def _flat_ids(ids: Any) -> np.ndarray:
+    """Ids as an array of the smallest unsigned dtype. Raises RequestError for anything else than integers >= 0 in a row."""
+    ids = np.asarray(ids, dtype=np.uint8 if len(ids) == 0 else None)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu" or (ids.size and ids.min() < 0):
+        raise RequestError(f"ids must be a flat sequence of integers >= 0, got shape {ids.shape}, dtype {ids.dtype}")
+    return ids.astype(np.min_scalar_type(int(ids.max(initial=0))), copy=False)
 
 
 def split(ids: np.ndarray, val_fraction: float) -> tuple[np.ndarray, np.ndarray]:

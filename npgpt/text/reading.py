@@ -1,23 +1,25 @@
-"""Reading text files as text or as ids, piece by piece. Batches are in dataset.py."""
+"""Reading files as text or as ids, piece by piece. Which files is in sources.py, batches are in dataset.py."""
 
 from __future__ import annotations
 
 import codecs
 import functools
 import io
-import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from npgpt.config.fields import RequestError
-from npgpt.text.characters import CharTokenizer
+from npgpt.text.characters import CharTokenizer, UnknownCharacterError
+from npgpt.text.sources import STDIN, UTF_16, Sources, opened
 
 BYTES_PER_PIECE = 1 << 26  # malloc returns freed blocks of this size to the system
 DECODED_AT_ONCE = 1 << 20  # bytes: one wide character makes Python hold a whole string in four bytes a character
+
+BYTE_ORDER_MARK = "\ufeff"  # joined files may have it inside the text, too
 
 Track = Callable[..., Iterable[Any]]  # track(iterable, total=..., desc=..., unit=..., unit_scale=...), as tqdm
 
@@ -26,36 +28,53 @@ def _untracked(iterable: Iterable[Any], **_: Any) -> Iterable[Any]:
     return iterable
 
 
-def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file. Line ends become `\\n`, and a byte-order mark is dropped.
+def read_text(paths: str | Path | Sequence[str | Path]) -> str:
+    """The text of UTF-8 files. Line ends become `\\n`, and byte-order marks are dropped, also inside the text.
 
-    Raises RequestError if the file does not exist, cannot be read, is empty, or is not UTF-8 text.
+    paths: one file or several, folders, or `-` for standard input; see `Sources`. Compressed files are unpacked.
+
+    Raises RequestError if a file does not exist, cannot be read, is empty, or is not UTF-8 text.
     """
-    return "".join(_pieces_of(path))
+    return "".join(_pieces_of(Sources(paths)))
 
 
 def read_ids(
-    path: str | Path, tokenizer: CharTokenizer | None = None, track: Track | None = None
+    paths: str | Path | Sequence[str | Path] | Sources, tokenizer: CharTokenizer | None = None, track: Track | None = None
 ) -> tuple[CharTokenizer, np.ndarray]:
-    """The tokenizer and the ids of a text file: (tokenizer, ids (n,) in the smallest unsigned dtype).
+    """The tokenizer and the ids of a text: (tokenizer, ids (n,) in the smallest unsigned dtype).
 
-    tokenizer: None builds one from the text. track: shows the progress, as `tqdm` does.
+    paths: as in `read_text`, or Sources. tokenizer: None builds one from the text. track: shows the progress, as `tqdm` does.
 
     The text may have any size. The time grows in proportion to it. Memory holds the text as UTF-8, or the ids, never both as
     a whole. Raises RequestError as `read_text` does, and for a character that the given tokenizer does not know.
     """
+    tokenizer, (ids,) = read_ids_of([paths if isinstance(paths, Sources) else Sources(paths)], tokenizer, track)
+    return tokenizer, ids
+
+
+def read_ids_of(
+    texts: Sequence[Sources], tokenizer: CharTokenizer | None = None, track: Track | None = None
+) -> tuple[CharTokenizer, list[np.ndarray]]:
+    """The tokenizer of several texts, and the ids of each; see `read_ids`. A new tokenizer has the characters of all texts."""
     track = track or _untracked
-    text = _StoredText()
-    pieces = text.storing(_pieces_of(path, track))
+    stored = [_StoredText() for _ in texts]
+    pieces = (piece for text, sources in zip(stored, texts, strict=True) for piece in text.storing(_pieces_of(sources, track)))
     if tokenizer is None:
         tokenizer = CharTokenizer.build_vocab(pieces)
     else:
         deque(pieces, maxlen=0)  # only stores them
+    return tokenizer, [_encoded(text, sources, tokenizer, track) for text, sources in zip(stored, texts, strict=True)]
+
+
+def _encoded(text: _StoredText, sources: Sources, tokenizer: CharTokenizer, track: Track) -> np.ndarray:
     ids, done = np.empty(text.length, dtype=tokenizer.id_dtype), 0
     for piece in text.taken(track):
-        ids[done : done + len(piece)] = tokenizer.encode_array(piece, position=done)
+        try:
+            ids[done : done + len(piece)] = tokenizer.encode_array(piece, position=done)
+        except UnknownCharacterError as error:
+            raise UnknownCharacterError(f"{sources} has {error}") from None
         done += len(piece)
-    return tokenizer, ids
+    return ids
 
 
 class _StoredText:
@@ -90,21 +109,22 @@ class _StoredText:
 _MIB_PER_PIECE = {"unit": "MiB", "unit_scale": BYTES_PER_PIECE >> 20}
 
 
-def _pieces_of(path: str | Path, track: Track = _untracked) -> Iterator[str]:
-    """The text of a file in pieces, checked and decoded."""
-    path = Path(path)
-    try:
-        with path.open("rb") as file:
-            total = -(-os.fstat(file.fileno()).st_size // BYTES_PER_PIECE) or None  # unknown for a pipe
-            raw = track(iter(functools.partial(file.read, BYTES_PER_PIECE), b""), total=total, desc="Reading", **_MIB_PER_PIECE)
-            yield from decoded(raw, str(path))
-    except FileNotFoundError:
-        raise RequestError(f"no such file: {path}") from None
-    except IsADirectoryError:
-        raise RequestError(f"expected a text file, got a folder: {path}") from None
-    except OSError as error:
-        kind = "a folder" if path.is_dir() else error.strerror  # Windows raises PermissionError for a folder
-        raise RequestError(f"cannot read {path}: {kind}") from None
+def _pieces_of(sources: Sources, track: Track = _untracked) -> Iterator[str]:
+    """The text of the sources in pieces, checked and decoded. The number of characters of each file is noted."""
+    several = len(sources.names) > 1
+    sources.characters.clear()
+    names = track(sources.names, total=len(sources.names), desc="Reading", unit="file") if several else sources.names
+    for name in names:
+        count = 0
+        with opened(name) as (file, size):
+            total = size and -(-size // BYTES_PER_PIECE)
+            raw: Iterable[bytes] = iter(functools.partial(file.read, BYTES_PER_PIECE), b"")
+            if not several:
+                raw = track(raw, total=total, desc="Reading", **_MIB_PER_PIECE)
+            for piece in decoded(raw, "standard input" if name == STDIN else name):
+                count += len(piece)
+                yield piece
+        sources.characters[name] = sources.characters.get(name, 0) + count
 
 
 def decoded(pieces: Iterable[bytes], name: str) -> Iterator[str]:
@@ -112,18 +132,18 @@ def decoded(pieces: Iterable[bytes], name: str) -> Iterator[str]:
 
     Raises RequestError as `read_text` does.
     """
-    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
     done, empty = 0, True
     try:
         for raw in pieces:
-            if done == 0 and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            if done == 0 and raw.startswith(UTF_16):
                 raise RequestError(f"{name} is UTF-16, expected UTF-8; save it as UTF-8 and try again")
             if (nul := raw.find(b"\0")) >= 0:
                 raise RequestError(f"{name} is not a text file: it has a NUL byte at offset {done + nul}")
             for start in range(0, len(raw), DECODED_AT_ONCE):
                 part = raw[start : start + DECODED_AT_ONCE]
                 done += len(part)
-                piece = decoder.decode(part)
+                piece = decoder.decode(part).replace(BYTE_ORDER_MARK, "")
                 empty = empty and not piece
                 yield piece
         if piece := decoder.decode(b"", final=True):

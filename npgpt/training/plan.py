@@ -22,8 +22,7 @@ from npgpt.config.settings import PRESETS, GPTConfig, TrainConfig
 from npgpt.engine.backend import Backend
 from npgpt.model.gpt import GPT
 from npgpt.parallel.processes import processes_pay_off
-from npgpt.text.characters import CharTokenizer
-from npgpt.text.dataset import Dataset
+from npgpt.text.corpus import Corpus
 from npgpt.training.events import End, Evaluation, Outcome, Step
 from npgpt.training.memory import check_memory, estimate_memory
 from npgpt.training.trainer import Trainer
@@ -108,13 +107,12 @@ class _Timed:
 
 def plan(
     until: float,
-    ids: np.ndarray,
-    tokenizer: CharTokenizer,
+    corpus: Corpus,
     backend: Backend,
     fixed: Mapping[str, Any],
     candidates: tuple[Candidate, ...] = CANDIDATES,
 ) -> Plan:
-    """Choose the model, the batch, the learning rate and the number of steps for a run on `ids` that ends at `until`.
+    """Choose the model, the batch, the learning rate and the number of steps for a run on `corpus` that ends at `until`.
 
     until: a time of `time.perf_counter`. fixed: settings that the user has chosen; they are kept.
 
@@ -126,7 +124,7 @@ def plan(
             **fixed,
             "processes": processes_pay_off(seconds),
         }  # the same rule as in the run, so that timing uses the same workers
-    planner = _Planner(seconds, ids, tokenizer, backend, fixed)
+    planner = _Planner(seconds, corpus, backend, fixed)
     choices = planner.time_candidates(candidates)
     best = planner.with_dropout(choices[0][1])
     usual = min(20.0, TIMING_SHARE * seconds)
@@ -143,7 +141,7 @@ def plan(
         eval_interval=eval_interval,
         eval_tokens=eval_tokens,
     )
-    return Plan(best.model, training, _reasons(choices, best, training, fixed, best.epochs(steps, len(ids))))
+    return Plan(best.model, training, _reasons(choices, best, training, fixed, best.epochs(steps, len(corpus.ids))))
 
 
 def dropout_for(epochs: float, parameters: int) -> float:
@@ -160,10 +158,8 @@ def dropout_for(epochs: float, parameters: int) -> float:
 class _Planner:
     """Measures how long a step of each candidate takes, for one text, one machine and `seconds` of training."""
 
-    def __init__(
-        self, seconds: float, ids: np.ndarray, tokenizer: CharTokenizer, backend: Backend, fixed: Mapping[str, Any]
-    ) -> None:
-        self._seconds, self._ids, self._tokenizer, self._backend, self._fixed = seconds, ids, tokenizer, backend, fixed
+    def __init__(self, seconds: float, corpus: Corpus, backend: Backend, fixed: Mapping[str, Any]) -> None:
+        self._seconds, self._corpus, self._backend, self._fixed = seconds, corpus, backend, fixed
 
     def time_candidates(self, candidates: tuple[Candidate, ...]) -> list[tuple[float, _Timed]]:
         """(expected loss, timed candidate) for each candidate that fits, the best first.
@@ -194,7 +190,7 @@ class _Planner:
         """The candidate with a dropout for its number of epochs. A dropout from the user or the candidate is kept."""
         if "dropout" in self._fixed or "dropout" in timed.candidate.settings:
             return timed
-        epochs = timed.epochs(timed.steps_in(self._seconds), len(self._ids))
+        epochs = timed.epochs(timed.steps_in(self._seconds), len(self._corpus.ids))
         dropout = dropout_for(epochs, timed.model.num_parameters())
         return dataclasses.replace(timed, model=dataclasses.replace(timed.model, dropout=dropout))
 
@@ -205,7 +201,7 @@ class _Planner:
         """
         usual, longest = seconds
         endless = dataclasses.replace(training, steps=10**9, eval_interval=10**9)
-        trainer = self._trainer(model, endless, self._ids[:MAX_TIMED_CHARACTERS])
+        trainer = self._trainer(model, endless)
         started = time.perf_counter()
 
         def enough() -> bool:
@@ -229,12 +225,12 @@ class _Planner:
         taken = []
         for eval_tokens in (few, more):
             once = dataclasses.replace(best.training, steps=1, eval_interval=1, eval_tokens=eval_tokens, processes=False)
-            events = list(self._trainer(best.model, once, self._ids[-MAX_TIMED_CHARACTERS:]).run())
+            events = list(self._trainer(best.model, once).run())
             taken += [event.seconds for event in events if isinstance(event, Evaluation)]
         if len(taken) < 2:
             raise RequestError(f"training diverges in one step: lower the learning rate (--lr, now {best.training.lr:g})")
         token_seconds = max(1e-9, (taken[1] - taken[0]) / (more - few))
-        held_out = int(len(self._ids) * best.training.val_fraction)
+        held_out = self._corpus.number_held_out(best.training.val_fraction)
         if fixed_tokens is None:
             affordable = int(EVALUATION_SHARE * self._seconds / EVALUATIONS / token_seconds)
             eval_tokens = max(few, min(TrainConfig().eval_tokens, affordable))
@@ -247,7 +243,7 @@ class _Planner:
         settings = {"dropout": 0.0, "min_lr": 0.0, "patience": 0} | candidate.settings | dict(self._fixed)
         of_model = {f.name for f in dataclasses.fields(GPTConfig)}
         return (
-            GPTConfig(vocab_size=self._tokenizer.vocab_size, **{k: v for k, v in settings.items() if k in of_model}),
+            GPTConfig(vocab_size=self._corpus.tokenizer.vocab_size, **{k: v for k, v in settings.items() if k in of_model}),
             TrainConfig(**{k: v for k, v in settings.items() if k not in of_model}),
         )
 
@@ -263,9 +259,10 @@ class _Planner:
         step_seconds = last.step_seconds * work(model, training) / work(last.model, last.training)
         return candidate.reached[0][0] * step_seconds < 1.5 * self._seconds
 
-    def _trainer(self, model: GPTConfig, training: TrainConfig, ids: np.ndarray) -> Trainer:
-        dataset = Dataset(ids, model.block_size, training.batch_size, training.val_fraction, training.seed)
-        return Trainer(GPT(model, seed=training.seed, backend=self._backend), self._tokenizer, dataset, training)
+    def _trainer(self, model: GPTConfig, training: TrainConfig) -> Trainer:
+        corpus = self._corpus.beginning(MAX_TIMED_CHARACTERS)
+        gpt = GPT(model, seed=training.seed, backend=self._backend)
+        return Trainer(gpt, corpus.tokenizer, corpus.dataset(model.block_size, training), training)
 
 
 def _steps_and_interval(

@@ -12,7 +12,7 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,28 +31,24 @@ from npgpt.storage.checkpoint import Checkpoint, save
 from npgpt.storage.header import Progress
 from npgpt.storage.run import RunFiles
 from npgpt.text.characters import CharTokenizer
-from npgpt.text.dataset import Dataset
+from npgpt.text.dataset import Dataset, TextRecord
 from npgpt.training.advice import advice
 from npgpt.training.events import End, Evaluation, Events, Outcome, Step
 from npgpt.training.optim import AdamW, Update, learning_rate
+from npgpt.training.resumption import JUDGING, Changes, changes_since
 
 STEPS_BEFORE_PROCESSES = 10  # after these steps the time of a step is known
 # On a GPU, losses are read in groups of up to 10 steps or about 0.25 s. The first steps, which compile kernels, are read
 # one by one.
 STEPS_IN_GROUP, SECONDS_IN_GROUP, FIRST_STEPS = 10, 0.25, 4
 
-# A resumed run may change these settings. `steps` changes the later learning rates of the cosine schedule. `eval_interval` and
-# `patience` change when the run evaluates and when it stops early.
-MAY_CHANGE = ("steps", "eval_interval", "patience", "log_interval", "sample_tokens")
-MACHINE_SETTINGS = ("threads", "processes", "device", "tf32", "bf16")  # it may change these too
-
 
 class Trainer:
     """One training run of a model on a dataset.
 
     `out` is the path of the checkpoint, which must end in .npz; the other files of the run are beside it (storage/run.py).
-    With None nothing is written. `source` is the name of the text, for the checkpoint. Raises RequestError if the arguments
-    contradict each other.
+    With None nothing is written. `sources` and `val_sources` say where the text and a held-out text of its own came from, for
+    the checkpoint. Raises RequestError if the arguments contradict each other.
     """
 
     def __init__(
@@ -62,13 +58,16 @@ class Trainer:
         dataset: Dataset,
         config: TrainConfig,
         out: str | Path | None = None,
-        source: str | None = None,
+        sources: Sequence[str] = (),
+        val_sources: Sequence[str] = (),
     ) -> None:
-        self.model, self.tokenizer, self.dataset, self.config, self.source = model, tokenizer, dataset, config, source
+        self.model, self.tokenizer, self.dataset, self.config = model, tokenizer, dataset, config
         self.files = None if out is None else RunFiles(Path(out))
         self._check_arguments()
-        self.fingerprint = dataset.fingerprint()
+        self._text = TextRecord.of(dataset.ids, sources)
+        self._val_text = TextRecord.of(dataset.val, val_sources) if dataset.has_own_val else None
         self.progress = Progress()
+        self.changes: Changes = {}  # what a resumed run does differently from the run before
         self._started = time.perf_counter()
         self._resumed_at = 0  # the step
         self._step_seconds: list[float] = []  # of the first eleven steps of this run
@@ -111,21 +110,15 @@ class Trainer:
         the search for the best loss begins again.
 
         Returns what differs about the machine: the number of threads, NumPy, the BLAS, the device. With such a difference,
-        the same seed gives other bytes. Raises RequestError, naming the difference, if `last` has another text, vocabulary
-        or configuration. The number of steps may differ, and so may the settings of evaluations, samples and the log.
+        the same seed gives other bytes. `changes` then says what else differs; see resumption.py. Raises RequestError, naming
+        the difference, if `last` has another text, vocabulary or shape.
         """
         if last.optimizer_state is None or last.train_config is None:
             raise RequestError(
                 "this checkpoint holds no training state to resume from; a run's NAME.last.npz does, if it is read by "
                 "load(path, with_optimizer=True)"
             )
-        differing = _differences(last.config, self.model.config)
-        differing += _differences(last.train_config, self.config, ignore=MAY_CHANGE + MACHINE_SETTINGS)
-        if last.tokenizer != self.tokenizer or last.fingerprint != self.fingerprint:
-            where = f" ({last.source}, as it was then)" if last.source else ""
-            differing.insert(0, f"the text is not the one it was trained on{where}")
-        if differing:
-            raise RequestError(f"cannot resume: {'; '.join(differing)}. Start a new run, or undo this change")
+        changes = changes_since(last, self._checkpoint(Progress()), self.dataset.ids)
         if last.step >= self.config.steps:
             raise RequestError(f"nothing to do: the run is at step {last.step} already; ask for more than that with --steps")
         try:
@@ -134,6 +127,9 @@ class Trainer:
             raise RequestError(f"cannot resume: the checkpoint's training state is damaged ({error})") from None
         self.model.load_state_dict(last.model.state_dict())
         self.progress = dataclasses.replace(last.progress, history=list(last.progress.history))
+        self.changes = changes
+        if changes.keys() & set(JUDGING):
+            self.progress.forget_best()
         self._resumed_at = self.progress.step
         if self.files:
             self.files.disown() if elsewhere else self.files.adopt(self.progress.step)
@@ -183,9 +179,14 @@ class Trainer:
                 self.progress.forget_best()
             elif self.files.saved_step == step == self.progress.best_step:
                 self._save(self.progress, is_best=True)  # the run may have been killed between the two files of a save
+            if self.changes:
+                self._save(self.progress)  # a resumed run that is killed then goes on with its new settings
             if step:
                 self.files.cut_log(step)
-        self._log("resume" if step else "start", {"step": step, "config": dataclasses.asdict(self.config)})
+        event: dict[str, Any] = {"step": step, "config": dataclasses.asdict(self.config)}
+        if self.changes:
+            event["changes"] = {name: [str(before), str(now)] for name, (before, now) in self.changes.items()}
+        self._log("resume" if step else "start", event)
         self._workers.__enter__()
 
     def _close(self) -> None:
@@ -353,8 +354,8 @@ class Trainer:
             self.tokenizer,
             train_config=self.config,
             progress=progress,
-            source=self.source,
-            fingerprint=self.fingerprint,
+            text=self._text,
+            val_text=self._val_text,
             optimizer_state=self.optimizer.state_dict(),
             machine=self.machine,
         )
@@ -379,11 +380,3 @@ class Trainer:
         if self.files:
             elapsed = round(time.perf_counter() - self._started, 3)  # seconds since the start or the resumption
             self.files.append_to_log({"event": event} | values | {"elapsed": elapsed})
-
-
-def _differences(before: Any, now: Any, ignore: tuple[str, ...] = ()) -> list[str]:
-    return [
-        f"{f.name} was {getattr(before, f.name)} and is now {getattr(now, f.name)}"
-        for f in dataclasses.fields(before)
-        if f.name not in ignore and getattr(before, f.name) != getattr(now, f.name)
-    ]

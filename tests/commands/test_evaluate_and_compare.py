@@ -103,6 +103,6 @@ def test_a_text_whose_name_has_unusual_spaces_is_found_again(workshop, tmp_path,
     name = "my\u00a0text \u2003.txt"
     shutil.copy(workshop / "text.txt", name)
     assert npgpt.cli.main(["train", name, *QUICK]) == 0
-    assert npgpt.load("model.npz").source == name
+    assert npgpt.load("model.npz").text.sources == (name,)
     assert npgpt.cli.main(["evaluate", "--ckpt", "model.npz", "--sample-tokens", "0"]) == 0
     assert f"the held-out part of {name}" in capsys.readouterr().out

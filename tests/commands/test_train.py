@@ -1,6 +1,7 @@
 """`npgpt train` as a user runs it: its messages, resuming, signals, a full disk, closed streams, a lack of memory."""
 
 import errno
+import gzip
 import os
 import re
 import shutil
@@ -48,9 +49,84 @@ def test_resume_continues(workshop, tmp_path):
     assert result.returncode == 0, result.stderr
     assert "resumed at step 6" in result.stderr
     assert npgpt.load(tmp_path / "model.last.npz").step == 9
-    result = npgpt_command("train", "text.txt", "--resume", "model.npz", "--steps", "9", "--lr", "1", cwd=tmp_path)
+    assert "from step 7 on: steps 9 (was 6)\n" in result.stderr
+
+
+def test_resume_takes_what_its_own_advice_says(workshop, tmp_path, capsys, monkeypatch):
+    """Such as a smaller micro-batch after a lack of memory. DATA may be left out, and more text may follow the old one."""
+    for name in ("model.npz", "model.last.npz", "text.txt", "model.jsonl"):
+        shutil.copy(workshop / name, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    flags = ["--micro-batch", "1", "--batch-size", "3", "--lr", "1e-4", "--dropout", "0.2", "--eval-tokens", "100"]
+    with Path("text.txt").open("a", encoding="utf-8") as file:
+        file.write("The bell rang.\n" * 100)
+    assert npgpt.cli.main(["train", "--resume", "--steps", "8", *flags]) == 0
+    said = capsys.readouterr().err
+    assert (
+        "from step 7 on: dropout 0.2 (was 0.1), steps 8 (was 6), batch_size 3 (was 4), lr 0.0001 (was 0.001), "
+        "min_lr 1e-05 (was 0.0001), eval_tokens 100 (was 131072), micro_batch 1 (was automatic), "
+        "text 7,500 tokens (was 6,000 tokens); the search for the lowest validation loss begins again\n"
+    ) in said
+    assert npgpt.cli.main(["evaluate", "--ckpt", "model.npz"]) == 0
+    assert "the held-out part of text.txt" in capsys.readouterr().out
+    with Path("text.txt").open("a", encoding="utf-8") as file:
+        file.write("It rang again.\n")
+    assert npgpt.cli.main(["evaluate", "--ckpt", "model.npz"]) == 0
+    assert "the held-out part of the first 7,500 characters of text.txt" in capsys.readouterr().out
+
+
+def test_several_files_a_folder_and_a_held_out_text(workshop, tmp_path, capsys, monkeypatch):
+    text = npgpt.read_text(workshop / "text.txt")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "books" / "sub").mkdir(parents=True)
+    Path("books/b.txt").write_text(text[4000:5000], encoding="utf-8")
+    Path("books/sub/a.txt").write_text(text[5000:], encoding="utf-8")
+    Path("books/cat.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0")
+    Path("first.txt.gz").write_bytes(gzip.compress(text[:4000].encode()))
+    quick = [*QUICK, "--steps", "3", "--out", "books/model.npz"]
+    assert npgpt.cli.main(["train", "first.txt.gz", "books", *quick]) == 0
+    said = capsys.readouterr().err
+    assert "first.txt.gz, books: 6,000 characters" in said
+    books = Path("books")
+    assert f"66.7%  first.txt.gz, 4,000 characters\n         16.7%  {books / 'b.txt'}, 1,000 characters" in said
+    assert f"16.7%  {books / 'sub' / 'a.txt'}, 1,000 characters" in said
+    assert f"warning: {books / 'cat.png'} is left out: not a text" in said
+    assert npgpt.load("books/model.npz").text.n_tokens == 6000
+    # The files that the run has written into the folder are not read again. So the text is the same.
+    assert npgpt.cli.main(["train", "first.txt.gz", "books", *quick, "--resume", "--steps", "6"]) == 0
+    assert npgpt.cli.main(["evaluate", "--ckpt", "books/model.npz", "--json"]) == 0
+    assert "the held-out part of first.txt.gz, books" in capsys.readouterr().out
+
+    assert npgpt.cli.main(["train", "first.txt.gz", "--val-text", "books/b.txt", *QUICK]) == 0
+    assert "4,000 to train on, 1,000 held out: books/b.txt" in capsys.readouterr().err
+    checkpoint = npgpt.load("model.npz")
+    assert (checkpoint.text.n_tokens, checkpoint.val_text.n_tokens) == (4000, 1000)
+    assert npgpt.cli.main(["evaluate", "--ckpt", "model.npz"]) == 0
+    said = capsys.readouterr().out
+    assert "all of books/b.txt, which was held out: 999 characters predicted" in said
+    val_ids = checkpoint.tokenizer.encode_array(text[4000:5000])
+    assert f"loss {npgpt.evaluate(checkpoint.model, val_ids).loss:.4f}" in said
+    assert npgpt.cli.main(["train", "--resume", "--steps", "9"]) == 0  # the held-out text stays
+    assert npgpt.load("model.last.npz").val_text.n_tokens == 1000
+    assert npgpt.cli.main(["train", "--resume", "--steps", "12", "--val-text", "books/sub/a.txt"]) == 2
+    assert "cannot resume: books/sub/a.txt has unknown character 'j'" in capsys.readouterr().err
+    Path("other.txt").write_text(text[:500], encoding="utf-8")
+    assert npgpt.cli.main(["train", "--resume", "--steps", "12", "--val-text", "other.txt"]) == 0
+    assert "held-out text other.txt (was books/b.txt); the search for the lowest" in capsys.readouterr().err
+
+
+def test_standard_input_is_a_text(workshop, tmp_path):
+    text = (workshop / "text.txt").read_bytes()
+    for packed, out in ((text, "a.npz"), (gzip.compress(text), "b.npz")):
+        (tmp_path / "piped").write_bytes(packed)
+        with (tmp_path / "piped").open("rb") as file:
+            result = npgpt_command("train", "-", *QUICK, "--out", out, cwd=tmp_path, stdin=file)
+        assert result.returncode == 0, result.stderr
+        assert "standard input: 6,000 characters" in result.stderr
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    result = npgpt_command("train", "--resume", "--steps", "9", "--out", "a.npz", cwd=tmp_path)
     assert result.returncode == 2
-    assert "lr was 0.001 and is now 1.0" in result.stderr
+    assert "the run before read DATA from standard input; give it again" in result.stderr
 
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX signals")

@@ -1,5 +1,6 @@
 """Wrong requests: the answer is one line on stderr and exit status 2, and no file is written."""
 
+import gzip
 import re
 from pathlib import Path
 
@@ -18,12 +19,26 @@ FILES = {
     "binary.txt": bytes(range(256)) * 20,
     "latin1.txt": "déjà vu, ".encode("latin-1") * 100,
     "utf16.txt": "the bell ".encode("utf-16") * 100,
+    "damaged.txt.gz": gzip.compress(b"the bell " * 1000)[:-20],
+    "text.gz": b"the bell",
+    "book.tar.gz": gzip.compress(b"bell".ljust(257, b"\0") + b"ustar".ljust(255, b"\0")),
+    "book.pdf": b"%PDF-1.7 the bell",
+    "strange.txt": "the bell € ".encode() * 100,
     "not-a-checkpoint.npz": b"PK not really",
 }
 WRONG = {
     "train": [
         ("none.txt", "no such file"),
-        (". ", "expected a text file, got a folder"),
+        ("folder.npz", "the folder folder.npz holds no text file"),
+        ("text.txt none.txt", "no such file: none.txt"),
+        ("text.txt --val-text none.txt", "no such file: none.txt"),
+        ("text.txt --val-text text.txt --val-fraction 0.2", "give --val-text or --val-fraction, not both"),
+        ("- -", r"standard input \(-\) can be read only once"),
+        ("- --val-text -", r"standard input \(-\) can be read only once"),
+        ("damaged.txt.gz", "damaged.txt.gz is damaged, or not complete"),
+        ("text.gz", "is not a gzip file, though its name ends in .gz"),
+        ("book.tar.gz", "tar archive; unpack it, and give the folder"),
+        ("book.pdf", "is not a text file but a PDF"),
         ("empty.txt", "is empty"),
         ("one.txt", "too short"),
         ("short.txt --block-size 64", "too short.*smaller block_size"),
@@ -53,8 +68,8 @@ WRONG = {
         ("text.txt --device tpu", "auto"),
         ("text.txt --stpes 5", "did you mean --steps"),
         ("text.txt --step 5", "did you mean --steps"),
-        ("text.txt extra", "unknown argument extra"),
-        ("", "required: DATA"),
+        ("text.txt extra", "no such file: extra"),
+        ("", "expected DATA, a text file"),
         ("text.txt --out nowhere/m.npz", "no folder nowhere"),
         ("text.txt --out text.txt", "must end in .npz"),
         ("text.txt --out z.last.npz", "must not end in .last"),
@@ -64,12 +79,16 @@ WRONG = {
         ("text.txt --resume not-a-checkpoint.npz", "not a checkpoint"),
         ("short.txt --resume model.npz --block-size 4", "cannot resume: the text is not the one"),
         ("text.txt --resume model.npz", "nothing to do"),
-        ("text.txt --resume model.npz --steps 9 --n-embd 32", "n_embd was 16 and is now 32"),
-        ("text.txt --resume model.npz --steps 9 --dropout 0.3", "dropout was 0.1 and is now 0.3"),
-        ("text.txt --resume model.npz --steps 9 --lr 0.5", "lr was 0.001 and is now 0.5"),
-        ("text.txt --resume model.npz --steps 9 --seed 5", "seed was 1337 and is now 5"),
+        (
+            "text.txt --resume model.npz --steps 9 --n-embd 32",
+            "n_embd was 16 and is now 32; a model keeps its shape; start a new",
+        ),
+        ("text.txt --resume model.npz --steps 9 --val-fraction 0.2", "val_fraction was 0.1 .* would hold out text that it was"),
+        ("text.txt --resume model.npz --steps 9 --min-lr 0.1", "min_lr must not be above lr"),
+        ("strange.txt --resume model.npz --steps 9", "cannot resume: strange.txt has unknown character '€' .*start a new run"),
         ("other.txt --resume model.npz --steps 9", "cannot resume: the text is not the one"),
         ("text.txt --resume text.txt", "not a checkpoint"),
+        ("--resume text.txt", "nothing to do"),
         ("text.txt --resume folder.npz", "folder|cannot read"),
         ("text.txt --out none.npz --resume", "nothing to resume: there is no none.last.npz"),
         ("text.txt --preset fast", "invalid choice: 'fast'|quick"),

@@ -18,8 +18,8 @@ STAGES = "config kernels | engine | model text | storage parallel | generation e
 
 STAGE_OF = {room: i for i, stage in enumerate(STAGES.split("|")) for room in stage.split()}
 SURFACE = {"__init__.py", "__main__.py"}  # what a user imports or runs; these files may import any room
-OF_GPUS = {"cupy", "ml_dtypes"}
-MAY_IMPORT_THEM = {"engine/backend.py"}
+# Packages of extras, and the files that may import them.
+OF_EXTRAS = {"cupy": {"engine/backend.py"}, "ml_dtypes": {"engine/backend.py"}, "zstandard": {"text/sources.py"}}
 CORE = {"numpy", "threadpoolctl", "tqdm"}
 
 
@@ -74,9 +74,11 @@ def test_training_code_does_not_import_the_gradient_checker():
 @pytest.mark.parametrize("file", FILES)
 def test_third_party_imports(file):
     roots = {module.split(".")[0] for module in imports(PACKAGE / file)}
-    third = roots - set(sys.stdlib_module_names) - {"npgpt"}
-    assert third - OF_GPUS <= CORE
-    assert not third & OF_GPUS or file in MAY_IMPORT_THEM
+    later = {"compression"}  # in the standard library from Python 3.14 on
+    third = roots - set(sys.stdlib_module_names) - {"npgpt"} - later
+    assert third - OF_EXTRAS.keys() <= CORE
+    for package in third & OF_EXTRAS.keys():
+        assert file in OF_EXTRAS[package]
 
 
 @pytest.mark.parametrize("file", FILES)

@@ -26,6 +26,7 @@ from npgpt import (
 )
 from npgpt.cli import main
 from npgpt.storage.header import Progress
+from npgpt.text.dataset import TextRecord
 
 FIXTURES = Path(__file__).parent / "fixtures"
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="counts the operations of POSIX systems")
@@ -73,7 +74,7 @@ def test_every_released_format_loads(number):
     assert checkpoint.format == number
     assert checkpoint.config == GPTConfig(6, block_size=4, n_layer=1, n_head=2, n_embd=4, dropout=0.1)
     assert checkpoint.tokenizer.characters == "\n abcé"
-    assert (checkpoint.step, checkpoint.train_config.steps, checkpoint.source) == (4, 4, "text.txt")
+    assert (checkpoint.step, checkpoint.train_config.steps, str(checkpoint.text)) == (4, 4, "text.txt")
     assert checkpoint.optimizer_state["steps"] == 4
     with np.load(path) as arrays:
         for name, p in checkpoint.model.named_parameters():
@@ -118,7 +119,8 @@ def test_a_checkpoint_that_could_not_be_loaded_is_not_saved(tmp_path):
     for more, words in [
         ({"progress": Progress(step=-1)}, "progress cannot be saved"),
         ({"machine": {"threads": 2}}, "machine cannot be saved"),
-        ({"fingerprint": "abc"}, "fingerprint cannot be saved"),
+        ({"text": TextRecord((), "abc", 1)}, "text cannot be saved"),
+        ({"val_text": TextRecord((), None, -1)}, "val_text cannot be saved"),
         ({"crash": "boom"}, "needs its batch"),
         ({"crash": "boom", "batch": (ids, ids)}, "needs the train_config"),
         ({"crash": "boom", "batch": (ids, ids[:1]), "train_config": of_two}, r"must have shape \(2, 8\), got \(1, 8\)"),
@@ -137,8 +139,8 @@ def test_a_checkpoint_that_could_not_be_loaded_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match=r"wte\.weight has a number that is not finite"):
         npgpt.save(path, model, tokenizer)
     assert not list(tmp_path.iterdir())
-    npgpt.save(path, Checkpoint(GPT(reliability.TINY), tokenizer, source="caf\udce9\n.txt"))
-    assert npgpt.load(path).source == "caf\\udce9\\n.txt"
+    npgpt.save(path, Checkpoint(GPT(reliability.TINY), tokenizer, text=TextRecord(("caf\udce9\n.txt",), None, 1)))
+    assert npgpt.load(path).text.sources == ("caf\\udce9\\n.txt",)
 
 
 def test_flipped_bits_are_noticed(tmp_path):

@@ -31,6 +31,7 @@ from npgpt import GPT, AdamW, CharTokenizer, Checkpoint, CheckpointError, Datase
 from npgpt.engine.backend import CPU
 from npgpt.storage.header import Progress
 from npgpt.storage.run import RunFiles
+from npgpt.text.dataset import TextRecord
 
 ROOT = Path(__file__).parent.parent.parent
 TEXT = "The quick brown fox jumps over the lazy dog.\n" * 30
@@ -76,7 +77,7 @@ def write_checkpoint(path, seed=1, optimizer=True):
         tokenizer(),
         TrainConfig(batch_size=4),
         Progress(seed, seed, 2.5, history=[[seed, 3.0, 2.5, 0.1]]),
-        source="text.txt",
+        text=TextRecord(("text.txt", "more"), "0" * 64, 40),
         optimizer_state=AdamW(model.parameters()).state_dict() if optimizer else None,
         machine={"threads": "2"},
     )
@@ -88,7 +89,7 @@ def contents(path):
     c = npgpt.load(path, with_optimizer=True)
     state = c.optimizer_state or {}
     arrays = {**c.model.state_dict(), **{k: v for k, v in state.items() if k != "steps"}}
-    said = (c.config, c.tokenizer.characters, c.train_config, c.progress, c.source, c.fingerprint, c.machine, c.format)
+    said = (c.config, c.tokenizer.characters, c.train_config, c.progress, c.text, c.val_text, c.machine, c.format)
     return said, state.get("steps"), {name: a.tobytes() for name, a in arrays.items()}
 
 
@@ -426,7 +427,7 @@ def trainer(out=None, steps=20, **settings):
     )
     vocabulary = tokenizer()
     dataset = Dataset(vocabulary.encode_array(TEXT), TINY.block_size, config.batch_size, seed=config.seed)
-    return Trainer(GPT(TINY, seed=config.seed), vocabulary, dataset, config, out, source="text.txt")
+    return Trainer(GPT(TINY, seed=config.seed), vocabulary, dataset, config, out, sources=["text.txt"])
 
 
 def resumptions(folder, steps, splits, **settings):
@@ -613,7 +614,7 @@ def hostile_files(folder):
         write("member with a line end", members | {"a\nb.npy": wte}),
         write("member with a long name", members | {"a" * 60_000 + ".npy": wte}),
         write("many members", members | {f"{i}.npy": b"" for i in range(20_000)}),
-        with_json("long JSON", json.dumps(header | {"source": "x" * (5 << 20)})),
+        with_json("long JSON", json.dumps(header | {"machine": {"x": "x" * (5 << 20)}})),
         with_json("missing key", json.dumps(without("vocabulary"))),
         with_json("format 1 with keys of 2", json.dumps(header | {"format": 1})),
         with_header("unknown key", colour=1),
@@ -631,8 +632,8 @@ def hostile_files(folder):
         with_header("configuration is a list", config=[1]),
         with_header("empty vocabulary", vocabulary=""),
         with_header("vocabulary twice", vocabulary="a" * 30),
-        with_header("NUL in source", source="a\0b"),
-        with_header("escape in source", source="\x1b[2J"),
+        with_header("NUL in source", text=header["text"] | {"sources": ["a\0b"]}),
+        with_header("escape in source", text=header["text"] | {"sources": ["\x1b[2J"]}),
         with_header("format with a line end", format="a\nb"),
         with_header("setting with a line end", config=config | {"a\nb": 1}),
         with_header("no training loss", progress=progress | {"loss_sum": None}),
@@ -649,7 +650,11 @@ def hostile_files(folder):
         with_header("hashes of other kind", sha256=dict.fromkeys(header["sha256"], 1)),
         with_header("crash without a batch", crash="boom"),
         with_header("machine is a list", machine=["x"]),
-        with_header("bad fingerprint", fingerprint="abc"),
+        with_header("bad fingerprint", text=header["text"] | {"sha256": "abc"}),
+        with_header("sources of another type", text=header["text"] | {"sources": "text.txt"}),
+        with_header("negative length of the text", text=header["text"] | {"n_tokens": -1}),
+        with_header("a text without its length", text={"sources": [], "sha256": None}),
+        with_header("a held-out text of another type", val_text=[]),
     ]
 
 

@@ -30,7 +30,8 @@ def test_read_text(tmp_path, monkeypatch, piece):
             read_text(path)
     with pytest.raises(RequestError, match="no such file"):
         read_text(tmp_path / "none.txt")
-    with pytest.raises(RequestError, match="folder"):
+    path.unlink()
+    with pytest.raises(RequestError, match="holds no text file"):
         read_text(tmp_path)
 
 

@@ -8,13 +8,14 @@ import pytest
 from npgpt import RequestError
 from npgpt.config.settings import PRESETS, GPTConfig, TrainConfig
 from npgpt.engine.backend import CPU
+from npgpt.text.corpus import Corpus
 from npgpt.training.plan import CANDIDATES, Candidate, dropout_for, plan
 
 SMALL = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 8, "batch_size": 2}
 
 
 def in_seconds(seconds, ids, tokenizer, fixed=None, candidates=CANDIDATES):
-    return plan(time.perf_counter() + seconds, ids, tokenizer, CPU, fixed or {}, candidates)
+    return plan(time.perf_counter() + seconds, Corpus(tokenizer, ids), CPU, fixed or {}, candidates)
 
 
 @pytest.fixture

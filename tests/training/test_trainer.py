@@ -14,6 +14,8 @@ from npgpt import GPT, AdamW, CharTokenizer, Dataset, GPTConfig, RequestError, T
 from npgpt.evaluation.loss import Loss
 from npgpt.generation.generate import generate_text
 from npgpt.parallel.processes import Processes
+from npgpt.parallel.step import ParallelStep
+from npgpt.parallel.workers import Workers
 from npgpt.storage.run import RunFiles
 from npgpt.training.events import Evaluation, Outcome, Step
 
@@ -104,18 +106,95 @@ def test_resume_refuses_another_run(text, tokenizer, small_config, trained):
 
     def trainer(text=text[:4000], config=small_config, **changes):
         train_config = dataclasses.replace(last.train_config, **{"steps": 12} | changes)
-        dataset = Dataset(tokenizer.encode_array(text), config.block_size, train_config.batch_size, seed=train_config.seed)
+        ids = tokenizer.encode_array(text)
+        dataset = Dataset(ids, config.block_size, train_config.batch_size, train_config.val_fraction, train_config.seed)
         return Trainer(GPT(config), tokenizer, dataset, train_config)
 
     trainer(threads=1, eval_interval=5).resume(last)
     for other, words in [
-        (trainer(lr=1e-4, min_lr=1e-5), r"lr was 0.001 and is now 0.0001; min_lr was"),
-        (trainer(text=text[1:4001]), "the text is not the one"),
-        (trainer(config=dataclasses.replace(small_config, n_layer=1)), "n_layer was 2 and is now 1"),
+        (trainer(text=text[1:4001]), "the text is not the one.*start a new run"),
+        (trainer(text=text[:3999]), "the text is not the one"),
+        (trainer(config=dataclasses.replace(small_config, n_layer=1)), "n_layer was 2 and is now 1; a model keeps its shape"),
+        (
+            trainer(text=text[1:4001], config=dataclasses.replace(small_config, n_head=4)),
+            "the text is not .* Also, n_head was 2",
+        ),
+        (trainer(val_fraction=0.2), "val_fraction was 0.1 and is now 0.2, which would hold out text that it was trained on"),
         (trainer(steps=6), "nothing to do"),
     ]:
         with pytest.raises(RequestError, match=words):
             other.resume(last)
+
+
+CHANGES = [
+    {"lr": 3e-4, "min_lr": 0.0},
+    {"schedule": "constant"},
+    {"warmup_steps": 7},
+    {"dropout": 0.3},
+    {"batch_size": 8},
+    {"micro_batch": 1},
+    {"weight_decay": 0.0},
+    {"grad_clip": 0.1},
+    {"beta1": 0.8, "beta2": 0.999},
+    {"eval_tokens": 64},
+    {"val_fraction": 0.05},
+    {"seed": 5},
+    {"characters": 5000},
+]
+
+
+@pytest.mark.parametrize("changed", CHANGES, ids=[" ".join(changed) for changed in CHANGES])
+def test_what_a_resumed_run_may_change(text, tokenizer, small_config, trained, changed):
+    """It trains as asked from the next step on, says so, logs it, and a run that is resumed again keeps it."""
+    files = RunFiles(trained)
+    last = npgpt.load(files.last, with_optimizer=True)
+    settings = {k: v for k, v in changed.items() if k not in ("dropout", "characters")}
+    config = dataclasses.replace(last.train_config, steps=12, **settings)
+    model = dataclasses.replace(small_config, dropout=changed.get("dropout", small_config.dropout))
+    ids = tokenizer.encode_array(text[: changed.get("characters", 4000)])
+
+    def resumed(config, model):
+        dataset = Dataset(ids, model.block_size, config.batch_size, config.val_fraction, config.seed)
+        trainer = Trainer(GPT(model), tokenizer, dataset, config, trained)
+        trainer.resume(npgpt.load(files.last, with_optimizer=True))
+        return trainer
+
+    trainer = resumed(config, model)
+    names = {"text" if name == "characters" else name for name in changed}
+    assert set(trainer.changes) == {"steps"} | names
+    comparable = not names & {"text", "val_fraction", "eval_tokens"}
+    assert (trainer.progress.best_loss is not None) == comparable
+    next(trainer.run())
+    again = resumed(config, model)  # the first step of the resumed run was not saved, its settings were
+    assert (again.progress.step, again.changes) == (6, {})
+    events = list(again.run())
+    assert events[-1].step == 12
+    after = npgpt.load(files.last, with_optimizer=True)
+    assert (after.config.dropout, after.train_config) == (model.dropout, config)
+    assert after.text.n_tokens == len(ids)
+    logged = [json.loads(line) for line in files.log.read_text(encoding="utf-8").splitlines()]
+    first = next(event for event in logged if event["event"] == "resume")
+    assert set(first["changes"]) == {"steps"} | names
+    assert first["changes"]["steps"] == ["6", "12"]
+
+
+def test_a_resumed_run_with_changes_trains_as_asked(text, tokenizer, small_config, trained):
+    """Resumed with another dropout and learning rate, the next step is the step of a run that always had them."""
+    last = npgpt.load(RunFiles(trained).last, with_optimizer=True)
+    config = dataclasses.replace(last.train_config, steps=7, lr=2e-4, min_lr=2e-4, schedule="constant", batch_size=2)
+    model = dataclasses.replace(small_config, dropout=0.5)
+    dataset = Dataset(tokenizer.encode_array(text[:4000]), model.block_size, 2)
+    trainer = Trainer(GPT(model), tokenizer, dataset, config)
+    trainer.resume(last)
+    by_hand = GPT(model)
+    by_hand.load_state_dict(last.model.state_dict())
+    optimizer = npgpt.AdamW(by_hand.parameters(), lr=2e-4, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay)
+    optimizer.load_state_dict(last.optimizer_state)
+    ParallelStep(by_hand, Workers(1), config.micro_batch)(*dataset.get_batch("train", 6), config.seed, 6)
+    npgpt.clip_grad_norm(by_hand.parameters(), config.grad_clip)
+    optimizer.step()
+    list(trainer.run())
+    np.testing.assert_allclose(trainer.model.flat.data, by_hand.flat.data, rtol=1e-5, atol=1e-7)
 
 
 def test_early_stop_keeps_the_best(text, tokenizer, small_config, tmp_path):
