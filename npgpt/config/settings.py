@@ -23,6 +23,11 @@ class GPTConfig(Settings):
     n_embd: int = setting(256, "width of the model: the size of each token's vector", at_least=1)
     d_ff: int | None = setting(None, "hidden width of the feed-forward network (default: 4 * n_embd)", at_least=1)
     dropout: float = setting(0.1, "dropout probability: embeddings, attention, residual branches", at_least=0, below=1)
+    position: str = setting(
+        "learned",
+        "how the model knows positions: a learned table, or rotary: queries and keys are turned (Su et al., 2021)",
+        choices=("learned", "rotary"),
+    )
     activation: str = setting("gelu", "activation function of the feed-forward network", choices=("gelu", "relu"))
     bias: bool = setting(True, "use biases in linear layers and layer norms")
     tie_weights: bool = setting(False, "use the token embedding as the output layer, too")
@@ -31,6 +36,10 @@ class GPTConfig(Settings):
         super().__post_init__()
         if self.n_embd % self.n_head:
             raise RequestError(f"n_embd must be a multiple of n_head, got n_embd={self.n_embd} and n_head={self.n_head}")
+        if self.position == "rotary" and self.n_embd // self.n_head % 2:
+            raise RequestError(
+                f"rotary positions need an even n_embd / n_head, got n_embd={self.n_embd} and n_head={self.n_head}"
+            )
         if self.d_ff is None:
             object.__setattr__(self, "d_ff", 4 * self.n_embd)
 
@@ -41,7 +50,8 @@ class GPTConfig(Settings):
         norm = c * (1 + self.bias)
         matrices, biases = c * 3 * c + c * c + 2 * c * d_ff, 3 * c + c + d_ff + c
         block = 2 * norm + matrices + self.bias * biases
-        tables = (self.vocab_size * (1 if self.tie_weights else 2) + self.block_size) * c
+        positions = self.block_size if self.position == "learned" else 0
+        tables = (self.vocab_size * (1 if self.tie_weights else 2) + positions) * c
         return tables + self.n_layer * block + norm
 
 
@@ -53,13 +63,19 @@ class TrainConfig(Settings):
     batch_size: int = setting(32, "windows of block_size tokens in each step", at_least=1, at_most=100_000)
     lr: float = setting(1e-3, "peak learning rate", above=0)
     min_lr: float | None = setting(
-        None, "learning rate of the last step with the cosine schedule (default: lr / 10)", at_least=0
+        None, "learning rate of the last step, unless the schedule is constant (default: lr / 10)", at_least=0
     )
     warmup_steps: int = setting(100, "number of steps in which the learning rate rises to its peak", at_least=0)
-    schedule: str = setting("cosine", "learning-rate schedule after the warm-up", choices=("cosine", "constant"))
+    schedule: str = setting("cosine", "learning-rate schedule after the warm-up", choices=("cosine", "linear", "constant"))
+    optimizer: str = setting(
+        "adamw",
+        "adamw, or muon for the matrices inside the blocks (Jordan et al., 2024) and adamw for the rest",
+        choices=("adamw", "muon"),
+    )
+    muon_lr: float = setting(0.02, "peak learning rate of Muon; it rises and falls in proportion to lr", above=0)
     beta1: float = setting(0.9, "AdamW: decay rate of the mean of gradients", at_least=0, below=1)
     beta2: float = setting(0.99, "AdamW: decay rate of the mean of squared gradients", at_least=0, below=1)
-    weight_decay: float = setting(0.1, "AdamW: weight decay; it acts on matrices only", at_least=0)
+    weight_decay: float = setting(0.1, "weight decay; it acts on matrices only", at_least=0)
     grad_clip: float = setting(1.0, "clip the gradient to this norm; 0: no clipping", at_least=0)
     eval_interval: int = setting(
         100, "steps between evaluations; each evaluation also writes a sample and a checkpoint", at_least=1
@@ -146,11 +162,12 @@ class GenerateConfig(Settings):
     repetition_penalty: float = setting(
         1.0, "above 1: tokens that are already in the text become less likely", at_least=0.01, at_most=100
     )
-    window: str = setting(
-        "exact",
-        "context past block_size tokens: exact keeps the last block_size tokens (slow); half drops the older half when the "
-        "window is full (much faster)",
-        choices=("exact", "half"),
+    window: str | None = setting(
+        None,
+        "context past block_size tokens: exact computes each token from the last block_size tokens alone (slow); half drops "
+        "the older half when the window is full (much faster); slide replaces the oldest token and keeps what the others have "
+        "seen of it (fast; rotary positions only) (default: slide with rotary positions, else exact)",
+        choices=("exact", "half", "slide"),
     )
     num_samples: int = setting(1, "number of texts to generate, side by side", at_least=1, at_most=10_000)
     threads: int = setting(

@@ -73,6 +73,24 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, rng:
     return record(y, (q, k, v), lambda dy: kernels.causal_attention_backward(dy, saved))
 
 
+def rotary(x: Tensor, rotation: Any) -> Tensor:
+    """Turn each pair of neighbouring elements by the angle of its position (Su et al., 2021, section 3.2.2).
+
+    x (..., head_dim). rotation: an array that broadcasts against x; its elements 2i and 2i + 1 are cos and sin of the angle of
+    pair i. No gradient goes to it. Raises ValueError if head_dim is odd or the shapes do not fit together.
+    """
+    data = x.backend.asarray(rotation)
+    fits = data.ndim <= x.ndim and all(a in (1, b) for a, b in zip(data.shape[::-1], x.shape[::-1], strict=False))
+    if x.ndim < 1 or x.shape[-1] % 2 or data.shape[-1:] != x.shape[-1:] or not fits:
+        raise ValueError(
+            "rotary: expected x (..., head_dim) with an even head_dim, and a rotation that broadcasts against it, got "
+            f"{x.shape} and {data.shape}"
+        )
+    kernels = _kernels("rotary", x)
+    y, saved = kernels.rotary_forward(x.data, data)
+    return record(y, (x,), lambda dy: (kernels.rotary_backward(dy, saved),))
+
+
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias over the last axis (Ba et al., 2016).
 

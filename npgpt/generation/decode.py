@@ -1,18 +1,23 @@
 """The logits of the next token. The choice of the token is in sampling.py.
 
 While a text fits into block_size, a KV cache holds the keys and values, so the model computes only one position for each
-new token. Past block_size this no longer works,
-because positions are learned: when the oldest token leaves the window, every other token gets a new position, and every
-key changes. The setting `window` says what happens then:
+new token. Past block_size, the setting `window` says what happens:
 
     exact    each token is computed from the last block_size tokens, without a cache
     half     when the window is full, the older half of it is dropped, and the cache starts again with the rest
+    slide    the new token takes the place of the oldest one in the cache
+
+Learned positions do not allow `slide`: when the oldest token leaves, every other token gets a new position, and every key
+changes. With rotary positions a key stays as it is, because only the distance to the query matters. Each position then attends
+to the last block_size positions. A kept key has itself been computed from earlier tokens, so a token depends on a little more
+than the last block_size ones: on up to n_layer * (block_size - 1) before it.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from npgpt.config.fields import RequestError
 from npgpt.engine.graph import no_grad
 from npgpt.model.cache import KVCache
 from npgpt.model.gpt import GPT
@@ -22,9 +27,15 @@ from npgpt.parallel.machine import blas_threads
 class NextLogits:
     """The logits of the next token of each of some texts. Call it again each time all texts have grown by one token."""
 
-    def __init__(self, model: GPT, window: str, threads: int) -> None:
-        """window: "exact" or "half". threads: the number of BLAS threads."""
-        self._model, self._window, self._threads = model, window, threads
+    def __init__(self, model: GPT, window: str | None, threads: int) -> None:
+        """window: "exact", "half", "slide" or None; see GenerateConfig. threads: the number of BLAS threads.
+
+        Raises RequestError for "slide" with learned positions.
+        """
+        rotary = model.config.position == "rotary"
+        if window == "slide" and not rotary:
+            raise RequestError("window slide needs a model with rotary positions, this one's are learned; use exact or half")
+        self._model, self._window, self._threads = model, window or ("slide" if rotary else "exact"), threads
         self._cache: KVCache | None = None
 
     def select(self, rows: list[int]) -> None:
@@ -40,7 +51,8 @@ class NextLogits:
         """
         model = self._model
         with blas_threads(self._threads), np.errstate(over="ignore", invalid="ignore"):  # checked below
-            if self._cache is None or self._cache.length == model.config.block_size:
+            full = self._cache is not None and self._cache.length >= model.config.block_size and self._window != "slide"
+            if self._cache is None or full:
                 logits = self._start(texts)
             elif model.backend.is_cpu:
                 logits = model.decode(np.array([ids[-1] for ids in texts]), self._cache, self._threads)

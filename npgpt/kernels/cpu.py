@@ -47,6 +47,26 @@ def _column_sums(x: Array) -> Array:
     return np.ones(len(x), dtype=x.dtype) @ x
 
 
+COMPLEX = {np.dtype(np.float32): np.dtype(np.complex64), np.dtype(np.float64): np.dtype(np.complex128)}
+
+
+def _are_complex(x: Array) -> bool:
+    """Whether pairs of neighbouring elements can be seen as complex numbers."""
+    return x.dtype in COMPLEX and x.strides[-1] == x.itemsize and x.size > 0
+
+
+def _as_complex(x: Array) -> Array:
+    """x (..., 2n) -> a complex view (..., n)."""
+    return x.view(COMPLEX[x.dtype])
+
+
+def _product_of_pairs(x: Array, factors: Array) -> Array:
+    """x (..., 2n), whose pairs are complex numbers, times complex factors (..., n)."""
+    y = np.empty(x.shape, dtype=x.dtype)
+    np.multiply(_as_complex(x), factors, out=_as_complex(y))
+    return y
+
+
 def few_rows_product(x: Array, weight: Array, blas_threads: int = 1) -> Array:
     """x (B, n) @ weight (n, m), for a few rows.
 
@@ -166,6 +186,21 @@ class CpuKernels(Kernels):
                 dk[...], dv[...] = dk_part, dv_part
                 written = True
         return dq, dk, dv
+
+    # ---------------------------------------------------------------- rotary positions
+    #
+    # Two neighbouring elements are one complex number, cos and sin are another, and a rotation is their product.
+
+    def rotary_forward(self, x: Array, rotation: Array) -> tuple[Array, Saved]:
+        if not (_are_complex(x) and _are_complex(rotation) and x.dtype == rotation.dtype):
+            return super().rotary_forward(x, rotation)
+        return _product_of_pairs(x, _as_complex(rotation)), rotation
+
+    def rotary_backward(self, dy: Array, saved: Saved) -> Array:
+        rotation = saved
+        if not (_are_complex(dy) and _are_complex(rotation) and dy.dtype == rotation.dtype):
+            return super().rotary_backward(dy, saved)
+        return _product_of_pairs(dy, _as_complex(rotation).conj())
 
     # ---------------------------------------------------------------- layer norm
     #

@@ -194,6 +194,36 @@ class Kernels:
         dk = dscores.swapaxes(-1, -2) @ q
         return dq, dk, dv
 
+    # ---------------------------------------------------------------- rotary positions
+    #
+    # "RoFormer: Enhanced Transformer with Rotary Position Embedding" (Su et al., 2021), section 3.2.2. Two neighbouring
+    # elements of a query or a key are a point in a plane. At position m, plane i is turned by the angle a = m theta_i:
+    #
+    #   y[2i]     = cos(a) x[2i] - sin(a) x[2i + 1]
+    #   y[2i + 1] = sin(a) x[2i] + cos(a) x[2i + 1]
+    #
+    # Turning both points of a product by the same angle does not change it. So the product of a query at m and a key at n
+    # depends on m - n only. The inverse of a rotation is its transpose, so the gradient is turned back by the same angle.
+
+    def rotary_forward(self, x: Array, rotation: Array) -> tuple[Array, Saved]:
+        """x (..., head_dim), rotation (..., head_dim) that broadcasts against x -> y in the shape of x.
+
+        The elements 2i and 2i + 1 of the rotation are cos and sin of the angle of plane i.
+        """
+        return self._turned(x, rotation[..., 0::2], rotation[..., 1::2]), rotation
+
+    def rotary_backward(self, dy: Array, saved: Saved) -> Array:
+        """-> dx."""
+        rotation = saved
+        return self._turned(dy, rotation[..., 0::2], -rotation[..., 1::2])
+
+    def _turned(self, x: Array, cos: Array, sin: Array) -> Array:
+        y = self.xp.empty(x.shape, dtype=x.dtype)
+        even, odd = x[..., 0::2], x[..., 1::2]
+        y[..., 0::2] = cos * even - sin * odd
+        y[..., 1::2] = sin * even + cos * odd
+        return y
+
     # ---------------------------------------------------------------- layer norm
     #
     # "Layer Normalization" (Ba, Kiros, Hinton, 2016). Over the last axis, of size C:

@@ -13,7 +13,9 @@ class KVCache:
     """Keys and values of the tokens so far, for `batch` sequences. With them, the model computes only one position for a new
     token.
 
-    There is room for block_size tokens; `length` is the number of tokens stored so far. No gradient flows through them.
+    There is room for block_size tokens; `length` is the number of tokens so far. When the room is full, one more token takes
+    the place of the oldest one. With learned positions that would be wrong, because every other token would get a new position,
+    so the model does not do it. No gradient flows through the cache.
     """
 
     def __init__(self, config: GPTConfig, batch: int, backend: Backend, dtype: object) -> None:
@@ -26,11 +28,14 @@ class KVCache:
     def extend(self, layer: int, k: Array, v: Array) -> tuple[Array, Array]:
         """Keep the keys and values of the T tokens that follow the first `length`, for one block.
 
-        k and v (B, n_head, T, head_dim) -> the keys and values of all tokens so far, each (B, n_head, length + T, head_dim).
-        The caller adds T to `length` when all blocks are done.
+        k and v (B, n_head, T, head_dim) -> the keys and values of all tokens that are kept, each (B, n_head, S, head_dim) with
+        S = min(length + T, block_size). They are in the order of their places, which is not that of the text once the room is
+        full. The caller adds T to `length` when all blocks are done.
         """
-        kept = self._kept[layer, :, :, :, : self.length + k.shape[2]]
-        kept[0, :, :, self.length :], kept[1, :, :, self.length :] = k, v
+        room, n = self._kept.shape[4], k.shape[2]
+        start = self.length % room if n == 1 else self.length
+        kept = self._kept[layer, :, :, :, : min(self.length + n, room)]
+        kept[0, :, :, start : start + n], kept[1, :, :, start : start + n] = k, v
         return kept[0], kept[1]
 
     def select(self, rows: Sequence[int]) -> None:

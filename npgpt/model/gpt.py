@@ -1,8 +1,8 @@
 """The GPT: a decoder-only transformer, from the attention heads to the logits, in one file.
 
 The architecture is GPT-2's ("Language Models are Unsupervised Multitask Learners", Radford et al., 2019): layer norms before
-attention and before the feed-forward network, learned positions, a last layer norm. There is no backward code here, because
-every operation knows its own. Training and sampling are in other rooms.
+attention and before the feed-forward network, learned positions, a last layer norm. Rotary positions are an option. There is no
+backward code here, because every operation knows its own. Training and sampling are in other rooms.
 
 Each class has two forward passes side by side: `__call__` on Tensors, and `decode` on NumPy arrays for one more token of
 each sequence (see layers.py). Shapes: B sequences, T tokens, C = n_embd channels, V = vocab_size.
@@ -22,15 +22,16 @@ from npgpt.engine.streams import Stream, generator
 from npgpt.engine.tensor import Tensor
 from npgpt.kernels.reference import Array
 from npgpt.model.cache import KVCache
-from npgpt.model.layers import ACTIVATIONS, Dropout, Embedding, LayerNorm, Linear, Residual
+from npgpt.model.layers import ACTIVATIONS, Dropout, Embedding, LayerNorm, Linear, Residual, Rotary
 from npgpt.model.module import Module
 
 
 class MultiHeadSelfAttention(Module):
     """Each position gathers information from itself and from earlier positions, in n_head heads side by side."""
 
-    def __init__(self, config: GPTConfig, layer: int, backend: Backend, dtype: Any):
+    def __init__(self, config: GPTConfig, layer: int, rotary: Rotary | None, backend: Backend, dtype: Any):
         c = config.n_embd
+        self.rotary = rotary
         self.n_head, self.layer = config.n_head, layer
         self.attn_dropout = config.dropout
         self.qkv = Linear(c, 3 * c, config.bias, backend, dtype)
@@ -40,7 +41,8 @@ class MultiHeadSelfAttention(Module):
     def __call__(self, x: Tensor, rng: Any, cache: KVCache | None, last_only: bool) -> Tensor:
         b, t, c = x.shape
         qkv = self.qkv(x).reshape(b, t, 3, self.n_head, c // self.n_head)
-        q, k, v = (qkv[:, :, i].transpose(0, 2, 1, 3) for i in range(3))  # (B, n_head, T, head_dim) each
+        qk = self.rotary(qkv[:, :, :2], cache.length if cache else 0) if self.rotary else qkv
+        q, k, v = (part.transpose(0, 2, 1, 3) for part in (qk[:, :, 0], qk[:, :, 1], qkv[:, :, 2]))  # (B, n_head, T, head_dim)
         if cache:
             k, v = map(Tensor, cache.extend(self.layer, k.data, v.data))
         if last_only:
@@ -52,8 +54,9 @@ class MultiHeadSelfAttention(Module):
     def decode(self, x: Array, cache: KVCache, blas_threads: int) -> Array:
         b, c = x.shape
         qkv = self.qkv.decode(x, blas_threads).reshape(b, 3, self.n_head, 1, c // self.n_head)
-        k, v = cache.extend(self.layer, qkv[:, 1], qkv[:, 2])  # (B, n_head, tokens so far, head_dim) each
-        e = k @ (qkv[:, 0] * self._scale).swapaxes(2, 3)  # the scores, (B, n_head, tokens so far, 1)
+        qk = self.rotary.decode(qkv[:, :2], cache.length) if self.rotary else qkv
+        k, v = cache.extend(self.layer, qk[:, 1], qkv[:, 2])  # (B, n_head, tokens so far, head_dim) each
+        e = k @ (qk[:, 0] * self._scale).swapaxes(2, 3)  # the scores, (B, n_head, tokens so far, 1)
         e -= e.max(axis=2, keepdims=True)
         np.exp(e, out=e)
         total = e.sum(axis=2)
@@ -81,9 +84,9 @@ class FeedForward(Module):
 class Block(Module):
     """A transformer block: attention, then feed-forward. Each reads a normalised copy of x and adds its result to x."""
 
-    def __init__(self, config: GPTConfig, layer: int, backend: Backend, dtype: Any):
+    def __init__(self, config: GPTConfig, layer: int, rotary: Rotary | None, backend: Backend, dtype: Any):
         self.ln_1 = LayerNorm(config.n_embd, config.bias, backend, dtype)
-        self.attn = MultiHeadSelfAttention(config, layer, backend, dtype)
+        self.attn = MultiHeadSelfAttention(config, layer, rotary, backend, dtype)
         self.ln_2 = LayerNorm(config.n_embd, config.bias, backend, dtype)
         self.mlp = FeedForward(config, backend, dtype)
         self.residual = Residual(config.dropout)
@@ -110,9 +113,13 @@ class GPT(Module):
     def __init__(self, config: GPTConfig, seed: int | None = 1337, backend: Backend = CPU, dtype: Any = np.float32):
         self.config = config
         self.wte = Embedding(config.vocab_size, config.n_embd, backend, dtype)
-        self.wpe = Embedding(config.block_size, config.n_embd, backend, dtype)
+        rotary = None
+        if config.position == "learned":
+            self.wpe = Embedding(config.block_size, config.n_embd, backend, dtype)
+        else:
+            rotary = Rotary(config.block_size, config.n_embd // config.n_head, backend, dtype)
         self.dropout = Dropout(config.dropout)
-        self.blocks = [Block(config, layer, backend, dtype) for layer in range(config.n_layer)]
+        self.blocks = [Block(config, layer, rotary, backend, dtype) for layer in range(config.n_layer)]
         self.ln_f = LayerNorm(config.n_embd, config.bias, backend, dtype)
         if not config.tie_weights:
             self.lm_head = Linear(config.n_embd, config.vocab_size, False, backend, dtype)
@@ -133,7 +140,8 @@ class GPT(Module):
 
         targets: integers (B, T). With targets, loss is the mean cross-entropy in nats; without, it is None.
         rng: the generator for dropout, from `model.backend.generator(...)`. None: no dropout.
-        cache: keys and values of earlier tokens. `ids` follow these tokens, and their keys and values are added.
+        cache: keys and values of earlier tokens. `ids` follow these tokens, and their keys and values are added. With rotary
+        positions, one more token takes the place of the oldest one if the cache is full.
         last_only: compute the logits (B, 1, V) and the loss of the last position only; targets are then (B, 1).
         dtype: the dtype of everything between the embeddings and the loss. None means that of the weights. On a GPU, and
         without a cache, it may be bfloat16.
@@ -144,8 +152,10 @@ class GPT(Module):
         ids = ids.data if isinstance(ids, Tensor) else ids if hasattr(ids, "ndim") else np.asarray(ids)
         seen = cache.length if cache else 0
         self._check(ids, seen, dtype, cache is not None)
-        positions = self.backend.xp.arange(seen, seen + ids.shape[1])
-        x = self.dropout(self.wte(ids) + self.wpe(positions), rng)  # (B, T, C)
+        x = self.wte(ids)  # (B, T, C)
+        if self.config.position == "learned":
+            x = x + self.wpe(self.backend.xp.arange(seen, seen + ids.shape[1]))
+        x = self.dropout(x, rng)
         x = x.astype(dtype or x.dtype)
         for layer, block in enumerate(self.blocks):
             # The last block needs all positions for its keys and values, but only the last one for its output.
@@ -161,10 +171,12 @@ class GPT(Module):
     def decode(self, ids: Array, cache: KVCache, blas_threads: int = 1) -> Array:
         """The logits after one more token of each sequence: ids (B,) -> (B, V).
 
-        This works only on a CPU and records no graph. The cache must have room for one more token. blas_threads: how many
-        threads the BLAS has; see `few_rows_product`.
+        This works only on a CPU and records no graph. With learned positions, the cache must have room for one more token.
+        blas_threads: how many threads the BLAS has; see `few_rows_product`.
         """
-        x = self.wte.decode(ids) + self.wpe.decode(cache.length)  # (B, C)
+        x = self.wte.decode(ids)  # (B, C)
+        if self.config.position == "learned":
+            x += self.wpe.decode(cache.length)
         for block in self.blocks:
             x = block.decode(x, cache, blas_threads)
         cache.length += 1
@@ -178,6 +190,14 @@ class GPT(Module):
     def num_parameters(self) -> int:
         return sum(p.size for p in self.parameters())
 
+    def hidden_matrices(self) -> list[tuple[Tensor, int]]:
+        """Every weight matrix inside the blocks, with the number of matrices that lie side by side in it: q, k and v in qkv."""
+        found = []
+        for block in self.blocks:
+            found += [(block.attn.qkv.weight, 3), (block.attn.out.weight, 1)]
+            found += [(block.mlp.fc.weight, 1), (block.mlp.proj.weight, 1)]
+        return found
+
     def new_cache(self, batch: int = 1) -> KVCache:
         """An empty KV cache for `batch` sequences."""
         return KVCache(self.config, batch, self.backend, self.wte.weight.dtype)
@@ -189,7 +209,8 @@ class GPT(Module):
                 raise ValueError("a cache keeps keys and values in the weights' dtype; leave out `cache` or `dtype`")
             if np.dtype(dtype).name != "bfloat16" or self.backend.is_cpu:
                 raise ValueError(f"dtype must be None, {own.name}, or on a GPU bfloat16, got {np.dtype(dtype).name}")
-        if ids.ndim != 2 or not 1 <= ids.shape[1] <= self.config.block_size - seen:
+        slides = self.config.position == "rotary" and cached and ids.ndim == 2 and ids.shape[1] == 1
+        if ids.ndim != 2 or not (slides or 1 <= ids.shape[1] <= self.config.block_size - seen):
             room = f"{self.config.block_size} - {seen} in the cache" if seen else str(self.config.block_size)
             raise ValueError(f"expected ids of shape (B, T) with 1 <= T <= block_size {room}, got {ids.shape}")
 

@@ -62,6 +62,38 @@ class Embedding(Module):
         return self.weight.data[ids]
 
 
+class Rotary(Module):
+    """Rotary positions (Su et al., 2021): queries and keys are turned by angles that grow with their position.
+
+    The rotations of the first n positions are computed once, for all blocks.
+    """
+
+    base = 10_000.0
+
+    def __init__(self, n: int, head_dim: int, backend: Backend = CPU, dtype: Any = np.float32):
+        self._n, self._head_dim, self._backend, self._dtype = n, head_dim, backend, np.dtype(dtype)
+        self._table = self._rotations(0, n)
+
+    def _rotations(self, first: int, n: int) -> Array:
+        """(n, head_dim): cos and sin in turns, for the positions from `first` on."""
+        frequencies = self.base ** (-np.arange(0, self._head_dim, 2) / self._head_dim)
+        angles = np.arange(first, first + n)[:, None] * frequencies  # float64, so that far positions are exact enough
+        table = np.stack([np.cos(angles), np.sin(angles)], axis=-1).reshape(n, self._head_dim)
+        return self._backend.asarray(table, dtype=self._dtype)
+
+    def _at(self, first: int, n: int) -> Array:
+        return self._table[first : first + n] if first + n <= self._n else self._rotations(first, n)
+
+    def __call__(self, x: Tensor, first: int) -> Tensor:
+        """x (B, T, ..., head_dim), at the positions from `first` on -> the same shape."""
+        rotations = self._at(first, x.shape[1])
+        return ops.rotary(x, rotations.reshape(x.shape[1], *[1] * (x.ndim - 3), self._head_dim))
+
+    def decode(self, x: Array, position: int) -> Array:
+        """x (..., head_dim), all at one position -> the same shape."""
+        return CPU.kernels.rotary_forward(x, self._at(position, 1))[0]
+
+
 class LayerNorm(Module):
     """Layer normalisation over the last axis, of size `dim`. The weight starts at 1, the bias at 0."""
 

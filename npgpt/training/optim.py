@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -17,12 +17,28 @@ from npgpt.engine.tensor import Tensor
 from npgpt.kernels.reference import AdamWStep, Array
 from npgpt.model.module import Parameters, zero_grad
 
-# A function that calls `update(slice)` for slices that together cover range(n).
-OverSlices = Callable[[Callable[[slice], None], int], None]
+
+class Spread(Protocol):
+    """A way to compute many things side by side, as `Workers` does (parallel/workers.py)."""
+
+    def over(self, function: Callable[[slice], None], n: int) -> None:
+        """Call function(slice) for slices that together cover range(n)."""
+
+    def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+        """[function(item) for item in items]."""
 
 
-def _at_once(update: Callable[[slice], None], n: int) -> None:
-    update(slice(0, n))
+class _Alone:
+    """One thing after the other, in the caller's thread."""
+
+    def over(self, function: Callable[[slice], None], n: int) -> None:
+        function(slice(0, n))
+
+    def map(self, function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+        return [function(item) for item in items]
+
+
+ALONE = _Alone()
 
 
 class AdamW:
@@ -58,11 +74,11 @@ class AdamW:
         self.exp_avg: Array = first.backend.xp.zeros(n, dtype=first.dtype)
         self.exp_avg_sq: Array = first.backend.xp.zeros(n, dtype=first.dtype)
 
-    def step(self, over: OverSlices = _at_once, scale: Array | None = None) -> None:
+    def step(self, workers: Spread = ALONE, scale: Array | None = None) -> None:
         """Update the parameters from their gradients. In a plain list, a parameter whose `.grad` is None keeps its value.
 
-        over: spreads the update over slices; `Workers.over` computes them side by side. The bits of the result do not depend
-        on it, because no element depends on another.
+        workers: compute the update side by side. The bits of the result do not depend on them, because no element depends on
+        another.
         scale: an array of shape () on the parameters' device. It multiplies the gradients; if it is negative, nothing is
         updated.
         """
@@ -77,7 +93,7 @@ class AdamW:
             arrays = (data, grad, self.exp_avg[state].reshape(data.shape), self.exp_avg_sq[state].reshape(data.shape))
             update = functools.partial(self._update, arrays, numbers._replace(n_decay=n_decay))
             if data.ndim == 1:
-                over(update, data.size)
+                workers.over(update, data.size)
             else:
                 update(slice(None))
 
@@ -148,18 +164,18 @@ class Update:
         if isinstance(parameters, Parameters) and not parameters[0].backend.is_cpu:
             self._scale = parameters[0].backend.xp.ones((), dtype=parameters[0].dtype)
 
-    def step(self, loss: Any, over: OverSlices = _at_once) -> None:
-        """Clip and update after a backward pass. loss: a number, or an array of shape (). over: see `AdamW.step`."""
+    def step(self, loss: Any, workers: Spread = ALONE) -> None:
+        """Clip and update after a backward pass. loss: a number, or an array of shape (). workers: see `AdamW.step`."""
         optimizer, parameters = self._optimizer, self._optimizer.parameters
         if self._scale is not None and isinstance(parameters, Parameters):
             parameters.check()
             loss = parameters[0].backend.asarray(loss, dtype=parameters.grad.dtype)
             self._seen.append(parameters[0].backend.kernels.clip_factor(parameters.grad, loss, self._max_norm, self._scale))
-            optimizer.step(over, self._scale)
+            optimizer.step(workers, self._scale)
         elif all(_finite(*seen) for seen in self._seen[-1:]):
             self._seen.append((float(loss), clip_grad_norm(parameters, self._max_norm)))
             if _finite(*self._seen[-1]):
-                optimizer.step(over)
+                optimizer.step(workers)
 
     def results(self) -> list[tuple[float, float]]:
         """(loss, norm before clipping) of each step since the last call.
@@ -194,11 +210,14 @@ def learning_rate(step: int, *, steps: int, lr: float, min_lr: float, warmup_ste
     """The learning rate of step number `step`, counted from 0, in a run of `steps` steps.
 
     It rises linearly over the first `warmup_steps` steps. After that, with schedule "cosine" it falls along half a cosine
-    wave to `min_lr` at the last step (Loshchilov and Hutter, 2017). With "constant" it stays at `lr`.
+    wave to `min_lr` at the last step (Loshchilov and Hutter, 2017), and with "linear" along a line. With "constant" it stays at
+    `lr`.
     """
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps
     if schedule == "constant":
         return lr
     done = (step - warmup_steps) / max(1, steps - 1 - warmup_steps)
+    if schedule == "linear":
+        return min_lr + (lr - min_lr) * (1 - min(1.0, done))
     return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * min(1.0, done)))

@@ -45,6 +45,9 @@ def changes_since(last: Checkpoint, now: Checkpoint, ids: np.ndarray) -> Changes
             f"val_fraction was {fraction_before:g} and is now {fraction:g}, which would hold out text that it was trained on; "
             "keep it or lower it"
         )
+    if "optimizer" in of_training:
+        before, now_used = of_training["optimizer"]
+        refusals.append(f"the optimizer was {before} and is now {now_used}, which cannot use its state; start a new run")
     if refusals:
         raise RequestError(f"cannot resume: {'. Also, '.join(refusals)}")
     changes = of_model | of_training

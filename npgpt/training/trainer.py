@@ -34,6 +34,7 @@ from npgpt.text.characters import CharTokenizer
 from npgpt.text.dataset import Dataset, TextRecord
 from npgpt.training.advice import advice
 from npgpt.training.events import End, Evaluation, Events, Outcome, Step
+from npgpt.training.muon import Muon
 from npgpt.training.optim import AdamW, Update, learning_rate
 from npgpt.training.resumption import JUDGING, Changes, changes_since
 
@@ -76,7 +77,7 @@ class Trainer:
         self.machine = describe_machine(model.backend.name + precision, self._workers.threads)
         dtype = bfloat16() if config.bf16 else None
         self._forward_backward = ParallelStep(model, self._workers, config.micro_batch, dtype, config.tf32)
-        self.optimizer = AdamW(model.parameters(), config.lr, (config.beta1, config.beta2), weight_decay=config.weight_decay)
+        self.optimizer = _optimizer(model, config)
         self._update = Update(self.optimizer, config.grad_clip or math.inf)
 
     def _check_arguments(self) -> None:
@@ -276,7 +277,7 @@ class Trainer:
                     schedule=config.schedule,
                 )
                 rates.append(self.optimizer.lr)
-                self._update.step(loss, self._workers.over)
+                self._update.step(loss, self._workers)
         finally:  # after an exception, the steps before it still count
             results = self._update.results()
             seconds = (time.perf_counter() - started) / n
@@ -380,3 +381,10 @@ class Trainer:
         if self.files:
             elapsed = round(time.perf_counter() - self._started, 3)  # seconds since the start or the resumption
             self.files.append_to_log({"event": event} | values | {"elapsed": elapsed})
+
+
+def _optimizer(model: GPT, config: TrainConfig) -> AdamW:
+    betas, decay = (config.beta1, config.beta2), config.weight_decay
+    if config.optimizer == "adamw":
+        return AdamW(model.parameters(), config.lr, betas, weight_decay=decay)
+    return Muon(model.flat, model.hidden_matrices(), config.lr, config.muon_lr, betas=betas, weight_decay=decay)

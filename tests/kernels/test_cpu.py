@@ -49,6 +49,17 @@ def test_gelu(fast, dtype, shape):
         same(fast, "gelu", (x[::-1, ..., ::-1].T,), dtype)  # not contiguous
 
 
+@pytest.mark.parametrize("shape", [(2, 5, 2, 3, 8), (1, 1, 2), (4, 6), (0, 3, 1, 4), (2, 3, 130)])
+def test_rotary(fast, dtype, shape):
+    x, rotation = normal(dtype, *shape), normal(dtype, shape[1], *[1] * (len(shape) - 3), shape[-1], seed=1)
+    if len(shape) == 2:
+        rotation = normal(dtype, shape[-1])
+    same(fast, "rotary", (x, rotation), dtype)
+    same(fast, "rotary", (normal(dtype, *shape[:-1], 3 * shape[-1])[..., shape[-1] : 2 * shape[-1]], rotation), dtype)
+    same(fast, "rotary", (normal(dtype, *shape[:-1], 2 * shape[-1])[..., ::2], rotation), dtype)  # as the reference does it
+    same(fast, "rotary", (x, rotation.astype(np.float64)), dtype)
+
+
 @pytest.mark.parametrize("shape", [(5, 3), (2, 3, 8), (1, 2), (0, 4), (9, 40)])
 def test_layer_norm(fast, dtype, shape):
     x, weight, bias = normal(dtype, *shape) + 3, normal(dtype, shape[-1]), normal(dtype, shape[-1], 1)[:, 0]
@@ -124,7 +135,7 @@ def test_every_override_runs_and_is_tested():
     overridden = {name for name in vars(CpuKernels) if not name.startswith("_")}
     assert overridden <= set(dir(Kernels)), "an operation that the reference does not have"
     assert all(getattr(CPU.kernels, name).__func__ is vars(CpuKernels)[name] for name in overridden)
-    tested = {"causal_attention", "layer_norm", "gelu", "embedding", "adamw"}
+    tested = {"causal_attention", "rotary", "layer_norm", "gelu", "embedding", "adamw"}
     assert {name.removesuffix("_forward").removesuffix("_backward") for name in overridden} == tested
 
 

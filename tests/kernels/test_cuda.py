@@ -50,6 +50,15 @@ def test_gelu(cuda_kernels, dtype, shape):
 
 
 @on_cpu
+@pytest.mark.parametrize(
+    ("shape", "along"), [((2, 5, 2, 3, 8), (5, 1, 1, 8)), ((3, 7, 4), (7, 4)), ((4, 6), (6,)), ((2, 3, 2), (1, 1, 2))]
+)
+def test_rotary(cuda_kernels, dtype, shape, along):
+    same(cuda_kernels, "rotary", (normal(dtype, *shape), normal(dtype, *along, seed=1)), dtype)
+    same(cuda_kernels, "rotary", (normal(dtype, *shape[::-1]).T, normal(dtype, *along, seed=1)), dtype)
+
+
+@on_cpu
 @pytest.mark.parametrize("shape", [(5, 3), (2, 3, 8), (1, 2), (9, 40), (130, 65), (3, 300)])
 def test_layer_norm(cuda_kernels, dtype, shape):
     x, weight, bias = normal(dtype, *shape) + 3, normal(dtype, shape[-1]), normal(dtype, shape[-1], 1)[:, 0]
@@ -159,6 +168,7 @@ def test_rounding_to_bfloat16(cuda_kernels, bf16):
         ("layer_norm", [(9, 40)], [(40,), (40,)], []),
         ("layer_norm", [(2, 70, 33)], [(33,), None], []),
         ("gelu", [(3, 50)], [], []),
+        ("rotary", [(2, 5, 2, 3, 8)], [(5, 1, 1, 8)], []),
         ("dropout", [(33, 65)], [], [0.25]),
         ("residual", [(33, 65)] * 2, [], [0.25]),
         ("cross_entropy", [(4, 10, 65)], [], []),
@@ -283,6 +293,7 @@ def test_kernels_on_a_gpu_give_the_results_of_the_cpu(dtype):
         ("causal_attention", q, []),
         ("causal_attention", q, [0.3]),
         ("gelu", [x], []),
+        ("rotary", [q[0], normal(parameter, 70, 8)], []),
         ("layer_norm", [x, normal(parameter, 65), normal(parameter, 65, seed=1)], []),
         ("cross_entropy", [x, np.arange(33) * 2], []),
     ]:

@@ -19,7 +19,8 @@ def model(tokenizer):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"tie_weights": True}, {"bias": False, "n_layer": 3}, {"activation": "relu", "d_ff": 20}]
+    "options",
+    [{}, {"tie_weights": True}, {"bias": False, "n_layer": 3}, {"activation": "relu", "d_ff": 20}, {"position": "rotary"}],
 )
 def test_cached_and_uncached_logits_agree(options):
     """The logits agree at every position, for every division of the tokens into calls."""
@@ -42,7 +43,80 @@ def test_cached_and_uncached_logits_agree(options):
                 np.testing.assert_allclose(model.decode(ids[:, at], cache), whole[:, at], rtol=0, atol=1e-5)
             assert cache.length == 12
         with pytest.raises(ValueError, match="12 - 12 in the cache"):
-            model(ids[:, :1], cache=cache)
+            model(ids[:, : 2 if "position" in options else 1], cache=cache)
+
+
+def logits_by_definition(model, ids, window):
+    """The logits at every position of a model with rotary positions, where each position attends to the last `window` ones.
+
+    Written from the definitions, in float64, position by position: ids (T,) -> (T, V).
+    """
+    p = {name: array.astype(np.float64) for name, array in model.state_dict().items()}
+    config = model.config
+    head_dim = config.n_embd // config.n_head
+
+    def norm(x, name):
+        y = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        return y * p[f"{name}.weight"] + p[f"{name}.bias"]
+
+    def linear(x, name):
+        return x @ p[f"{name}.weight"] + p[f"{name}.bias"]
+
+    def turned(x, position):
+        """x (head_dim,): each pair as a complex number, times e^(i angle)."""
+        angles = position * 10_000.0 ** (-2 * np.arange(head_dim // 2) / head_dim)
+        return (x[0::2] + 1j * x[1::2]) * np.exp(1j * angles)
+
+    x = p["wte.weight"][ids]
+    for layer in range(config.n_layer):
+        q, k, v = (
+            part.reshape(len(ids), config.n_head, head_dim)
+            for part in np.split(linear(norm(x, f"blocks.{layer}.ln_1"), f"blocks.{layer}.attn.qkv"), 3, axis=1)
+        )
+        y = np.zeros_like(q)
+        for t in range(len(ids)):
+            seen = range(max(0, t - window + 1), t + 1)
+            for h in range(config.n_head):
+                scores = np.array([(turned(q[t, h], t) * turned(k[s, h], s).conj()).real.sum() for s in seen])
+                weights = np.exp(scores / np.sqrt(head_dim))
+                y[t, h] = weights / weights.sum() @ v[list(seen), h]
+        x = x + linear(y.reshape(len(ids), -1), f"blocks.{layer}.attn.out")
+        hidden = linear(norm(x, f"blocks.{layer}.ln_2"), f"blocks.{layer}.mlp.fc")
+        hidden = 0.5 * hidden * (1 + np.tanh(np.sqrt(2 / np.pi) * (hidden + 0.044715 * hidden**3)))
+        x = x + linear(hidden, f"blocks.{layer}.mlp.proj")
+    return norm(x, "ln_f") @ p["lm_head.weight"]
+
+
+def test_a_sliding_window_is_what_its_definition_says(rng):
+    """Past block_size, each position attends to the last block_size ones, at its own position in the whole text."""
+    model = GPT(GPTConfig(11, block_size=6, n_layer=2, n_head=2, n_embd=8, position="rotary"), seed=1, dtype=np.float64)
+    model.parameters().data += 0.3 * rng.standard_normal(model.num_parameters())
+    ids = rng.integers(0, 11, 25)
+    expected = logits_by_definition(model, ids, window=6)
+    assert np.abs(logits_by_definition(model, ids, window=7) - expected)[7:].max() > 1e-3
+    with no_grad():
+        np.testing.assert_allclose(model(ids[None, :6])[0].data[0], expected[:6], rtol=0, atol=1e-10)
+        for first in (0, 4, 6):
+            cache, on_tensors = model.new_cache(1), model.new_cache(1)
+            for c in (cache, on_tensors) if first else ():
+                model(ids[None, :first], cache=c)
+            for at in range(first, 25):
+                np.testing.assert_allclose(model.decode(ids[at : at + 1], cache)[0], expected[at], rtol=0, atol=1e-10)
+                logits = model(ids[None, at : at + 1], cache=on_tensors)[0].data[0, 0]  # as on a GPU
+                np.testing.assert_allclose(logits, expected[at], rtol=0, atol=1e-10)
+
+
+def test_a_sliding_window_of_several_sequences(rng):
+    model = GPT(GPTConfig(11, block_size=6, n_layer=2, n_head=2, n_embd=8, position="rotary"), seed=1)
+    model.parameters().data += 0.3 * rng.standard_normal(model.num_parameters(), dtype=np.float32)
+    ids, cache = rng.integers(0, 11, (3, 20)), model.new_cache(3)
+    for at in range(20):
+        if at == 13:
+            cache.select([2, 0])
+            ids = ids[[2, 0]]
+        logits = model.decode(ids[:, at], cache)
+    for row, text in zip(logits, ids, strict=True):
+        np.testing.assert_allclose(row, logits_by_definition(model, text, window=6)[-1], rtol=0, atol=1e-4)
 
 
 def test_last_only_gives_the_logits_of_the_last_position(model, rng):

@@ -22,6 +22,7 @@ TESTS = ["engine/test_gradients.py", "engine/test_properties.py", "engine/test_t
 GPU_TESTS = ["kernels/test_cuda.py", "kernels/test_products.py", "engine/test_device.py", "training/test_device.py"]
 REFERENCE, CPU = "kernels/reference.py", "kernels/cpu.py"
 GRAPH, TENSOR, OPS = "engine/graph.py", "engine/tensor.py", "engine/ops.py"
+GPT, LAYERS, CACHE = "model/gpt.py", "model/layers.py", "model/cache.py"
 NORM, ELEMENTWISE, SOFTMAX = "kernels/cuda/norm.cu", "kernels/cuda/elementwise.cu", "kernels/cuda/softmax.cu"
 EMBEDDING, COMMON = "kernels/cuda/embedding.cu", "kernels/cuda/common.cu"
 CUDA, PRODUCTS = "kernels/cuda/kernels.py", "kernels/cuda/products.py"
@@ -129,6 +130,16 @@ BUGS = [
     ("cuda: layer norm leaves out the last row of a chunk", NORM, "row < last; row++) {\n        A d", "row < last - 1; row++) {\n        A d"),
     ("cuda: layer norm never adds the bias", NORM, "bias ? value + bias[i] : value", "value"),
     ("cuda: the last partial sum forgotten", NORM, "row < n; row++) sum", "row < n - 1; row++) sum"),
+    ("rotary: turned the wrong way", REFERENCE, "even - sin * odd", "even + sin * odd"),
+    ("rotary: the gradient is not turned back", REFERENCE, "rotation[..., 0::2], -rotation[..., 1::2])", "rotation[..., 0::2], rotation[..., 1::2])"),
+    ("rotary: odd elements without their own cosine", REFERENCE, "sin * even + cos * odd", "sin * even + odd"),
+    ("cpu rotary: the gradient is not turned back", CPU, "_as_complex(rotation).conj())", "_as_complex(rotation))"),
+    ("rotary: keys are not turned", GPT, "qk[:, :, 1], qkv[:, :, 2])", "qkv[:, :, 1], qkv[:, :, 2])"),
+    ("rotary: decoding forgets the position", GPT, "self.rotary.decode(qkv[:, :2], cache.length)", "self.rotary.decode(qkv[:, :2], 0)"),
+    ("rotary: all planes turn equally fast", LAYERS, "self.base ** (-np.arange(0, self._head_dim, 2) / self._head_dim)", "np.ones(self._head_dim // 2)"),
+    ("cache: the newest token replaces the wrong one", CACHE, "self.length % room if n == 1", "room - 1 - self.length % room if n == 1"),
+    ("cuda: rotary's gradient is not turned back", CUDA, "self._rotary(dy, saved, -1.0)", "self._rotary(dy, saved, 1.0)"),
+    ("cuda: rotary with the wrong positions", ELEMENTWISE, "i / half / inner % positions", "i / half % positions"),
     ("cuda: gelu's cubic term without its 3", ELEMENTWISE, "1 + 3 * (A)GELU_CUBIC", "1 + (A)GELU_CUBIC"),
     ("cuda: gelu's second term forgotten", ELEMENTWISE, " + (A)0.5 * v * (1 - t * t) * du_dx", ""),
     ("cuda: dropout's threshold halved", ELEMENTWISE, "draws[j] >= threshold ? (A)x", "draws[j] >= threshold / 2 ? (A)x"),

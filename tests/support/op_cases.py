@@ -75,6 +75,21 @@ def attention_in_torch(torch, q, k, v, weight=None):
     return (p if weight is None else p * torch.from_numpy(weight).to(p.dtype)) @ v
 
 
+def rotations(n, inner, head_dim):
+    """The rotations of the positions 5 .. 5 + n - 1, (n, 1, head_dim), by their definition."""
+    angles = [[m / 10_000 ** (2 * i / head_dim) for i in range(head_dim // 2)] for m in range(5, 5 + n)]
+    return np.stack([np.cos(angles), np.sin(angles)], axis=-1).reshape(n, 1, head_dim)
+
+
+def rotated_in_torch(torch, x):
+    """Rotary positions by complex numbers, as their authors have it. x (..., T, inner, head_dim)."""
+    turns = torch.view_as_complex(torch.from_numpy(rotations(*x.shape[-3:])).unflatten(-1, (-1, 2)))
+    turned = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * turns.to(
+        torch.complex64 if x.dtype == torch.float32 else torch.complex128
+    )
+    return torch.view_as_real(turned).flatten(-2)
+
+
 def _same(d):
     return [(*d.lead, d.a)]
 
@@ -201,6 +216,11 @@ CASES: dict[str, Case] = {
         lambda w: ops.embedding(w, ids(w.shape[0], 3, 5)),
         lambda d: [(d.a + 1, d.b)],
         lambda torch: lambda w: torch.nn.functional.embedding(torch.from_numpy(ids(w.shape[0], 3, 5)), w),
+    ),
+    "rotary": Case(
+        lambda x: ops.rotary(x, rotations(*x.shape[-3:])),
+        lambda d: [(*d.lead, d.a, d.b, 2 * d.c)],
+        lambda torch: lambda x: rotated_in_torch(torch, x),
     ),
     "cross-entropy": Case(
         lambda x: ops.cross_entropy(x, ids(x.shape[-1], *x.shape[:-1])),

@@ -1,4 +1,4 @@
-// Elementwise kernels: bias, GELU, dropout, clipping, AdamW. The formulas are those of reference.py.
+// Elementwise kernels: bias, GELU, rotary positions, dropout, clipping, AdamW. The formulas are those of reference.py.
 
 const double GELU_SCALE = 0.7978845608028654;  // sqrt(2 / pi)
 const double GELU_CUBIC = 0.044715;
@@ -24,6 +24,18 @@ extern "C" __global__ void gelu_backward(const T* dy, const T* x, T* dx, long lo
         A t = tanh((A)GELU_SCALE * (v + (A)GELU_CUBIC * v * v * v));
         A du_dx = (A)GELU_SCALE * (1 + 3 * (A)GELU_CUBIC * v * v);
         dx[i] = (T)((A)dy[i] * ((A)0.5 * (1 + t) + (A)0.5 * v * (1 - t * t) * du_dx));
+    }
+}
+
+// x and y are (n, 2 half) and rotation is (positions, 2 half), in pairs; row r has position r / inner % positions. Each pair is
+// turned by the pair (cos, sin) of its position; with direction -1, back again. A thread works on one pair.
+extern "C" __global__ void rotary(
+    const T* x, const A* rotation, T* y, long long n, long long half, long long inner, long long positions, double direction) {
+    for (long long i = thread_number(); i < n * half; i += thread_count()) {
+        const A* turn = rotation + 2 * (i / half / inner % positions * half + i % half);
+        A cosine = turn[0], sine = (A)direction * turn[1], even = (A)x[2 * i], odd = (A)x[2 * i + 1];
+        y[2 * i] = (T)(cosine * even - sine * odd);
+        y[2 * i + 1] = (T)(sine * even + cosine * odd);
     }
 }
 

@@ -210,6 +210,28 @@ class CudaKernels(Kernels):
         self._launch("gelu_backward", x.dtype.name, _elementwise_grid(x.size), THREADS, arguments)
         return dx
 
+    # ---------------------------------------------------------------- rotary positions
+
+    def rotary_forward(self, x: Array, rotation: Array) -> tuple[Array, Saved]:
+        along = [axis for axis in range(1, rotation.ndim) if rotation.shape[-1 - axis] > 1]  # axes from the right
+        if not (_are_activations(x) and _fit_activations(x, rotation) and x.size and len(along) <= 1):
+            return super().rotary_forward(x, rotation)
+        axis = along[0] if along else 1
+        inner = prod(x.shape[x.ndim - axis : -1])  # rows of x from one position to the next
+        saved = CudaSaved((self.xp.ascontiguousarray(rotation), inner, rotation.size // rotation.shape[-1]))
+        return self._rotary(x, saved, 1.0), saved
+
+    def rotary_backward(self, dy: Array, saved: Saved) -> Array:
+        return self._rotary(dy, saved, -1.0) if isinstance(saved, CudaSaved) else super().rotary_backward(dy, saved)
+
+    def _rotary(self, x: Array, saved: tuple[Any, ...], direction: float) -> Array:
+        rotation, inner, positions = saved
+        y, x = self.xp.empty(x.shape, dtype=x.dtype), self.xp.ascontiguousarray(x)
+        n, half = prod(x.shape[:-1]), x.shape[-1] // 2
+        arguments = (x, rotation, y, n, half, inner, positions, direction)
+        self._launch("rotary", x.dtype.name, _elementwise_grid(n * half), THREADS, arguments)
+        return y
+
     # ---------------------------------------------------------------- embedding
 
     def embedding_backward(self, dy: Array, saved: Saved) -> Array:
