@@ -16,6 +16,7 @@ from npgpt.training.optim import ALONE, AdamW, Spread
 # The coefficients of a quintic that sends every singular value in (0, 1] close to 1 in a few iterations (Jordan et al., 2024).
 QUINTIC = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
+TINY = 1e-12  # for a matrix of zeros
 
 
 def orthogonalised(g: Array, iterations: int = ITERATIONS) -> Array:
@@ -31,7 +32,7 @@ def orthogonalised(g: Array, iterations: int = ITERATIONS) -> Array:
     a, b, c = QUINTIC
     is_tall = g.shape[0] > g.shape[1]  # then A is smaller for the transpose
     x = g.T.copy() if is_tall else g.copy()
-    x /= max(float((x * x).sum()) ** 0.5, 1e-30)
+    x /= (x * x).sum() ** 0.5 + TINY
     for _ in range(iterations):
         gram = x @ x.T
         polynomial = gram @ gram.T

@@ -121,6 +121,7 @@ def kernels():
         "gelu": lambda: (wide,),
         "layer_norm": lambda: (x, np.ones(c, np.float32), np.zeros(c, np.float32)),
         "causal_attention": lambda: (q, k, v, 0.1, generator()),
+        "rotary": lambda: (normal(rows // t, t, 2, heads, c // heads), normal(t, 1, 1, c // heads)),
         "embedding": lambda: (normal(65, c), rng.integers(0, 65, rows)),
     }
     results = {}

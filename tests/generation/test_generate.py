@@ -76,6 +76,27 @@ def test_every_token_is_drawn_from_the_logits_of_its_window(model):
             seen += 1
 
 
+def test_a_sliding_window_needs_rotary_positions(model):
+    with pytest.raises(
+        RequestError, match="window slide needs a model with rotary positions, this one's are learned; use exact"
+    ):
+        TokenStream(model, [1], GenerateConfig(window="slide"))
+
+
+def test_rotary_positions_slide_by_default(tokenizer):
+    """Far past block_size, one more token costs one position; each is the likeliest of a cache that is fed by hand."""
+    model = model_with_clear_logits(tokenizer, position="rotary")
+    tokens = list(TokenStream(model, [3, 1, 4], GenerateConfig(max_new_tokens=40, temperature=0)))
+    ids, cache = [3, 1, 4, *(token.id for token in tokens)], model.new_cache()
+    for at, given in enumerate(ids[:-1]):
+        logits = model.decode(np.array([given]), cache)[0]
+        if at >= 2:
+            assert logits.argmax() == ids[at + 1]
+    for window in ("exact", "half"):
+        other = list(TokenStream(model, [3, 1, 4], GenerateConfig(max_new_tokens=40, temperature=0, window=window)))
+        assert [t.id for t in other[:5]] == ids[3:8]  # they differ only past the window
+
+
 def test_a_sample_is_the_same_alone_and_among_others(model, tokenizer):
     settings = GenerateConfig(max_new_tokens=30, temperature=1.0, seed=3, num_samples=5)
     texts = dict.fromkeys(range(5), "")

@@ -19,10 +19,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
 TESTS = ["engine/test_gradients.py", "engine/test_properties.py", "engine/test_tensor.py", "kernels/test_cpu.py", "model"]
+TESTS += ["training/test_muon.py"]
 GPU_TESTS = ["kernels/test_cuda.py", "kernels/test_products.py", "engine/test_device.py", "training/test_device.py"]
 REFERENCE, CPU = "kernels/reference.py", "kernels/cpu.py"
 GRAPH, TENSOR, OPS = "engine/graph.py", "engine/tensor.py", "engine/ops.py"
-GPT, LAYERS, CACHE = "model/gpt.py", "model/layers.py", "model/cache.py"
+GPT, LAYERS, CACHE, MUON = "model/gpt.py", "model/layers.py", "model/cache.py", "training/muon.py"
 NORM, ELEMENTWISE, SOFTMAX = "kernels/cuda/norm.cu", "kernels/cuda/elementwise.cu", "kernels/cuda/softmax.cu"
 EMBEDDING, COMMON = "kernels/cuda/embedding.cu", "kernels/cuda/common.cu"
 CUDA, PRODUCTS = "kernels/cuda/kernels.py", "kernels/cuda/products.py"
@@ -138,6 +139,14 @@ BUGS = [
     ("rotary: decoding forgets the position", GPT, "self.rotary.decode(qkv[:, :2], cache.length)", "self.rotary.decode(qkv[:, :2], 0)"),
     ("rotary: all planes turn equally fast", LAYERS, "self.base ** (-np.arange(0, self._head_dim, 2) / self._head_dim)", "np.ones(self._head_dim // 2)"),
     ("cache: the newest token replaces the wrong one", CACHE, "self.length % room if n == 1", "room - 1 - self.length % room if n == 1"),
+    ("muon: no momentum", MUON, "mean *= mu\n", "mean *= 0\n"),
+    ("muon: no look ahead", MUON, "orthogonalised((1 - mu) * gradient + mu * mean)", "orthogonalised(mean)"),
+    ("muon: the shape of a matrix forgotten", MUON, "weight -= (self.muon_lr * shape_scale) * update", "weight -= self.muon_lr * update"),
+    ("muon: no weight decay", MUON, "weight *= 1 - self.muon_lr * self.weight_decay", "pass"),
+    ("muon: q, k and v as one matrix", MUON, "width * i // parts for i in range(parts + 1)", "width * i for i in range(2)"),
+    ("muon: the cubic term with the wrong sign", MUON, "gram *= b", "gram *= -b"),
+    ("muon: AdamW decays no embedding", MUON, "flat.n_decay - at.start", "flat.n_decay - at.stop"),
+    ("muon: a negative scale moves the mean", MUON, "xp.where(scale < 0, mean, new_mean)", "new_mean"),
     ("cuda: rotary's gradient is not turned back", CUDA, "self._rotary(dy, saved, -1.0)", "self._rotary(dy, saved, 1.0)"),
     ("cuda: rotary with the wrong positions", ELEMENTWISE, "i / half / inner % positions", "i / half % positions"),
     ("cuda: gelu's cubic term without its 3", ELEMENTWISE, "1 + 3 * (A)GELU_CUBIC", "1 + (A)GELU_CUBIC"),

@@ -54,10 +54,14 @@ class TorchGPT(torch.nn.Module):
             return y + p[f"{name}.bias"] if f"{name}.bias" in p else y
 
         b, t = ids.shape
-        x = p["wte.weight"][ids] + p["wpe.weight"][:t]
+        x = p["wte.weight"][ids]
+        if config.position == "learned":
+            x = x + p["wpe.weight"][:t]
         for i in range(config.n_layer):
             block = f"blocks.{i}"
             qkv = linear(norm(x, f"{block}.ln_1"), f"{block}.attn.qkv").view(b, t, 3, config.n_head, -1)
+            if config.position == "rotary":
+                qkv = torch.cat([self.turned(qkv[:, :, :2]), qkv[:, :, 2:]], dim=2)
             q, k, v = qkv.permute(2, 0, 3, 1, 4)
             y = attention_in_torch(torch, q, k, v).transpose(1, 2).reshape(b, t, -1)
             x = x + linear(y, f"{block}.attn.out")
@@ -66,6 +70,14 @@ class TorchGPT(torch.nn.Module):
             x = x + linear(hidden, f"{block}.mlp.proj")
         head = p["wte.weight"].T if config.tie_weights else p["lm_head.weight"]
         return torch.nn.functional.cross_entropy((norm(x, "ln_f") @ head).flatten(0, 1), targets.flatten())
+
+    def turned(self, x):
+        """Rotary positions by complex numbers: x (B, T, 2, n_head, head_dim)."""
+        head_dim = x.shape[-1]
+        frequencies = 10_000.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+        angles = torch.outer(torch.arange(x.shape[1], dtype=torch.float64), frequencies)
+        turns = torch.polar(torch.ones_like(angles), angles)[:, None, None].to(x.dtype.to_complex())
+        return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * turns).flatten(-2)
 
 
 def model_and_twin(dtype=np.float64, **options):
@@ -77,7 +89,14 @@ def model_and_twin(dtype=np.float64, **options):
     return model, TorchGPT(model.state_dict(), config)
 
 
-OPTIONS = [{}, {"activation": "relu"}, {"tie_weights": True}, {"bias": False}, {"d_ff": 24, "n_head": 4}]
+OPTIONS = [
+    {},
+    {"activation": "relu"},
+    {"tie_weights": True},
+    {"bias": False},
+    {"d_ff": 24, "n_head": 4},
+    {"position": "rotary"},
+]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

@@ -21,6 +21,7 @@ from npgpt.parallel.step import ParallelStep
 from npgpt.parallel.workers import Workers
 from npgpt.training import trainer
 from npgpt.training.events import Evaluation, Outcome, Step
+from npgpt.training.muon import Muon
 from npgpt.training.optim import Update, clip_grad_norm
 from npgpt.training.trainer import Trainer
 
@@ -31,9 +32,10 @@ def steps_in_groups(monkeypatch):
     monkeypatch.setattr(trainer, "SECONDS_IN_GROUP", 1e9)
 
 
-def losses_of_training(device, dropout, steps=20, dtype=None):
-    model = GPT(GPTConfig(13, block_size=40, n_layer=2, n_head=2, n_embd=24, dropout=dropout), seed=1, backend=device)
-    optimizer = AdamW(model.parameters(), lr=3e-3)
+def losses_of_training(device, dropout, steps=20, dtype=None, muon=False, **options):
+    config = GPTConfig(13, block_size=40, n_layer=2, n_head=2, n_embd=24, dropout=dropout, **options)
+    model = GPT(config, seed=1, backend=device)
+    optimizer = Muon(model.flat, model.hidden_matrices(), 3e-3) if muon else AdamW(model.parameters(), lr=3e-3)
     dataset = Dataset(np.arange(5000) ** 2 // 7 % 13, 40, 4)
     losses = []
     with Workers(1) as workers:
@@ -46,9 +48,10 @@ def losses_of_training(device, dropout, steps=20, dtype=None):
 
 
 def test_training_is_the_same_as_on_the_cpu(device, monkeypatch):
-    found = losses_of_training(device, 0.0)
-    np.testing.assert_allclose(found, losses_of_training(CPU, 0.0), rtol=1e-4)
-    assert found[-1] < found[0] - 0.1
+    for options in ({}, {"position": "rotary", "muon": True}):
+        found = losses_of_training(device, 0.0, **options)
+        np.testing.assert_allclose(found, losses_of_training(CPU, 0.0, **options), rtol=1e-4)
+        assert found[-1] < found[0] - 0.1
 
 
 def test_training_with_dropout_repeats_itself(device):
@@ -60,6 +63,8 @@ def test_training_with_dropout_repeats_itself(device):
 
 def test_training_in_bfloat16(device, bf16, monkeypatch):
     """The losses are close to those in float32. The weights and their gradients are float32."""
+    found, wide = (losses_of_training(device, 0.2, steps=3, dtype=dtype, position="rotary") for dtype in (bf16, None))
+    np.testing.assert_allclose(found, wide, rtol=5 * BFLOAT16_EPS)
     found, wide = (losses_of_training(device, 0.2, steps=25, dtype=dtype) for dtype in (bf16, None))
     np.testing.assert_allclose(found, wide, rtol=5 * BFLOAT16_EPS)
     assert found != wide
@@ -172,12 +177,15 @@ def test_bf16_and_tf32_are_refused_on_a_cpu(flag):
 
 @on_cpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("options", [{}, {"dropout": 0.2, "tie_weights": True}, {"bias": False, "activation": "relu"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"dropout": 0.2, "tie_weights": True}, {"bias": False, "activation": "relu"}, {"position": "rotary"}]
+)
 def test_a_step_reads_nothing_back(cuda_kernels, bf16, monkeypatch, dtype, options):
     """A step copies nothing from the device to the host. `results` copies once."""
     device = pretended_device(monkeypatch)
     model = GPT(GPTConfig(7, block_size=16, n_layer=2, n_head=2, n_embd=16, **options), seed=1, backend=device)
-    update, dataset = Update(AdamW(model.parameters()), 1.0), Dataset(np.arange(3000) % 7, 16, 4)
+    optimizer = AdamW(model.flat) if "position" not in options else Muon(model.flat, model.hidden_matrices())
+    update, dataset = Update(optimizer, 1.0), Dataset(np.arange(3000) % 7, 16, 4)
     with Workers(1) as workers:
         step = ParallelStep(model, workers, dtype=bf16 if dtype == "bfloat16" else None)
         device_array.waits.clear()
