@@ -22,6 +22,7 @@ from npgpt.text.characters import CharTokenizer
 from npgpt.text.dataset import Dataset
 from npgpt.text.reading import read_text
 from npgpt.training.events import End, Evaluation, Outcome, Step
+from npgpt.training.muon import Muon
 from npgpt.training.optim import AdamW, clip_grad_norm, learning_rate
 from npgpt.training.trainer import Trainer
 
@@ -39,6 +40,7 @@ __all__ = [
     "GPTConfig",
     "GenerateConfig",
     "GradientError",
+    "Muon",
     "Outcome",
     "RequestError",
     "Step",

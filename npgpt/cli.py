@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     with contextlib.redirect_stderr(BreakableStream(sys.stderr)), warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: say(f"warning: {message}")
         try:
-            status = COMMANDS[name].run(COMMANDS[name].parser().parse_args(argv[1:])) if name else _no_command(argv)
+            status = COMMANDS[name].run(COMMANDS[name].parser().parse_intermixed_args(argv[1:])) if name else _no_command(argv)
             sys.stdout.flush()
         except (RequestError, DeviceError) as error:
             say(f"npgpt {name}: {error}")

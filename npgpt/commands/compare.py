@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         for row in rows:
             print(json.dumps(row, ensure_ascii=False))
         return 0
-    _warn_about_texts(runs, first, args.ckpt[0], judged.held_out is not None)
+    _warn_about_texts(runs, first, args.ckpt[0], args.text is None)
     part = "the held-out part" if is_held_out and not first.val_text else "all"
     print(f"on {part} of {judged.name}, {len(ids) - 1:,} characters predicted")
     _print_rows(rows)

@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
 def _samples_of(checkpoint: Checkpoint, tokens: int) -> list[str]:
     """Sixteen samples at temperature 0.8, generated side by side. They are the same in every call."""
     n = min(16, tokens)
-    window = "slide" if checkpoint.config.position == "rotary" else "half"
+    window = None if checkpoint.config.position == "rotary" else "half"
     settings = GenerateConfig(max_new_tokens=tokens // n, seed=0, num_samples=n, window=window)
     texts = dict.fromkeys(range(n), "")
     for piece in generate_texts(checkpoint.model, checkpoint.tokenizer, "", settings):

@@ -32,7 +32,6 @@ from npgpt.training.advice import MUCH_REPEATED
 from npgpt.training.events import End, Evaluation, Outcome, Step
 from npgpt.training.memory import check_memory, memory_advice
 from npgpt.training.plan import plan
-from npgpt.training.resumption import JUDGING, described
 from npgpt.training.trainer import Trainer
 
 ABOUT = "train a GPT on a text"
@@ -42,7 +41,7 @@ MOST_FILES = 20  # files of a text that are listed one by one
 def parser() -> argparse.ArgumentParser:
     parser = command_parser(
         "train",
-        "Train a GPT on the characters of a text file.",
+        "Train a GPT on the characters of a text: of one file or of several.",
         ["data/tiny.txt --steps 500", "mytext.txt --out mine.npz --n-embd 128 --dropout 0.2", "books/ --val-text other.txt"],
     )
     parser.add_argument(
@@ -50,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="*",
         metavar="DATA",
         help="UTF-8 text files, which are read one after the other; a folder stands for the texts in it, in the order of their "
-        "paths; - is standard input; files that end in .gz, .bz2, .xz or .zst are unpacked; with --resume, DATA may be missing",
+        "paths; - is standard input; files compressed with gzip, bzip2, xz or zstd are unpacked; --resume needs no DATA",
     )
     parser.add_argument(
         "--val-text", metavar="FILE", help="hold out this text, or the texts of this folder, instead of a part of DATA"
@@ -156,7 +155,7 @@ def _check_flags(args: argparse.Namespace) -> None:
         args.text, args.resume = [args.resume], ""
     if not args.text and args.resume is None:
         raise RequestError("expected DATA, a text file to train on; data/tiny.txt is one")
-    if args.val_text and getattr(args, "val_fraction", 0.0):
+    if args.val_text is not None and hasattr(args, "val_fraction") and args.val_fraction:
         raise RequestError("give --val-text or --val-fraction, not both")
 
 
@@ -164,9 +163,11 @@ def _read(args: argparse.Namespace, files: RunFiles, last: Checkpoint | None) ->
     """Read the text that the flags name; in a resumed run, by default the text of the run before, with its vocabulary."""
     text, val_text, tokenizer = (last.text, last.val_text, last.tokenizer) if last else (None, None, None)
     paths = args.text or _recorded(text, "DATA")
-    if not paths:
-        raise RequestError("the checkpoint does not say what text it was trained on; give DATA")
-    val_path = args.val_text or next(iter(_recorded(val_text, "--val-text")), None)
+    val_path = args.val_text
+    if val_path is None and val_text is not None:
+        (val_path,) = _recorded(val_text, "--val-text")
+        if hasattr(args, "val_fraction") and args.val_fraction:
+            raise RequestError(f"the run has a held-out text of its own, {val_path}, so --val-fraction must be 0 or left out")
     try:
         return Corpus.read(paths, val_path, tokenizer, [*files.paths(), *files.previous_paths()], progress_bar)
     except UnknownCharacterError as error:
@@ -174,17 +175,19 @@ def _read(args: argparse.Namespace, files: RunFiles, last: Checkpoint | None) ->
 
 
 def _recorded(text: TextRecord | None, flag: str) -> tuple[str, ...]:
-    """Where a text of the run before came from."""
-    if text is not None and STDIN in text.sources:
+    """Where a text of the run before came from. Raises RequestError if the user has to say it again."""
+    if text is None or not text.sources:
+        raise RequestError(f"the checkpoint does not say where its text came from; give {flag}")
+    if STDIN in text.sources:
         raise RequestError(f"the run before read {flag} from standard input; give it again")
-    return text.sources if text else ()
+    return text.sources
 
 
 def _asked(args: argparse.Namespace, cls: type[GPTConfig] | type[TrainConfig]) -> dict[str, Any]:
     """The settings of `cls` from the preset and the flags; a flag has priority."""
     names = {f.name for f in dataclasses.fields(cls)}
     preset = {name: value for name, value in PRESETS.get(args.preset, {}).items() if name in names}
-    held_out = {"val_fraction": 0.0} if args.val_text and cls is TrainConfig else {}
+    held_out = {"val_fraction": 0.0} if args.val_text is not None and cls is TrainConfig else {}
     return preset | settings_from(args, cls) | held_out
 
 
@@ -296,9 +299,9 @@ def _print_banner(trainer: Trainer, corpus: Corpus, files: RunFiles) -> None:
         say(f"warning: {share}, so the validation loss will be too low; remove the copies, or hold out another text")
     c = model.config
     say(f"model   {model.num_parameters():,} parameters: n_layer {c.n_layer}, n_head {c.n_head}, n_embd {c.n_embd},", end=" ")
-    say(f"block_size {c.block_size}, dropout {c.dropout:g}, {c.activation}")
+    say(f"block_size {c.block_size}, dropout {c.dropout:g}, {c.activation}, {c.position} positions")
     say(f"run     {config.steps:,} steps of {config.batch_size} x {c.block_size} tokens on {model.backend.name},", end=" ")
-    say(f"seed {config.seed}, log in {files.log}")
+    say(f"{config.optimizer}, seed {config.seed}, log in {files.log}")
     if model.backend.is_cpu:
         cores = core_limit()
         threads = config.threads or cores.value
@@ -310,9 +313,9 @@ def _print_banner(trainer: Trainer, corpus: Corpus, files: RunFiles) -> None:
         say(f"        the run that is now in {files.best} is kept as {previous}{replaced}")
     if trainer.progress.step:
         say(f"        resumed at step {trainer.progress.step}")
-    if trainer.changes:
-        anew = "; the search for the lowest validation loss begins again" if trainer.changes.keys() & set(JUDGING) else ""
-        say(f"        from step {trainer.progress.step + 1} on: {described(trainer.changes)}{anew}")
+    if trainer.changes.settings:
+        again = "" if trainer.changes.comparable else "; the search for the lowest validation loss begins again"
+        say(f"        from step {trainer.progress.step + 1} on: {trainer.changes}{again}")
 
 
 def _print_files(sources: Sources) -> None:

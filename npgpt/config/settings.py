@@ -63,16 +63,16 @@ class TrainConfig(Settings):
     batch_size: int = setting(32, "windows of block_size tokens in each step", at_least=1, at_most=100_000)
     lr: float = setting(1e-3, "peak learning rate", above=0)
     min_lr: float | None = setting(
-        None, "learning rate of the last step, unless the schedule is constant (default: lr / 10)", at_least=0
+        None, "learning rate of the last step with the cosine schedule (default: lr / 10)", at_least=0
     )
     warmup_steps: int = setting(100, "number of steps in which the learning rate rises to its peak", at_least=0)
-    schedule: str = setting("cosine", "learning-rate schedule after the warm-up", choices=("cosine", "linear", "constant"))
+    schedule: str = setting("cosine", "learning-rate schedule after the warm-up", choices=("cosine", "constant"))
     optimizer: str = setting(
         "adamw",
         "adamw, or muon for the matrices inside the blocks (Jordan et al., 2024) and adamw for the rest",
         choices=("adamw", "muon"),
     )
-    muon_lr: float = setting(0.02, "peak learning rate of Muon; it rises and falls in proportion to lr", above=0)
+    muon_lr: float = setting(0.02, "peak learning rate of Muon; it follows the schedule of lr", above=0)
     beta1: float = setting(0.9, "AdamW: decay rate of the mean of gradients", at_least=0, below=1)
     beta2: float = setting(0.99, "AdamW: decay rate of the mean of squared gradients", at_least=0, below=1)
     weight_decay: float = setting(0.1, "weight decay; it acts on matrices only", at_least=0)

@@ -10,6 +10,7 @@ import numpy as np
 
 from npgpt.config.fields import RequestError
 from npgpt.storage.checkpoint import Checkpoint
+from npgpt.text.characters import UnknownCharacterError
 from npgpt.text.dataset import TextRecord, split
 from npgpt.text.reading import Track, read_ids, read_text
 from npgpt.text.sources import STDIN, Sources
@@ -40,41 +41,48 @@ def judged_text(
     track: shows the progress of reading; see `read_ids`.
     unknown: what to do with characters that the tokenizer does not know: "error", "skip" or "replace".
 
-    A text that has grown since is judged up to its old end. Raises RequestError if there is no such text.
+    If the text of the run has grown since, it is judged up to its old end. If the user gave it, what was added is judged too,
+    because the model has not seen it. Raises RequestError if there is no such text.
     """
     record, trained = checkpoint.text, checkpoint.train_config
     if not asked and (record is None or not record.sources or trained is None):
         raise RequestError(f"this checkpoint does not say what text it was trained on; {hint}")
     if not asked:
         assert record is not None
-        ids, n = _ids_again(checkpoint, record, "the text it was trained on", hint, track)
+        name, ids = _read_again(checkpoint, record, "the text it was trained on", hint, track)
+        assert trained is not None
         if checkpoint.val_text:
-            val, n_val = _ids_again(checkpoint, checkpoint.val_text, "its held-out text", hint, track)
-            return JudgedText(str(checkpoint.val_text), ids[:n], val[:n_val], ids[:n])
+            val_name, val_ids = _read_again(checkpoint, checkpoint.val_text, "its held-out text", hint, track)
+            return JudgedText(val_name, ids, val_ids, ids)
+        train, held_out = split(ids, trained.val_fraction)
+        return JudgedText(name, ids, held_out, train)
+    sources = Sources(asked)
+    if unknown == "error":
+        _, ids = read_ids(sources, checkpoint.tokenizer, track)
     else:
-        sources = Sources(asked)
-        if unknown == "error":
-            _, ids = read_ids(sources, checkpoint.tokenizer, track)
-        else:
-            text = checkpoint.tokenizer.without_unknown(read_text(asked), replace=unknown == "replace")
-            ids = checkpoint.tokenizer.encode_array(text)
-        known = record.length_in(ids) if record and trained else None
-        if known is None:
-            return JudgedText(str(sources), ids)
-        n = known
-    assert trained is not None
-    train, held_out = split(ids[:n], trained.val_fraction)
-    name = ", ".join(asked) or str(record)
-    return JudgedText(name if n == len(ids) else f"the first {n:,} characters of {name}", ids[:n], held_out, train)
+        text = checkpoint.tokenizer.without_unknown(read_text(asked), replace=unknown == "replace")
+        ids = checkpoint.tokenizer.encode_array(text)
+    n = record.length_in(ids) if record and trained else None
+    if n is None or trained is None:
+        return JudgedText(str(sources), ids)
+    train, _ = split(ids[:n], trained.val_fraction)
+    added = "" if n == len(ids) else f" and the {len(ids) - n:,} characters that were added"
+    return JudgedText(f"{sources}{added}", ids, ids[len(train) :], train)
 
 
-def _ids_again(checkpoint: Checkpoint, record: TextRecord, what: str, hint: str, track: Track | None) -> tuple[np.ndarray, int]:
-    """(the ids of a text of the run, how many of them the run had). Raises RequestError if it is not the same text now."""
+def _read_again(
+    checkpoint: Checkpoint, record: TextRecord, what: str, hint: str, track: Track | None
+) -> tuple[str, np.ndarray]:
+    """(the name of a text of the run, its ids as the run had them). Raises RequestError if it is another text now."""
     missing = [path for path in record.sources if path == STDIN or not Path(path).exists()]
     if missing:
         raise RequestError(f"{what}, {record}, is not here; {hint}")
-    _, ids = read_ids(record.sources, checkpoint.tokenizer, track)
-    n = record.length_in(ids)
-    if n is None:
+    sources = Sources(record.sources)
+    try:
+        _, ids = read_ids(sources, checkpoint.tokenizer, track, record.n_tokens)
+    except UnknownCharacterError:
+        ids = np.zeros(0, dtype=np.uint8)
+    if record.length_in(ids) is None:
         raise RequestError(f"{record} is no longer the text this model was trained on; {hint} to judge the model on another")
-    return ids, n
+    has_grown = sum(sources.characters.values()) > len(ids)
+    return f"the first {len(ids):,} characters of {record}" if has_grown else str(record), ids

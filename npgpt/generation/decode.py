@@ -9,8 +9,8 @@ new token. Past block_size, the setting `window` says what happens:
 
 Learned positions do not allow `slide`: when the oldest token leaves, every other token gets a new position, and every key
 changes. With rotary positions a key stays as it is, because only the distance to the query matters. Each position then attends
-to the last block_size positions. A kept key has itself been computed from earlier tokens, so a token depends on a little more
-than the last block_size ones: on up to n_layer * (block_size - 1) before it.
+to the last block_size positions. A kept key has been computed from tokens before it. So a token also depends on older tokens,
+indirectly: with L blocks on up to L * (block_size - 1) tokens before it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,14 @@ from npgpt.model.gpt import GPT
 from npgpt.parallel.machine import blas_threads
 
 
+def window_for(model: GPT, window: str | None) -> str:
+    """The window that is used if the settings say `window`. Raises RequestError for "slide" with learned positions."""
+    rotary = model.config.position == "rotary"
+    if window == "slide" and not rotary:
+        raise RequestError("window slide needs a model with rotary positions, this one's are learned; use exact or half")
+    return window or ("slide" if rotary else "exact")
+
+
 class NextLogits:
     """The logits of the next token of each of some texts. Call it again each time all texts have grown by one token."""
 
@@ -32,10 +40,7 @@ class NextLogits:
 
         Raises RequestError for "slide" with learned positions.
         """
-        rotary = model.config.position == "rotary"
-        if window == "slide" and not rotary:
-            raise RequestError("window slide needs a model with rotary positions, this one's are learned; use exact or half")
-        self._model, self._window, self._threads = model, window or ("slide" if rotary else "exact"), threads
+        self._model, self._window, self._threads = model, window_for(model, window), threads
         self._cache: KVCache | None = None
 
     def select(self, rows: list[int]) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from npgpt.config.fields import RequestError
 from npgpt.config.settings import GenerateConfig
 from npgpt.engine.streams import Stream, generator
-from npgpt.generation.decode import NextLogits
+from npgpt.generation.decode import NextLogits, window_for
 from npgpt.generation.sampling import log_probabilities, sample_ids
 from npgpt.model.gpt import GPT
 from npgpt.text.characters import CharTokenizer
@@ -68,8 +68,8 @@ class TokenStream:
     ) -> None:
         """samples: the numbers of the samples. vocab_size: ids from here on are padding and are never drawn.
 
-        Raises RequestError for an empty context or an id outside the vocabulary. Iterating raises FloatingPointError if the
-        logits are not finite.
+        Raises RequestError for an empty context, an id outside the vocabulary, or a window that the model cannot have.
+        Iterating raises FloatingPointError if the logits are not finite.
         """
         context = [int(i) for i in context_ids]
         if not context:
@@ -133,9 +133,11 @@ def generate_texts(
     A text ends before the first of the `stop` texts. samples: the numbers of the samples to generate, by default
     0 .. settings.num_samples - 1. tokens: a list to which every new Token is appended.
 
-    Raises RequestError, at the call, for characters of the prompt that the tokenizer does not know.
+    Raises RequestError, at the call, for characters of the prompt that the tokenizer does not know, and for a window that the
+    model cannot have.
     """
     samples = range(settings.num_samples) if samples is None else samples
+    window_for(model, settings.window)
     context = tokenizer.encode(prompt or default_context(tokenizer))
     groups = [samples[i : i + SIDE_BY_SIDE] for i in range(0, len(samples), SIDE_BY_SIDE)]
     return (

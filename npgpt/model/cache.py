@@ -29,8 +29,8 @@ class KVCache:
         """Keep the keys and values of the T tokens that follow the first `length`, for one block.
 
         k and v (B, n_head, T, head_dim) -> the keys and values of all tokens that are kept, each (B, n_head, S, head_dim) with
-        S = min(length + T, block_size). They are in the order of their places, which is not that of the text once the room is
-        full. The caller adds T to `length` when all blocks are done.
+        S = min(length + T, block_size). Once the room is full, they are not in the order of the text, because a new token is
+        stored where the oldest one was. The caller adds T to `length` when all blocks are done.
         """
         room, n = self._kept.shape[4], k.shape[2]
         start = self.length % room if n == 1 else self.length

@@ -1,4 +1,4 @@
-"""The layers of a model: linear, embedding, layer norm, activations, dropout, residual connection. No attention, no GPT.
+"""The layers of a model: linear, embedding, rotary positions, layer norm, activations, dropout, residual. No attention, no GPT.
 
 A layer that generation needs has two forward passes side by side:
 
@@ -12,6 +12,7 @@ the two forward passes at every position.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,7 @@ class Rotary(Module):
     def __init__(self, n: int, head_dim: int, backend: Backend = CPU, dtype: Any = np.float32):
         self._n, self._head_dim, self._backend, self._dtype = n, head_dim, backend, np.dtype(dtype)
         self._table = self._rotations(0, n)
+        self._beyond = functools.lru_cache(maxsize=1)(self._rotations)  # each block of a model asks for the same one
 
     def _rotations(self, first: int, n: int) -> Array:
         """(n, head_dim): cos and sin in turns, for the positions from `first` on."""
@@ -82,7 +84,7 @@ class Rotary(Module):
         return self._backend.asarray(table, dtype=self._dtype)
 
     def _at(self, first: int, n: int) -> Array:
-        return self._table[first : first + n] if first + n <= self._n else self._rotations(first, n)
+        return self._table[first : first + n] if first + n <= self._n else self._beyond(first, n)
 
     def __call__(self, x: Tensor, first: int) -> Tensor:
         """x (B, T, ..., head_dim), at the positions from `first` on -> the same shape."""

@@ -57,7 +57,14 @@ _blas_before: list[int] = []
 def _set_blas_threads() -> None:
     newest = next(reversed(_wishes.values()), None)
     for library, before in zip(_blas_libraries(), _blas_before, strict=True):
+        # threadpoolctl 3.8 lets the first thread that sets the number of OpenBLAS set it again, and ignores other threads
+        # without a word. Here every thread may set it.
+        release = getattr(library, "clear_controlling_thread", None)
+        if release:
+            release(force=True)
         library.set_num_threads(before if newest is None else newest)
+        if release:
+            release(force=True)
 
 
 @functools.cache

@@ -4,7 +4,7 @@ The archive (archive.py) has these members:
 
     checkpoint.json               everything that is not an array (header.py), and the SHA-256 of every array
     blocks.0.attn.qkv.weight.npy  one member for each parameter, under its name in the model
-    optimizer.exp_avg.npy         AdamW's running means, as flat arrays
+    optimizer.exp_avg.npy         the optimiser's running means, as flat arrays
     optimizer.exp_avg_sq.npy
     batch.x.npy  batch.y.npy      only in a crash file: the batch of the step that failed
 
@@ -54,7 +54,7 @@ class Checkpoint:
     progress: Progress = field(default_factory=Progress)
     text: TextRecord | None = None  # what it is trained on
     val_text: TextRecord | None = None  # the held-out text, if it is not a part of the training text
-    optimizer_state: dict[str, Any] | None = None  # from AdamW.state_dict
+    optimizer_state: dict[str, Any] | None = None  # from the optimiser's state_dict
     machine: dict[str, str] | None = None  # what decides rounding: device, threads, NumPy, BLAS
     crash: str | None = None  # in a crash file: what went wrong
     batch: tuple[np.ndarray, np.ndarray] | None = None  # in a crash file: x and y of the step that failed

@@ -88,6 +88,7 @@ class Progress:
     step: int = _checked(_is_count, default=0)  # steps done
     best_step: int = _checked(_is_count, default=0)  # the step with the lowest validation loss
     best_loss: float | None = _checked(_or_none(_is_number), default=None)
+    judged_since: int = _checked(_is_count, default=0)  # losses of evaluations up to this step are of other held-out tokens
     stale_evaluations: int = _checked(_is_count, default=0)  # evaluations since the best one
     loss_sum: float = _checked(_is_number, default=0.0)  # training losses since the last evaluation, added up
     loss_count: int = _checked(_is_count, default=0)  # how many of them
@@ -97,6 +98,11 @@ class Progress:
     def forget_best(self) -> None:
         """Forget the best evaluation so far: the next one becomes the best."""
         self.best_loss, self.best_step, self.stale_evaluations = None, 0, 0
+
+    def judge_anew(self) -> None:
+        """From now on, other held-out tokens are judged: forget the best evaluation, and do not compare with earlier ones."""
+        self.forget_best()
+        self.judged_since = self.step
 
     def with_evaluation(self, train_loss: float, val_loss: float | None, val_stderr: float | None) -> Progress:
         """The progress after an evaluation at this step. Without a validation loss, every evaluation is the best."""

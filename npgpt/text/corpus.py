@@ -32,7 +32,7 @@ class Corpus:
     @classmethod
     def read(
         cls,
-        paths: Sequence[str],
+        paths: str | Sequence[str],
         val_path: str | None = None,
         tokenizer: CharTokenizer | None = None,
         written: Iterable[Path] = (),
@@ -42,18 +42,25 @@ class Corpus:
 
         written: files that the run will write; they are never read.
         """
-        written = list(written)
-        given = [paths] if val_path is None else [paths, [val_path]]
-        named = [path for group in given for path in group]
+        paths, written = [paths] if isinstance(paths, str) else list(paths), [path.resolve() for path in written]
+        named = [*paths, *([] if val_path is None else [val_path])]
         if named.count(STDIN) > 1:
             raise RequestError("standard input (-) can be read only once")
         for path in named:
-            if Path(path).resolve() in [file.resolve() for file in written]:
+            if path != STDIN and Path(path).resolve() in written:
                 raise RequestError(f"{path} is one of the files this run would write; choose another --out")
-        texts = [Sources(group, written) for group in given]
-        tokenizer, ids = read_ids_of(texts, tokenizer, track)
-        val_ids, val_sources = (ids[1], texts[1]) if val_path is not None else (None, None)
-        return cls(tokenizer, ids[0], val_ids, texts[0], val_sources)
+        if val_path is None:
+            sources = Sources(paths, written)
+            tokenizer, (ids,) = read_ids_of([sources], tokenizer, track)
+            return cls(tokenizer, ids, None, sources)
+        val_sources = Sources(val_path, written)  # a folder in `paths` may hold these files; they are not trained on
+        held_out = {Path(name).resolve() for name in val_sources.names if name != STDIN}
+        both = [path for path in paths if path != STDIN and Path(path).resolve() in held_out]
+        if both:
+            raise RequestError(f"{both[0]} is to be trained on and to be held out; name it once")
+        sources = Sources(paths, [*written, *held_out])
+        tokenizer, (ids, val_ids) = read_ids_of([sources, val_sources], tokenizer, track)
+        return cls(tokenizer, ids, val_ids, sources, val_sources)
 
     def dataset(self, block_size: int, training: TrainConfig) -> Dataset:
         return Dataset(self.ids, block_size, training.batch_size, training.val_fraction, training.seed, self.val_ids)

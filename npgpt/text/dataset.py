@@ -14,6 +14,7 @@ from npgpt.config.fields import RequestError
 from npgpt.engine.backend import CPU, Backend, backend_of
 from npgpt.engine.streams import Stream, generator
 from npgpt.kernels.reference import Array
+from npgpt.text.sources import shown_paths
 
 SPLITS = ("train", "val")
 
@@ -58,6 +59,8 @@ class Dataset:
         self.train, self.val = split(self.ids, val_fraction)
         if val_ids is not None:
             self.val = _flat_ids(val_ids)
+            if len(self.val) < 2:
+                raise RequestError(f"the held-out text is too short: it has {len(self.val)} tokens, at least 2 are needed")
         if len(self.train) < block_size + 1:
             raise RequestError(
                 f"the text is too short: its training part has {len(self.train)} tokens, a window of block_size {block_size} "
@@ -113,8 +116,8 @@ class TextRecord:
     n_tokens: int | None  # None in the formats 1 and 2
 
     @classmethod
-    def of(cls, ids: np.ndarray, sources: Sequence[str] = ()) -> TextRecord:
-        return cls(tuple(sources), fingerprint(ids), len(ids))
+    def of(cls, ids: np.ndarray, sources: str | Sequence[str] = ()) -> TextRecord:
+        return cls((sources,) if isinstance(sources, str) else tuple(sources), fingerprint(ids), len(ids))
 
     def length_in(self, ids: np.ndarray) -> int | None:
         """How many ids at the beginning of `ids` are this text; None if `ids` do not begin with it."""
@@ -122,12 +125,13 @@ class TextRecord:
         return n if n <= len(ids) and fingerprint(ids[:n]) == self.sha256 else None
 
     def __str__(self) -> str:
-        return ", ".join(self.sources)
+        return shown_paths(self.sources)
 
 
 def _flat_ids(ids: Any) -> np.ndarray:
     """Ids as an array of the smallest unsigned dtype. Raises RequestError for anything else than integers >= 0 in a row."""
-    ids = np.asarray(ids, dtype=np.uint8 if len(ids) == 0 else None)
+    ids = np.asarray(ids)
+    ids = ids.astype(np.uint8) if ids.size == 0 else ids
     if ids.ndim != 1 or ids.dtype.kind not in "iu" or (ids.size and ids.min() < 0):
         raise RequestError(f"ids must be a flat sequence of integers >= 0, got shape {ids.shape}, dtype {ids.dtype}")
     return ids.astype(np.min_scalar_type(int(ids.max(initial=0))), copy=False)

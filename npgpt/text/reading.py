@@ -39,21 +39,29 @@ def read_text(paths: str | Path | Sequence[str | Path]) -> str:
 
 
 def read_ids(
-    paths: str | Path | Sequence[str | Path] | Sources, tokenizer: CharTokenizer | None = None, track: Track | None = None
+    paths: str | Path | Sequence[str | Path] | Sources,
+    tokenizer: CharTokenizer | None = None,
+    track: Track | None = None,
+    limit: int | None = None,
 ) -> tuple[CharTokenizer, np.ndarray]:
     """The tokenizer and the ids of a text: (tokenizer, ids (n,) in the smallest unsigned dtype).
 
     paths: as in `read_text`, or Sources. tokenizer: None builds one from the text. track: shows the progress, as `tqdm` does.
+    limit: encode only so many characters at the beginning.
 
     The text may have any size. The time grows in proportion to it. Memory holds the text as UTF-8, or the ids, never both as
     a whole. Raises RequestError as `read_text` does, and for a character that the given tokenizer does not know.
     """
-    tokenizer, (ids,) = read_ids_of([paths if isinstance(paths, Sources) else Sources(paths)], tokenizer, track)
+    sources = paths if isinstance(paths, Sources) else Sources(paths)
+    tokenizer, (ids,) = read_ids_of([sources], tokenizer, track, limit)
     return tokenizer, ids
 
 
 def read_ids_of(
-    texts: Sequence[Sources], tokenizer: CharTokenizer | None = None, track: Track | None = None
+    texts: Sequence[Sources],
+    tokenizer: CharTokenizer | None = None,
+    track: Track | None = None,
+    limit: int | None = None,
 ) -> tuple[CharTokenizer, list[np.ndarray]]:
     """The tokenizer of several texts, and the ids of each; see `read_ids`. A new tokenizer has the characters of all texts."""
     track = track or _untracked
@@ -63,12 +71,13 @@ def read_ids_of(
         tokenizer = CharTokenizer.build_vocab(pieces)
     else:
         deque(pieces, maxlen=0)  # only stores them
-    return tokenizer, [_encoded(text, sources, tokenizer, track) for text, sources in zip(stored, texts, strict=True)]
+    return tokenizer, [_encoded(text, sources, tokenizer, track, limit) for text, sources in zip(stored, texts, strict=True)]
 
 
-def _encoded(text: _StoredText, sources: Sources, tokenizer: CharTokenizer, track: Track) -> np.ndarray:
-    ids, done = np.empty(text.length, dtype=tokenizer.id_dtype), 0
+def _encoded(text: _StoredText, sources: Sources, tokenizer: CharTokenizer, track: Track, limit: int | None) -> np.ndarray:
+    ids, done = np.empty(text.length if limit is None else min(limit, text.length), dtype=tokenizer.id_dtype), 0
     for piece in text.taken(track):
+        piece = piece[: len(ids) - done]
         try:
             ids[done : done + len(piece)] = tokenizer.encode_array(piece, position=done)
         except UnknownCharacterError as error:

@@ -18,12 +18,14 @@ def advice(progress: Progress, config: TrainConfig, model: GPTConfig, outcome: O
     repeated_share: the share of the held-out text that also occurs in the training text, from 0 to 1.
     """
     lower = f"lower the learning rate (--lr {min(config.lr / 3, 1e-3):.1g}, it was {config.lr:g})"
+    if config.optimizer == "muon":
+        lower += f" and that of Muon (--muon-lr {config.muon_lr / 3:.1g}, it was {config.muon_lr:g})"
     if outcome is Outcome.DIVERGED:
         return (
             f"The loss or a gradient became infinite or NaN after step {progress.step}: start again, {lower} or use a longer "
             "warm-up (--warmup-steps)."
         )
-    rows = progress.history
+    rows = [row for row in progress.history if row[0] > progress.judged_since]
     if outcome is Outcome.INTERRUPTED:
         return ""
     if model.vocab_size == 1:

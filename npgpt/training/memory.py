@@ -15,20 +15,22 @@ from npgpt.parallel.workers import Workers
 def estimate_memory(model: GPTConfig, config: TrainConfig) -> int:
     """An estimate of the memory that training takes at its peak on a CPU, in bytes, without Python itself and the text.
 
-    It counts, in float32: the weights, AdamW's two means, and the gradients of each worker; for each worker's micro-batch, the
-    arrays that each operation saves for the backward pass; and the temporary arrays of the largest operation.
+    It counts, in float32: the weights, the optimiser's two means, and the gradients of each worker; for each worker's
+    micro-batch, the arrays that each operation saves for the backward pass; and the temporary arrays of the largest operation.
     """
     c, d_ff, v = model.n_embd, model.d_ff, model.vocab_size
     assert d_ff is not None  # GPTConfig fills it in
     rows, workers = _rows_at_once(model, config)
     per_block = 12 * c + 2 * d_ff  # biases and norms
-    parameters = (2 * v + model.block_size) * c + model.n_layer * (c * (4 * c + 2 * d_ff) + per_block)
+    positions = model.block_size if model.position == "learned" else 0
+    parameters = (2 * v + positions) * c + model.n_layer * (c * (4 * c + 2 * d_ff) + per_block)
     masks = 1 if model.dropout > 0 else 0
     # For each token and block: the normalised x and the output of both layer norms, qkv, the output of attention, the residual
     # masks; the output of fc, and GELU's slope and output; the exponentials of attention up to the diagonal, with and without
     # dropout.
     attention = model.n_head * (model.block_size + QUERY_BLOCK) / 2 * (1 + masks)
-    kept = model.n_layer * (8 * c + 2 * masks * c + 3 * d_ff + attention) + (2 + masks) * c + 2 * v
+    turned = 2 * c if model.position == "rotary" else 0
+    kept = model.n_layer * (8 * c + turned + 2 * masks * c + 3 * d_ff + attention) + (2 + masks) * c + 2 * v
     temporaries = max(3 * d_ff, 2 * model.n_head * model.block_size, 4 * v)
     return int(4 * ((3 + workers) * parameters + workers * rows * model.block_size * (kept + temporaries)))
 

@@ -71,7 +71,7 @@ class Muon(AdamW):
     matrix moves equally far in each of its directions. The update is scaled by sqrt(max(1, out / in)). Weight decay is
     decoupled, as in AdamW.
 
-    `exp_avg` holds the running means of both. `exp_avg_sq` stays zero for Muon's matrices. Its state is so that of AdamW.
+    `exp_avg` holds the running means of both. `exp_avg_sq` stays zero for Muon's matrices. The state has the form of AdamW's.
     """
 
     def __init__(

@@ -147,7 +147,7 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> float:
 
 
 class Update:
-    """Clipping and AdamW in one: `update.step(loss)` after each backward pass.
+    """Clipping and a step of the optimiser in one: `update.step(loss)` after each backward pass.
 
     `results()` returns the losses and norms of the steps since its last call. So on a GPU no step has to wait for the one
     before it. Once a loss or norm is not finite, later steps change nothing until `results()` is called.
@@ -210,14 +210,11 @@ def learning_rate(step: int, *, steps: int, lr: float, min_lr: float, warmup_ste
     """The learning rate of step number `step`, counted from 0, in a run of `steps` steps.
 
     It rises linearly over the first `warmup_steps` steps. After that, with schedule "cosine" it falls along half a cosine
-    wave to `min_lr` at the last step (Loshchilov and Hutter, 2017), and with "linear" along a line. With "constant" it stays at
-    `lr`.
+    wave to `min_lr` at the last step (Loshchilov and Hutter, 2017). With "constant" it stays at `lr`.
     """
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps
     if schedule == "constant":
         return lr
     done = (step - warmup_steps) / max(1, steps - 1 - warmup_steps)
-    if schedule == "linear":
-        return min_lr + (lr - min_lr) * (1 - min(1.0, done))
     return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * min(1.0, done)))

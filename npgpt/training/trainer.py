@@ -36,7 +36,7 @@ from npgpt.training.advice import advice
 from npgpt.training.events import End, Evaluation, Events, Outcome, Step
 from npgpt.training.muon import Muon
 from npgpt.training.optim import AdamW, Update, learning_rate
-from npgpt.training.resumption import JUDGING, Changes, changes_since
+from npgpt.training.resumption import Changes, changes_since
 
 STEPS_BEFORE_PROCESSES = 10  # after these steps the time of a step is known
 # On a GPU, losses are read in groups of up to 10 steps or about 0.25 s. The first steps, which compile kernels, are read
@@ -59,8 +59,8 @@ class Trainer:
         dataset: Dataset,
         config: TrainConfig,
         out: str | Path | None = None,
-        sources: Sequence[str] = (),
-        val_sources: Sequence[str] = (),
+        sources: str | Sequence[str] = (),
+        val_sources: str | Sequence[str] = (),
     ) -> None:
         self.model, self.tokenizer, self.dataset, self.config = model, tokenizer, dataset, config
         self.files = None if out is None else RunFiles(Path(out))
@@ -68,7 +68,8 @@ class Trainer:
         self._text = TextRecord.of(dataset.ids, sources)
         self._val_text = TextRecord.of(dataset.val, val_sources) if dataset.has_own_val else None
         self.progress = Progress()
-        self.changes: Changes = {}  # what a resumed run does differently from the run before
+        self.changes = Changes()  # what a resumed run does differently from the run before
+        self._changes_logged = False
         self._started = time.perf_counter()
         self._resumed_at = 0  # the step
         self._step_seconds: list[float] = []  # of the first eleven steps of this run
@@ -90,9 +91,10 @@ class Trainer:
                 raise RequestError(
                     f"the dataset's {name} is {getattr(dataset, name)}, the run's is {expected}; they must be equal"
                 )
-        if int(dataset.ids.max(initial=0)) >= model.config.vocab_size:
+        largest = max(int(dataset.ids.max(initial=0)), int(dataset.val.max(initial=0)))
+        if largest >= model.config.vocab_size:
             raise RequestError(
-                f"the dataset's ids go up to {dataset.ids.max()}, the model knows 0..{model.config.vocab_size - 1}; "
+                f"the dataset's ids go up to {largest}, the model knows 0..{model.config.vocab_size - 1}; "
                 "encode the text with the model's own tokenizer"
             )
         for name in ("bf16", "tf32"):
@@ -119,7 +121,12 @@ class Trainer:
                 "this checkpoint holds no training state to resume from; a run's NAME.last.npz does, if it is read by "
                 "load(path, with_optimizer=True)"
             )
-        changes = changes_since(last, self._checkpoint(Progress()), self.dataset.ids)
+        if last.tokenizer != self.tokenizer:
+            raise RequestError(
+                "cannot resume: the vocabulary is not the one it was trained with; use the checkpoint's tokenizer, or start a "
+                "new run"
+            )
+        changes = changes_since(last, self.model.config, self.config, self.dataset, self._val_text)
         if last.step >= self.config.steps:
             raise RequestError(f"nothing to do: the run is at step {last.step} already; ask for more than that with --steps")
         try:
@@ -129,8 +136,8 @@ class Trainer:
         self.model.load_state_dict(last.model.state_dict())
         self.progress = dataclasses.replace(last.progress, history=list(last.progress.history))
         self.changes = changes
-        if changes.keys() & set(JUDGING):
-            self.progress.forget_best()
+        if not changes.comparable:
+            self.progress.judge_anew()
         self._resumed_at = self.progress.step
         if self.files:
             self.files.disown() if elsewhere else self.files.adopt(self.progress.step)
@@ -180,14 +187,15 @@ class Trainer:
                 self.progress.forget_best()
             elif self.files.saved_step == step == self.progress.best_step:
                 self._save(self.progress, is_best=True)  # the run may have been killed between the two files of a save
-            if self.changes:
+            if self.changes.settings:
                 self._save(self.progress)  # a resumed run that is killed then goes on with its new settings
             if step:
                 self.files.cut_log(step)
         event: dict[str, Any] = {"step": step, "config": dataclasses.asdict(self.config)}
-        if self.changes:
-            event["changes"] = {name: [str(before), str(now)] for name, (before, now) in self.changes.items()}
+        if self.changes.settings and not self._changes_logged:
+            event["changes"] = {name: [str(before), str(now)] for name, (before, now) in self.changes.settings.items()}
         self._log("resume" if step else "start", event)
+        self._changes_logged = True
         self._workers.__enter__()
 
     def _close(self) -> None:

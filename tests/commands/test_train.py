@@ -73,6 +73,11 @@ def test_resume_takes_what_its_own_advice_says(workshop, tmp_path, capsys, monke
         file.write("It rang again.\n")
     assert npgpt.cli.main(["evaluate", "--ckpt", "model.npz"]) == 0
     assert "the held-out part of the first 7,500 characters of text.txt" in capsys.readouterr().out
+    assert npgpt.cli.main(["evaluate", "--ckpt", "model.npz", "text.txt"]) == 0  # a text that the user names is judged whole
+    assert "the held-out part of text.txt and the 15 characters that were added: 764 characters" in capsys.readouterr().out
+    with Path("text.txt").open("a", encoding="utf-8") as file:
+        file.write("é")
+    assert npgpt.cli.main(["evaluate", "--ckpt", "model.npz"]) == 0
 
 
 def test_several_files_a_folder_and_a_held_out_text(workshop, tmp_path, capsys, monkeypatch):
@@ -97,6 +102,11 @@ def test_several_files_a_folder_and_a_held_out_text(workshop, tmp_path, capsys, 
     assert npgpt.cli.main(["evaluate", "--ckpt", "books/model.npz", "--json"]) == 0
     assert "the held-out part of first.txt.gz, books" in capsys.readouterr().out
 
+    # A file that is held out is not trained on, also if it is in a folder that is.
+    assert npgpt.cli.main(["train", "first.txt.gz", "--out", "m.npz", "books", "--val-text", "books/b.txt", *QUICK]) == 0
+    assert "5,000 to train on, 1,000 held out: books/b.txt" in capsys.readouterr().err
+    assert npgpt.cli.main(["train", "books/b.txt", "--val-text", "books/b.txt", *QUICK]) == 2
+    assert "books/b.txt is to be trained on and to be held out" in capsys.readouterr().err
     assert npgpt.cli.main(["train", "first.txt.gz", "--val-text", "books/b.txt", *QUICK]) == 0
     assert "4,000 to train on, 1,000 held out: books/b.txt" in capsys.readouterr().err
     checkpoint = npgpt.load("model.npz")
@@ -108,11 +118,16 @@ def test_several_files_a_folder_and_a_held_out_text(workshop, tmp_path, capsys, 
     assert f"loss {npgpt.evaluate(checkpoint.model, val_ids).loss:.4f}" in said
     assert npgpt.cli.main(["train", "--resume", "--steps", "9"]) == 0  # the held-out text stays
     assert npgpt.load("model.last.npz").val_text.n_tokens == 1000
+    assert npgpt.cli.main(["train", "--resume", "--steps", "12", "--val-fraction", "0.2"]) == 2
+    assert "the run has a held-out text of its own, books/b.txt, so --val-fraction must be 0" in capsys.readouterr().err
     assert npgpt.cli.main(["train", "--resume", "--steps", "12", "--val-text", "books/sub/a.txt"]) == 2
     assert "cannot resume: books/sub/a.txt has unknown character 'j'" in capsys.readouterr().err
     Path("other.txt").write_text(text[:500], encoding="utf-8")
     assert npgpt.cli.main(["train", "--resume", "--steps", "12", "--val-text", "other.txt"]) == 0
-    assert "held-out text other.txt (was books/b.txt); the search for the lowest" in capsys.readouterr().err
+    assert (
+        "held-out text other.txt of 500 tokens (was books/b.txt of 1,000 tokens); the search for the lowest"
+        in capsys.readouterr().err
+    )
 
 
 def test_standard_input_is_a_text(workshop, tmp_path):

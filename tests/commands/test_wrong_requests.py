@@ -33,6 +33,7 @@ WRONG = {
         ("text.txt none.txt", "no such file: none.txt"),
         ("text.txt --val-text none.txt", "no such file: none.txt"),
         ("text.txt --val-text text.txt --val-fraction 0.2", "give --val-text or --val-fraction, not both"),
+        ("text.txt --val-text=", "the name of a text file is empty"),
         ("- -", r"standard input \(-\) can be read only once"),
         ("- --val-text -", r"standard input \(-\) can be read only once"),
         ("damaged.txt.gz", "damaged.txt.gz is damaged, or not complete"),

@@ -4,11 +4,13 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from threadpoolctl import ThreadpoolController, threadpool_info
 
 from npgpt.parallel import machine
 
@@ -38,6 +40,32 @@ def test_a_blas_that_is_not_found_is_said_with_the_remedy(monkeypatch, built_wit
     with pytest.warns(RuntimeWarning, match=r"\(scipy-openblas\).* pip install -U threadpoolctl") if warns else nullcontext():
         assert found() == []
     assert machine.describe_blas() == f"BLAS {built_with}"
+
+
+def test_any_thread_may_set_the_number_of_blas_threads():
+    """threadpoolctl 3.8 ignores every thread but the first one that sets it, while that thread lives."""
+
+    def number():
+        return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
+
+    def within(threads, seen):
+        with machine.blas_threads(threads):
+            seen.append(number())
+
+    before, seen = number(), []
+    with machine.blas_threads(2):
+        seen.append(number())
+        thread = threading.Thread(target=within, args=(1, seen))
+        thread.start()
+        thread.join()
+        seen.append(number())
+    within(1, seen)
+    assert seen == [[2], [1], [2], [1]]
+    assert number() == before
+    controller = ThreadpoolController()
+    with controller.limit(limits=1, user_api="blas"):  # other code in this process may still set it too
+        assert number() == [1]
+    assert number() == before
 
 
 def test_what_numpy_was_built_with_has_a_name():

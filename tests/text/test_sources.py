@@ -63,7 +63,8 @@ def test_files_of_a_folder_that_are_no_texts_are_left_out(tmp_path):
         "book.pdf": b"%PDF-1.7 and so on",
         "packed.gz": gzip.compress(b"\0"),
         "out.jsonl": b"{}",
-        "run.jsonl": b"{}",
+        "plain.gz": b"the bell",
+        "run.jsonl": b'{"event": "start", "step": 0}\n',
         "run.npz": b"PK\x03\x04",
         "other.jsonl": b"{}",
     }.items():
@@ -81,7 +82,8 @@ def test_files_of_a_folder_that_are_no_texts_are_left_out(tmp_path):
         "book.pdf": "a PDF; save its text as a file",
         "packed.gz": "not a text",
         "run.jsonl": "the log of a run",
-        "run.npz": "a zip archive, as .docx, .epub and .npz are; unpack it",
+        "run.npz": "a checkpoint or another NumPy archive",
+        "plain.gz": "not a gzip file, though its name ends in .gz",
     }
 
 
@@ -93,7 +95,18 @@ def test_links_and_pipes_in_a_folder(tmp_path):
     os.mkfifo(tmp_path / "pipe")  # opening it would wait for ever
     sources = Sources(tmp_path)
     assert [Path(name).name for name in sources.names] == ["text.txt"]
-    assert set(sources.left_out.values()) == {"not a regular file"}
+    reasons = {Path(name).name: reason for name, reason in sources.left_out.items()}
+    linked = "a link to a folder; name that folder itself"
+    assert reasons == {"again": linked, "broken": "not a regular file", "pipe": "not a regular file"}
+
+
+def test_wrong_names(tmp_path):
+    for wrong, words in [("", "the name of a text file is empty"), (["a"] * 1001, "at most 1000 files, got 1001")]:
+        with pytest.raises(RequestError, match=words):
+            Sources(wrong)
+    (tmp_path / "a.txt").write_bytes(b"bell")
+    with pytest.raises(RequestError, match="no such file"):  # before anything is read
+        Sources([tmp_path / "a.txt", tmp_path / "none.txt"])
 
 
 def test_a_folder_without_a_text_is_refused(tmp_path):
@@ -123,9 +136,10 @@ def test_compressed_files_are_unpacked(tmp_path, suffix):
         read_text(path)
     damaged = bytearray(packed)
     damaged[len(damaged) // 2 :] = b"\x55" * 20
-    path.write_bytes(damaged)
-    with pytest.raises(RequestError, match="is damaged, or not complete"):
-        read_text(path)
+    for wrong in (damaged, packed[: len(packed) // 2], packed[:-1]):
+        path.write_bytes(wrong)
+        with pytest.raises(RequestError, match="is damaged, or not complete"):
+            read_text(path)
 
 
 def test_a_missing_package_is_named_with_its_remedy(tmp_path, monkeypatch):

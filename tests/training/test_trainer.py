@@ -161,12 +161,13 @@ def test_what_a_resumed_run_may_change(text, tokenizer, small_config, trained, c
 
     trainer = resumed(config, model)
     names = {"text" if name == "characters" else name for name in changed}
-    assert set(trainer.changes) == {"steps"} | names
+    assert set(trainer.changes.settings) == {"steps"} | names
     comparable = not names & {"text", "val_fraction", "eval_tokens"}
-    assert (trainer.progress.best_loss is not None) == comparable
+    assert trainer.changes.comparable == (trainer.progress.best_loss is not None) == comparable
+    assert trainer.progress.judged_since == (0 if comparable else 6)
     next(trainer.run())
     again = resumed(config, model)  # the first step of the resumed run was not saved, its settings were
-    assert (again.progress.step, again.changes) == (6, {})
+    assert (again.progress.step, again.changes.settings) == (6, {})
     events = list(again.run())
     assert events[-1].step == 12
     after = npgpt.load(files.last, with_optimizer=True)
@@ -176,6 +177,42 @@ def test_what_a_resumed_run_may_change(text, tokenizer, small_config, trained, c
     first = next(event for event in logged if event["event"] == "resume")
     assert set(first["changes"]) == {"steps"} | names
     assert first["changes"]["steps"] == ["6", "12"]
+
+
+def test_losses_stay_comparable_if_the_same_tokens_are_judged(text, tokenizer, small_config, tmp_path):
+    """More training text, or other eval_tokens than there are, change nothing about the held-out text."""
+    ids, val_ids = tokenizer.encode_array(text[:4000]), tokenizer.encode_array(text[5000:5400])
+    config = quick(val_fraction=0.0)
+    out = tmp_path / "model.npz"
+
+    def trainer(ids, config, val_ids=val_ids):
+        dataset = Dataset(ids, small_config.block_size, 4, config.val_fraction, val_ids=val_ids)
+        return Trainer(GPT(small_config), tokenizer, dataset, config, out, "a.txt", "b.txt")
+
+    list(trainer(ids, config).run())
+    last = npgpt.load(RunFiles(out).last, with_optimizer=True)
+    assert (last.text.sources, last.val_text.sources) == (("a.txt",), ("b.txt",))
+    config = dataclasses.replace(config, steps=12, eval_tokens=5000)
+    resumed = trainer(tokenizer.encode_array(text[:4500]), config)
+    resumed.resume(last)
+    assert resumed.changes.comparable
+    assert resumed.progress.best_loss == last.progress.best_loss
+    other = trainer(ids, dataclasses.replace(config, steps=9), val_ids[:-1])
+    other.resume(last)
+    assert not other.changes.comparable
+    assert "held-out text b.txt of 399 tokens (was b.txt of 400 tokens)" in str(other.changes)
+    assert "too few evaluations" in list(other.run())[-1].advice  # those before the change are not counted
+
+
+def test_held_out_ids_beyond_the_vocabulary_are_refused(text, tokenizer, small_config):
+    dataset = Dataset(tokenizer.encode_array(text[:4000]), 16, 4, 0.0, val_ids=[0, 1, 99])
+    with pytest.raises(RequestError, match="ids go up to 99"):
+        Trainer(GPT(small_config), tokenizer, dataset, quick(val_fraction=0.0))
+    for val_ids in ([], [1]):
+        with pytest.raises(RequestError, match="held-out text is too short"):
+            Dataset(tokenizer.encode_array(text[:4000]), 16, 4, 0.0, val_ids=val_ids)
+    with pytest.raises(RequestError, match="val_fraction must be 0"):
+        Dataset(tokenizer.encode_array(text[:4000]), 16, 4, val_ids=[1, 2])
 
 
 def test_a_resumed_run_with_changes_trains_as_asked(text, tokenizer, small_config, trained):
