@@ -32,7 +32,7 @@ EVALUATION_SHARE = 0.08  # the largest share of the time for evaluations
 TIMING_SHARE = 0.02  # the largest share of the time for timing the chosen candidate
 RESERVE = 0.02  # the share of the time for checkpoints and everything that is not timed here
 MAX_TIMED_CHARACTERS = 1 << 22  # a longer text is cut for timing
-CANDIDATE_SETTINGS = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "lr", "dropout")
+CANDIDATE_SETTINGS = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "lr", "dropout", "position", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -53,22 +53,17 @@ class Candidate:
         return float(np.interp(np.log(steps), np.log(measured), losses))
 
 
-# About thirty configurations were trained for 20 seconds to 5 minutes on two cores, two of them for 20 minutes. These are the
-# fastest learners. More depth or width helps only long runs; a window of 128 helps short runs too. Dropout costs such small
-# models more than it gives, unless the text is read many times. The last candidate is nanoGPT's configuration for a GPU, with
-# its published loss.
+LEARNS_FAST = {"position": "rotary", "optimizer": "muon"}
+# About sixty configurations were trained for 20 seconds to 5 minutes on two cores, some for longer. These are the fastest
+# learners (docs/performance.md). The last candidate is nanoGPT's configuration for a GPU, with its published loss.
 CANDIDATES = (
     Candidate(
-        {"n_layer": 1, "n_embd": 128, "block_size": 64, "batch_size": 12, "lr": 6e-3},
-        ((325, 2.341), (1500, 1.831), (3000, 1.734), (15_000, 1.602)),
+        {"n_layer": 1, "n_embd": 128, "block_size": 128, "batch_size": 8, "lr": 1.6e-2, **LEARNS_FAST},
+        ((100, 2.30), (850, 1.723)),
     ),
     Candidate(
-        {"n_layer": 1, "n_embd": 128, "block_size": 128, "batch_size": 8, "lr": 6e-3},
-        ((2800, 1.700), (11_500, 1.578), (26_700, 1.566)),
-    ),
-    Candidate(
-        {"n_layer": 2, "n_embd": 128, "block_size": 128, "batch_size": 8, "lr": 4e-3},
-        ((2900, 1.697), (5800, 1.598), (13_300, 1.519), (42_000, 1.512)),  # the last run had dropout 0.1
+        {"n_layer": 2, "n_embd": 128, "block_size": 128, "batch_size": 8, "lr": 8e-3, **LEARNS_FAST},
+        ((300, 1.969), (1500, 1.583), (3000, 1.525), (8000, 1.465)),
     ),
     Candidate({k: v for k, v in PRESETS["char"].items() if k in CANDIDATE_SETTINGS}, ((5000, 1.470),)),
 )
@@ -144,15 +139,15 @@ def plan(
     return Plan(best.model, training, _reasons(choices, best, training, fixed, best.epochs(steps, len(corpus.ids))))
 
 
-def dropout_for(epochs: float, parameters: int) -> float:
-    """The dropout for a model with `parameters` parameters that reads its text `epochs` times.
+# The dropout that reached the lowest validation loss, by parameters times epochs, in millions: two blocks of 128 on texts of a
+# million and of a hundred thousand characters (docs/performance.md).
+DROPOUTS = ((5.0, 0.0), (7.3, 0.1), (15.0, 0.15), (40.0, 0.2))
 
-    A parameter-epoch is parameters times epochs. Measured on texts of a million and of a hundred thousand characters, with
-    one block and with two. At 6 million parameter-epochs, dropout 0.1 cost 0.1 nats. At 14 million, the validation loss
-    rose again without dropout. At 27 million, 0.1 was best, and 0.2 cost 0.06 to 0.08 nats. At 65 million, the loss rose
-    again with 0.1.
-    """
-    return 0.0 if epochs * parameters < 8e6 else 0.1 if epochs * parameters < 40e6 else 0.2
+
+def dropout_for(epochs: float, parameters: int) -> float:
+    """The dropout for a model with `parameters` parameters that reads its text `epochs` times: interpolated in DROPOUTS."""
+    measured, dropouts = zip(*DROPOUTS, strict=True)
+    return round(float(np.interp(np.log(max(1e-9, epochs * parameters / 1e6)), np.log(measured), dropouts)), 2)
 
 
 class _Planner:

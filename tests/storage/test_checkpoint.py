@@ -66,7 +66,7 @@ def test_a_float64_model_is_saved_as_float32(tmp_path, tokenizer, small_config):
         npgpt.save(tmp_path / "m.npz", model, tokenizer)
 
 
-@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("number", [1, 2, 3])
 def test_every_released_format_loads(number):
     """The files were written by the versions of npgpt that introduced these formats."""
     path = FIXTURES / f"format-{number}.npz"
@@ -75,6 +75,7 @@ def test_every_released_format_loads(number):
     assert checkpoint.config == GPTConfig(6, block_size=4, n_layer=1, n_head=2, n_embd=4, dropout=0.1)
     assert checkpoint.tokenizer.characters == "\n abcé"
     assert (checkpoint.step, checkpoint.train_config.steps, str(checkpoint.text)) == (4, 4, "text.txt")
+    assert checkpoint.text.n_tokens == (None if number < 3 else 260)
     assert checkpoint.optimizer_state["steps"] == 4
     with np.load(path) as arrays:
         for name, p in checkpoint.model.named_parameters():
