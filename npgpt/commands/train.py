@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--preset",
         choices=PRESETS,
-        help="a complete configuration; other flags change it: quick (readable text in half a minute), nano and char "
+        help="a complete configuration; other flags change it: quick (readable text in twenty seconds), nano and char "
         "(nanoGPT's for a CPU and for a GPU)",
     )
     parser.add_argument(

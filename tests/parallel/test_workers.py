@@ -42,7 +42,7 @@ def test_adamw_over_workers_gives_the_same_bits(monkeypatch):
         with Workers(3) as workers:
             for _ in range(3):
                 model.flat.grad[...] = np.linspace(-1, 1, model.flat.grad.size)
-                optimizer.step(*[workers.over] * spread)
+                optimizer.step(*[workers] * spread)
         results.append((model.flat.data.copy(), optimizer.exp_avg, optimizer.exp_avg_sq))
     for alone, spread in zip(*results, strict=True):
         np.testing.assert_array_equal(spread, alone)
