@@ -41,7 +41,7 @@ def npgpt_step(workload, mode):
     number = iter(range(1 << 62))
 
     def step(x, y):
-        update.step(forward_backward(x, y, seed=0, number=next(number)), workers.over)
+        update.step(forward_backward(x, y, seed=0, number=next(number)), workers)
         ((loss, _),) = update.results()  # waits for the step, as PyTorch's loss.item() does; training waits less often
         return loss
 
