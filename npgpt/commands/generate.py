@@ -157,9 +157,10 @@ def _write_samples(
     done: set[int] = set()
     stopped: set[int] = set()
     live = not args.json
+    pieces = generate_texts(checkpoint.model, checkpoint.tokenizer, prompt, settings, stops, tokens=tokens)
     if live:
         sys.stdout.write(shown_as(prompt))
-    for piece in generate_texts(checkpoint.model, checkpoint.tokenizer, prompt, settings, stops, tokens=tokens):
+    for piece in pieces:
         texts[piece.sample] += piece.text
         done |= {piece.sample} if piece.done else set()
         stopped |= {piece.sample} if piece.stopped else set()
@@ -169,6 +170,7 @@ def _write_samples(
             sys.stdout.write("\n")
             shown += 1
             if shown in texts:
+                sys.stdout.flush()  # the two may go to one file
                 say("----------------")
                 sys.stdout.write(shown_as(prompt + texts[shown]))
         sys.stdout.flush()

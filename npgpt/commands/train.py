@@ -171,7 +171,7 @@ def _read(args: argparse.Namespace, files: RunFiles, last: Checkpoint | None) ->
     try:
         return Corpus.read(paths, val_path, tokenizer, [*files.paths(), *files.previous_paths()], progress_bar)
     except UnknownCharacterError as error:
-        raise RequestError(f"cannot resume: {error}; remove it from the text, or start a new run") from None
+        raise RequestError(f"cannot resume: {error}; remove what the model does not know, or start a new run") from None
 
 
 def _recorded(text: TextRecord | None, flag: str) -> tuple[str, ...]:
@@ -180,6 +180,9 @@ def _recorded(text: TextRecord | None, flag: str) -> tuple[str, ...]:
         raise RequestError(f"the checkpoint does not say where its text came from; give {flag}")
     if STDIN in text.sources:
         raise RequestError(f"the run before read {flag} from standard input; give it again")
+    missing = [path for path in text.sources if not Path(path).exists()]
+    if missing:
+        raise RequestError(f"the run before read {missing[0]}, which is not there, seen from this folder; give {flag}")
     return text.sources
 
 
@@ -360,7 +363,8 @@ def _report(trainer: Trainer, end: End, args: argparse.Namespace, files: RunFile
         if files.crash.exists():
             say(f"repeat that step with: {command('replay')} {shlex.quote(str(files.crash))}")
     if end.advice:
-        say(end.advice)
+        out = "" if args.out == "model.npz" else f"--out {shlex.quote(args.out)} "
+        say(end.advice.replace("--resume", f"{out}--resume"))
     if end.outcome is Outcome.DIVERGED:
         return 1
     best = trainer.progress

@@ -72,7 +72,9 @@ class TrainConfig(Settings):
         "adamw, or muon for the matrices inside the blocks (Jordan et al., 2024) and adamw for the rest",
         choices=("adamw", "muon"),
     )
-    muon_lr: float = setting(0.02, "peak learning rate of Muon; it follows the schedule of lr", above=0)
+    muon_lr: float = setting(
+        0.02, "with optimizer muon: the peak learning rate of Muon; it follows the schedule of lr", above=0
+    )
     beta1: float = setting(0.9, "AdamW: decay rate of the mean of gradients", at_least=0, below=1)
     beta2: float = setting(0.99, "AdamW: decay rate of the mean of squared gradients", at_least=0, below=1)
     weight_decay: float = setting(0.1, "weight decay; it acts on matrices only", at_least=0)

@@ -109,10 +109,11 @@ class RunFiles:
     # ---------------------------------------------------------------- saving
 
     def save(self, checkpoint: Checkpoint, is_best: bool) -> None:
-        """Write the run's state to `last`. Copy it to `best` if it is the best so far or `best` is missing. Raises OSError."""
+        """Write the state to `last`. Copy it to `best` if it is the best so far, or none was evaluated yet. Raises OSError."""
         save(self.last, checkpoint)
         self.saved_step = checkpoint.step
-        if is_best or not self.best.exists():  # a run that stops before its first evaluation leaves a model too
+        # A run that stops before its first evaluation leaves a model too, its newest one.
+        if is_best or not self.best.exists() or not checkpoint.progress.history:
             atomic_copy(self.last, self.best)
 
     def try_to_save(self, checkpoint: Checkpoint) -> None:

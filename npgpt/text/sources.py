@@ -222,7 +222,9 @@ def _decompressed(raw: BinaryIO, compression: str, name: str) -> Iterator[Binary
 
             file, damaged = _ZstdFile(raw), (EOFError, zstandard.ZstdError)
     except ImportError:
-        remedy = "pip install 'npgpt[zstd]'" if compression == "zstd" else f"use a Python that has it, or unpack {name} first"
+        remedy = f"use a Python that has it, or unpack {name} first"
+        if compression == "zstd":
+            remedy = "python -m pip install 'npgpt[zstd]'"
         raise RequestError(f"{name} is compressed with {compression}, which this Python cannot read: {remedy}") from None
     try:
         with io.BufferedReader(file) as reader:

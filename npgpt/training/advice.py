@@ -19,7 +19,7 @@ def advice(progress: Progress, config: TrainConfig, model: GPTConfig, outcome: O
     """
     lower = f"lower the learning rate (--lr {min(config.lr / 3, 1e-3):.1g}, it was {config.lr:g})"
     if config.optimizer == "muon":
-        lower += f" and that of Muon (--muon-lr {config.muon_lr / 3:.1g}, it was {config.muon_lr:g})"
+        lower += f" and that of Muon (--muon-lr {min(config.muon_lr / 3, 0.02):.1g}, it was {config.muon_lr:g})"
     if outcome is Outcome.DIVERGED:
         return (
             f"The loss or a gradient became infinite or NaN after step {progress.step}: start again, {lower} or use a longer "

@@ -237,6 +237,9 @@ class _Planner:
     def _configs(self, candidate: Candidate) -> tuple[GPTConfig, TrainConfig]:
         settings = {"dropout": 0.0, "min_lr": 0.0, "patience": 0} | candidate.settings | dict(self._fixed)
         of_model = {f.name for f in dataclasses.fields(GPTConfig)}
+        width, heads = (settings.get(name, getattr(GPTConfig(1), name)) for name in ("n_embd", "n_head"))
+        if width // heads % 2 and "position" not in self._fixed:  # the user's width does not allow rotary positions
+            settings["position"] = "learned"
         return (
             GPTConfig(vocab_size=self._corpus.tokenizer.vocab_size, **{k: v for k, v in settings.items() if k in of_model}),
             TrainConfig(**{k: v for k, v in settings.items() if k not in of_model}),

@@ -21,8 +21,9 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def checkpoint(step):
-    return Checkpoint(GPT(reliability.TINY, seed=step), reliability.tokenizer(), progress=Progress(step))
+def checkpoint(step, evaluated=False):
+    progress = Progress(step, history=[[1, 3.0, 3.0, None]] if evaluated else [])
+    return Checkpoint(GPT(reliability.TINY, seed=step), reliability.tokenizer(), progress=progress)
 
 
 def event(name, step):
@@ -162,12 +163,18 @@ def test_the_lock_keeps_other_runs_away(files, tmp_path):
 # ---------------------------------------------------------------- saving
 
 
+def test_before_the_first_evaluation_the_newest_model_is_kept(files):
+    for step in (1, 2):
+        files.save(checkpoint(step), is_best=False)
+        assert npgpt.load(files.best).step == step
+
+
 def test_the_best_checkpoint_changes_only_when_it_is_better(files):
     files.save(checkpoint(1), is_best=False)  # there is no best yet
     assert npgpt.load(files.best).step == npgpt.load(files.last).step == 1
-    files.save(checkpoint(2), is_best=False)
+    files.save(checkpoint(2, evaluated=True), is_best=False)
     assert (npgpt.load(files.best).step, npgpt.load(files.last).step) == (1, 2)
-    files.save(checkpoint(3), is_best=True)
+    files.save(checkpoint(3, evaluated=True), is_best=True)
     assert files.best.read_bytes() == files.last.read_bytes()
     assert files.saved_step == 3
 

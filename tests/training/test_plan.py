@@ -80,6 +80,13 @@ def test_settings_that_the_user_gave_are_kept(ids, tokenizer):
     assert "your settings; the others are from a measured candidate" in chosen.reasons[0]
 
 
+def test_a_width_without_rotary_positions_still_gets_a_fast_learner(ids, tokenizer):
+    candidate = Candidate(SMALL | {"position": "rotary", "optimizer": "muon"}, ((1, 3.0),))
+    chosen = in_seconds(2, ids, tokenizer, {"n_embd": 6, "processes": False}, (candidate,))
+    assert (chosen.model.n_embd // chosen.model.n_head, chosen.model.position) == (3, "learned")
+    assert chosen.training.optimizer == "muon"
+
+
 def test_dropout_grows_with_the_number_of_epochs():
     found = [dropout_for(epochs, 1_000_000) for epochs in (1, 10, 100)]
     assert found == sorted(set(found))
