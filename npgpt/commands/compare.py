@@ -49,9 +49,7 @@ def run(args: argparse.Namespace) -> int:
         judged = judged_text(first, [args.text] if args.text else [], "name one with --text", progress_bar)
     except RequestError as error:
         raise RequestError(f"{args.ckpt[0]}: {error}") from None
-    is_held_out = judged.held_out is not None and len(judged.held_out) > 0
-    ids = judged.held_out if judged.held_out is not None and is_held_out else judged.ids
-    text = first.tokenizer.decode(ids)
+    text = first.tokenizer.decode(judged.ids)
     with Workers() as workers:
         results = compare([(run.model, _ids_of(name, run, text)) for name, run in runs.items()], workers)
     differing = _differing_settings(runs)
@@ -67,9 +65,8 @@ def run(args: argparse.Namespace) -> int:
         for row in rows:
             print(json.dumps(row, ensure_ascii=False))
         return 0
-    _warn_about_texts(runs, first, args.ckpt[0], args.text is None)
-    part = "the held-out part" if is_held_out and not first.val_text else "all"
-    print(f"on {part} of {judged.name}, {len(ids) - 1:,} characters predicted")
+    _warn_about_texts(runs, first, args.ckpt[0], judged.is_held_out)
+    print(f"on {judged.what}, {len(judged.ids) - 1:,} characters predicted")
     _print_rows(rows)
     return 0
 

@@ -55,28 +55,20 @@ def _at_least_0(text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     checkpoint = load(args.ckpt)
     text = judged_text(checkpoint, args.text, "name one after the flags", progress_bar, args.unknown)
-    if text.held_out is None:
-        what, scored = f"all of {text.name}", text.ids
-    elif not len(text.held_out):
-        what, scored = f"all of {text.name}, and the model was trained on every character of it", text.ids
-    elif checkpoint.val_text:
-        what, scored = f"all of {text.name}, which was held out", text.held_out
-    else:
-        what, scored = f"the held-out part of {text.name}", text.held_out
-    result = evaluate(checkpoint.model, scored)
+    result = evaluate(checkpoint.model, text.ids)
     if not np.isfinite(result.loss):
         return failed("evaluate", f"the loss is {result.loss}: the model's weights or its results are not finite")
     like = None
     if text.trained_on is not None and args.sample_tokens:
         trained_on = checkpoint.tokenizer.decode(text.trained_on[:LARGEST_TEXT])
         like = likeness(_samples_of(checkpoint, args.sample_tokens), trained_on)
-    numbers = {"what": what, "characters": result.n_targets, "loss": result.loss, "stderr": result.stderr}
+    numbers = {"what": text.what, "characters": result.n_targets, "loss": result.loss, "stderr": result.stderr}
     numbers |= {"perplexity": result.perplexity, "bits_per_character": result.bits_per_token}
     if args.json:
         print(json.dumps(numbers | {"likeness": like and dataclasses.asdict(like)}, ensure_ascii=False))
         return 0
     plus_minus = "" if result.stderr is None else f" ± {result.stderr:.4f}"
-    print(f"{what}: {result.n_targets:,} characters predicted")
+    print(f"{text.what}: {result.n_targets:,} characters predicted")
     print(f"loss {result.loss:.4f}{plus_minus} nats per character")
     print(f"perplexity {result.perplexity:.3f}, {result.bits_per_token:.4f} bits per character")
     if like:

@@ -155,7 +155,7 @@ def _check_flags(args: argparse.Namespace) -> None:
         args.text, args.resume = [args.resume], ""
     if not args.text and args.resume is None:
         raise RequestError("expected DATA, a text file to train on; data/tiny.txt is one")
-    if args.val_text is not None and hasattr(args, "val_fraction") and args.val_fraction:
+    if args.val_text is not None and settings_from(args, TrainConfig).get("val_fraction"):
         raise RequestError("give --val-text or --val-fraction, not both")
 
 
@@ -166,7 +166,7 @@ def _read(args: argparse.Namespace, files: RunFiles, last: Checkpoint | None) ->
     val_path = args.val_text
     if val_path is None and val_text is not None:
         (val_path,) = _recorded(val_text, "--val-text")
-        if hasattr(args, "val_fraction") and args.val_fraction:
+        if settings_from(args, TrainConfig).get("val_fraction"):
             raise RequestError(f"the run has a held-out text of its own, {val_path}, so --val-fraction must be 0 or left out")
     try:
         return Corpus.read(paths, val_path, tokenizer, [*files.paths(), *files.previous_paths()], progress_bar)

@@ -20,13 +20,13 @@ from npgpt.text.sources import STDIN, Sources
 class JudgedText:
     """A text to judge a model on.
 
-    name: what to call it. ids: all of it. held_out: the ids that the model was not trained on; None if the model was not
-    trained on this text. trained_on: the ids that it was trained on.
+    what: which part of which text it is, in words. ids: the tokens to predict. is_held_out: whether they are held-out tokens of
+    the run. trained_on: the tokens that the model was trained on; None if it was not trained on this text.
     """
 
-    name: str
+    what: str
     ids: np.ndarray
-    held_out: np.ndarray | None = None
+    is_held_out: bool = False
     trained_on: np.ndarray | None = None
 
 
@@ -53,21 +53,26 @@ def judged_text(
         assert trained is not None
         if checkpoint.val_text:
             val_name, val_ids = _read_again(checkpoint, checkpoint.val_text, "its held-out text", hint, track)
-            return JudgedText(val_name, ids, val_ids, ids)
+            return JudgedText(f"all of {val_name}, which was held out", val_ids, True, ids)
         train, held_out = split(ids, trained.val_fraction)
-        return JudgedText(name, ids, held_out, train)
+        if not len(held_out):
+            return JudgedText(f"all of {name}, and the model was trained on every character of it", ids, False, train)
+        return JudgedText(f"the held-out part of {name}", held_out, True, train)
     sources = Sources(asked)
     if unknown == "error":
         _, ids = read_ids(sources, checkpoint.tokenizer, track)
     else:
-        text = checkpoint.tokenizer.without_unknown(read_text(asked), replace=unknown == "replace")
+        text = checkpoint.tokenizer.without_unknown(read_text(sources), replace=unknown == "replace")
         ids = checkpoint.tokenizer.encode_array(text)
     n = record.length_in(ids) if record and trained else None
     if n is None or trained is None:
-        return JudgedText(str(sources), ids)
-    train, _ = split(ids[:n], trained.val_fraction)
-    added = "" if n == len(ids) else f" and the {len(ids) - n:,} characters that were added"
-    return JudgedText(f"{sources}{added}", ids, ids[len(train) :], train)
+        return JudgedText(f"all of {sources}", ids)
+    train, held_out = split(ids[:n], trained.val_fraction)
+    parts = [f"the held-out part of {sources}"] if len(held_out) else []
+    parts += [f"the {len(ids) - n:,} characters that were added to {sources}"] if n < len(ids) else []
+    if not parts:
+        return JudgedText(f"all of {sources}, and the model was trained on every character of it", ids, False, train)
+    return JudgedText(" and ".join(parts), ids[len(train) :], True, train)
 
 
 def _read_again(

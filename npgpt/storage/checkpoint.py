@@ -52,7 +52,7 @@ class Checkpoint:
     tokenizer: CharTokenizer
     train_config: TrainConfig | None = None  # how the model is trained
     progress: Progress = field(default_factory=Progress)
-    text: TextRecord | None = None  # what it is trained on
+    text: TextRecord | None = None  # the text that the model is trained on
     val_text: TextRecord | None = None  # the held-out text, if it is not a part of the training text
     optimizer_state: dict[str, Any] | None = None  # from the optimiser's state_dict
     machine: dict[str, str] | None = None  # what decides rounding: device, threads, NumPy, BLAS

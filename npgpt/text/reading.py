@@ -28,14 +28,18 @@ def _untracked(iterable: Iterable[Any], **_: Any) -> Iterable[Any]:
     return iterable
 
 
-def read_text(paths: str | Path | Sequence[str | Path]) -> str:
+def read_text(paths: str | Path | Sequence[str | Path] | Sources) -> str:
     """The text of UTF-8 files. Line ends become `\\n`, and byte-order marks are dropped, also inside the text.
 
     paths: one file or several, folders, or `-` for standard input; see `Sources`. Compressed files are unpacked.
 
     Raises RequestError if a file does not exist, cannot be read, is empty, or is not UTF-8 text.
     """
-    return "".join(_pieces_of(Sources(paths)))
+    return "".join(_pieces_of(_as_sources(paths)))
+
+
+def _as_sources(paths: str | Path | Sequence[str | Path] | Sources) -> Sources:
+    return paths if isinstance(paths, Sources) else Sources(paths)
 
 
 def read_ids(
@@ -46,14 +50,13 @@ def read_ids(
 ) -> tuple[CharTokenizer, np.ndarray]:
     """The tokenizer and the ids of a text: (tokenizer, ids (n,) in the smallest unsigned dtype).
 
-    paths: as in `read_text`, or Sources. tokenizer: None builds one from the text. track: shows the progress, as `tqdm` does.
-    limit: encode only so many characters at the beginning.
+    paths: as in `read_text`. tokenizer: None builds one from the text. track: shows the progress, as `tqdm` does.
+    limit: encode only the first `limit` characters.
 
     The text may have any size. The time grows in proportion to it. Memory holds the text as UTF-8, or the ids, never both as
     a whole. Raises RequestError as `read_text` does, and for a character that the given tokenizer does not know.
     """
-    sources = paths if isinstance(paths, Sources) else Sources(paths)
-    tokenizer, (ids,) = read_ids_of([sources], tokenizer, track, limit)
+    tokenizer, (ids,) = read_ids_of([_as_sources(paths)], tokenizer, track, limit)
     return tokenizer, ids
 
 

@@ -42,7 +42,7 @@ class Sources:
 
     names: the files in the order in which they are read. `-` is standard input.
     given: what the caller has named: files, folders, or `-`.
-    left_out: files of a folder that are no texts, each with the reason.
+    left_out: files of a folder that are not texts, each with the reason.
     characters: how many characters each file has given, once it was read.
     """
 
@@ -101,7 +101,10 @@ def shown_paths(paths: Sequence[str]) -> str:
 
 
 def _files_in(folder: Path) -> list[Path]:
-    """The files in a folder and its subfolders, without hidden ones, in the order of their paths. A link to a folder is one."""
+    """The files in a folder and its subfolders, in the order of their paths.
+
+    Hidden files are left out. Links to folders are listed and not followed.
+    """
 
     def refuse(error: OSError) -> NoReturn:
         raise RequestError(f"cannot read {error.filename}: {error.strerror}") from None

@@ -83,7 +83,7 @@ def _evaluated(config: TrainConfig, n: int) -> int:
 def _described(val_text: TextRecord | None) -> str:
     if val_text is None:
         return "a part of the text"
-    return f"{val_text or 'another text'} of {val_text.n_tokens or 0:,} tokens"
+    return f"{str(val_text) or 'a text'} of {val_text.n_tokens:,} tokens"
 
 
 def _listed(changes: dict[str, tuple[Any, Any]], form: str) -> str:

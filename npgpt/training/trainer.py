@@ -69,7 +69,6 @@ class Trainer:
         self._val_text = TextRecord.of(dataset.val, val_sources) if dataset.has_own_val else None
         self.progress = Progress()
         self.changes = Changes()  # what a resumed run does differently from the run before
-        self._changes_logged = False
         self._started = time.perf_counter()
         self._resumed_at = 0  # the step
         self._step_seconds: list[float] = []  # of the first eleven steps of this run
@@ -182,20 +181,20 @@ class Trainer:
         self._started, self._step_seconds = time.perf_counter(), []
         self._try_to_save()
         step = self.progress.step
+        is_changed = bool(self.changes.settings) and step == self._resumed_at
         if self.files:
             if not self.files.claim():
                 self.progress.forget_best()
             elif self.files.saved_step == step == self.progress.best_step:
                 self._save(self.progress, is_best=True)  # the run may have been killed between the two files of a save
-            if self.changes.settings:
+            if is_changed:
                 self._save(self.progress)  # a resumed run that is killed then goes on with its new settings
             if step:
                 self.files.cut_log(step)
         event: dict[str, Any] = {"step": step, "config": dataclasses.asdict(self.config)}
-        if self.changes.settings and not self._changes_logged:
+        if is_changed:
             event["changes"] = {name: [str(before), str(now)] for name, (before, now) in self.changes.settings.items()}
         self._log("resume" if step else "start", event)
-        self._changes_logged = True
         self._workers.__enter__()
 
     def _close(self) -> None:

@@ -73,9 +73,10 @@ def test_compare(workshop, tmp_path):
     assert same.stderr == ""
     flags = [*QUICK, "--val-fraction", "0.3", "--out", "more-held-out.npz"]
     assert npgpt_command("train", "text.txt", *flags, cwd=workshop).returncode == 0
+    named = npgpt_command("compare", "more-held-out.npz", "model.npz", "--text", "text.txt", cwd=workshop)
     warned = npgpt_command("compare", "more-held-out.npz", "model.npz", cwd=workshop)
     said = "warning: model.npz was trained on a part of this held-out text; name it first, and its own held-out part is used\n"
-    assert warned.stderr == said
+    assert warned.stderr == named.stderr == said
     (workshop / "other.txt").write_text("the bell, the bell, ", encoding="utf-8")
     assert npgpt_command("train", "other.txt", *QUICK, "--out", "poorer.npz", cwd=workshop).returncode == 0
     refused = npgpt_command("compare", "model.npz", "poorer.npz", cwd=workshop)

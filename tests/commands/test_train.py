@@ -74,7 +74,7 @@ def test_resume_takes_what_its_own_advice_says(workshop, tmp_path, capsys, monke
     assert npgpt.cli.main(["evaluate", "--ckpt", "model.npz"]) == 0
     assert "the held-out part of the first 7,500 characters of text.txt" in capsys.readouterr().out
     assert npgpt.cli.main(["evaluate", "--ckpt", "model.npz", "text.txt"]) == 0  # a text that the user names is judged whole
-    assert "the held-out part of text.txt and the 15 characters that were added: 764 characters" in capsys.readouterr().out
+    assert "the held-out part of text.txt and the 15 characters that were added to text.txt: 764 " in capsys.readouterr().out
     with Path("text.txt").open("a", encoding="utf-8") as file:
         file.write("é")
     assert npgpt.cli.main(["evaluate", "--ckpt", "model.npz"]) == 0
@@ -122,6 +122,11 @@ def test_several_files_a_folder_and_a_held_out_text(workshop, tmp_path, capsys, 
     assert "the run has a held-out text of its own, books/b.txt, so --val-fraction must be 0" in capsys.readouterr().err
     assert npgpt.cli.main(["train", "--resume", "--steps", "12", "--val-text", "books/sub/a.txt"]) == 2
     assert "cannot resume: books/sub/a.txt has unknown character 'j'" in capsys.readouterr().err
+    with gzip.open("first.txt.gz", "at", encoding="utf-8") as file:
+        file.write("I ring.")
+    assert npgpt.cli.main(["evaluate", "--ckpt", "model.npz", "first.txt.gz"]) == 0
+    assert capsys.readouterr().out.startswith("the 7 characters that were added to first.txt.gz: 6 characters predicted")
+    Path("first.txt.gz").write_bytes(gzip.compress(text[:4000].encode()))
     Path("other.txt").write_text(text[:500], encoding="utf-8")
     assert npgpt.cli.main(["train", "--resume", "--steps", "12", "--val-text", "other.txt"]) == 0
     assert (

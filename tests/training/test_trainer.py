@@ -176,6 +176,7 @@ def test_what_a_resumed_run_may_change(text, tokenizer, small_config, trained, c
     logged = [json.loads(line) for line in files.log.read_text(encoding="utf-8").splitlines()]
     first = next(event for event in logged if event["event"] == "resume")
     assert set(first["changes"]) == {"steps"} | names
+    assert "changes" not in logged[-1]
     assert first["changes"]["steps"] == ["6", "12"]
 
 
