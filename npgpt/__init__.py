@@ -13,11 +13,13 @@ from npgpt.engine.gradcheck import GradientError, gradcheck
 from npgpt.engine.graph import no_grad
 from npgpt.engine.streams import Stream
 from npgpt.engine.tensor import Tensor, record
-from npgpt.evaluation.loss import compare, evaluate
+from npgpt.evaluation.comparison import compare
+from npgpt.evaluation.loss import evaluate
 from npgpt.generation.generate import generate
 from npgpt.model.gpt import GPT
 from npgpt.storage.archive import CheckpointError
 from npgpt.storage.checkpoint import Checkpoint, load, save
+from npgpt.text.bpe import BPETokenizer
 from npgpt.text.characters import CharTokenizer
 from npgpt.text.dataset import Dataset
 from npgpt.text.reading import read_text
@@ -31,6 +33,7 @@ __version__ = "0.1.0"
 __all__ = [
     "GPT",
     "AdamW",
+    "BPETokenizer",
     "CharTokenizer",
     "Checkpoint",
     "CheckpointError",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ import numpy as np
 
 from npgpt.config.fields import RequestError
 from npgpt.console.terminal import command_parser, duration, failed, progress_bar, say
+from npgpt.evaluation.comparison import compare
 from npgpt.evaluation.judged_text import judged_text
-from npgpt.evaluation.loss import compare
 from npgpt.parallel.workers import Workers
 from npgpt.storage.checkpoint import Checkpoint, load
 from npgpt.storage.run import log_path, read_log
@@ -51,22 +52,29 @@ def run(args: argparse.Namespace) -> int:
         raise RequestError(f"{args.ckpt[0]}: {error}") from None
     text = first.tokenizer.decode(judged.ids)
     with Workers() as workers:
-        results = compare([(run.model, _ids_of(name, run, text)) for name, run in runs.items()], workers)
+        tokenizers = [run.tokenizer for run in runs.values()]
+        per_character = all(tokenizer.is_characters for tokenizer in tokenizers)
+        encoded = [(run.model, _ids_of(name, run, text)) for name, run in runs.items()]
+        results = compare(encoded, workers, None if per_character else tokenizers)
     differing = _differing_settings(runs)
     rows = []
     for (name, run), (loss, difference) in zip(runs.items(), results, strict=True):
         if not np.isfinite(loss.loss):
             return failed("compare", f"the loss of {name} is {loss.loss}: its weights or its results are not finite")
         row = {"checkpoint": name, "step": run.step, "parameters": run.config.num_parameters()}
-        row |= {"seconds": _seconds_of(Path(name)), "loss": loss.loss, "stderr": loss.stderr}
+        row |= {"seconds": _seconds_of(Path(name)), "per": "character" if per_character else "byte"}
+        row |= {"loss": loss.loss, "stderr": loss.stderr}
         row |= {"difference": difference and difference.difference, "difference_stderr": difference and difference.stderr}
+        bits, bytes_per_character = loss.loss / math.log(2), len(text.encode()) / len(text)
+        row |= {"bits_per_character": bits if per_character else bits * bytes_per_character}
+        row |= {"bits_per_byte": bits / bytes_per_character if per_character else bits}
         rows.append(row | {"settings": differing[name]})
     if args.json:
         for row in rows:
             print(json.dumps(row, ensure_ascii=False))
         return 0
     _warn_about_texts(runs, first, args.ckpt[0], judged.is_held_out)
-    print(f"on {judged.what}, {len(judged.ids) - 1:,} characters predicted")
+    print(f"on {judged.what}, {results[0][0].n_targets:,} {'characters' if per_character else 'bytes'} predicted")
     _print_rows(rows)
     return 0
 
@@ -103,7 +111,8 @@ def _print_rows(rows: list[dict[str, Any]]) -> None:
     width = max(len(row["checkpoint"]) for row in rows)
     for row in rows:
         seconds = "" if row["seconds"] is None else f", {duration(row['seconds'])}"
-        print(f"{row['checkpoint']:{width}}  loss {row['loss']:.4f}{_verdict(row)}")
+        bits = f" per byte, {row['bits_per_byte']:.4f} bits per byte, {row['bits_per_character']:.4f} bits per character"
+        print(f"{row['checkpoint']:{width}}  loss {row['loss']:.4f}{bits if row['per'] == 'byte' else ''}{_verdict(row)}")
         print(f"{'':{width}}  step {row['step']}, {row['parameters']:,} parameters{seconds}")
         if row["settings"]:
             print(f"{'':{width}}  " + ", ".join(f"{key} {value}" for key, value in row["settings"].items()))

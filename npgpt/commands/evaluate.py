@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from typing import Any
 
 import numpy as np
 
@@ -41,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
         type=_at_least_0,
         default=2000,
         metavar="N",
-        help="characters to generate and compare with the training text; 0: none (default: 2000)",
+        help="tokens to generate and compare with the training text; 0: none (default: 2000)",
     )
     return parser
 
@@ -55,22 +56,26 @@ def _at_least_0(text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     checkpoint = load(args.ckpt)
     text = judged_text(checkpoint, args.text, "name one after the flags", progress_bar, args.unknown)
-    result = evaluate(checkpoint.model, text.ids)
+    result = evaluate(checkpoint.model, text.ids, tokenizer=checkpoint.tokenizer)
     if not np.isfinite(result.loss):
         return failed("evaluate", f"the loss is {result.loss}: the model's weights or its results are not finite")
     like = None
     if text.trained_on is not None and args.sample_tokens:
         trained_on = checkpoint.tokenizer.decode(text.trained_on[:LARGEST_TEXT])
         like = likeness(_samples_of(checkpoint, args.sample_tokens), trained_on)
-    numbers = {"what": text.what, "characters": result.n_targets, "loss": result.loss, "stderr": result.stderr}
-    numbers |= {"perplexity": result.perplexity, "bits_per_character": result.bits_per_token}
+    numbers: dict[str, Any] = {"what": text.what, "characters": result.n_characters, "bytes": result.n_bytes}
+    numbers |= {"tokens": result.n_targets, "loss": result.loss, "stderr": result.stderr, "perplexity": result.perplexity}
+    numbers |= {"bits_per_character": result.bits_per_character, "bits_per_byte": result.bits_per_byte}
     if args.json:
         print(json.dumps(numbers | {"likeness": like and dataclasses.asdict(like)}, ensure_ascii=False))
         return 0
     plus_minus = "" if result.stderr is None else f" ± {result.stderr:.4f}"
-    print(f"{text.what}: {result.n_targets:,} characters predicted")
-    print(f"loss {result.loss:.4f}{plus_minus} nats per character")
-    print(f"perplexity {result.perplexity:.3f}, {result.bits_per_token:.4f} bits per character")
+    is_characters = checkpoint.tokenizer.is_characters
+    token, tokens = ("character", "") if is_characters else ("token", f" in {result.n_targets:,} tokens")
+    per_byte = "" if is_characters else f", {result.bits_per_byte:.4f} bits per byte"
+    print(f"{text.what}: {result.n_characters:,} characters predicted{tokens}")
+    print(f"loss {result.loss:.4f}{plus_minus} nats per {token}")
+    print(f"perplexity {result.perplexity:.3f}, {result.bits_per_character:.4f} bits per character{per_byte}")
     if like:
         _print_likeness(like)
     return 0

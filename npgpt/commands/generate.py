@@ -183,7 +183,7 @@ def _write_samples(
             ids = [token.id for token in own]
             row: dict[str, Any] = {"sample": sample, "seed": settings.seed, "prompt": prompt, "text": text}
             row["finish_reason"] = "stop" if sample in stopped else "length"
-            row["tokens"] = [checkpoint.tokenizer.itos[i] for i in ids]
+            row["tokens"] = [checkpoint.tokenizer.decode([i]) for i in ids]
             row |= {"ids": ids, "logprobs": [round(token.logprob, 6) for token in own]}
             sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
     if sys.stderr.isatty():

@@ -8,6 +8,7 @@ import numpy as np
 
 from npgpt.console.terminal import command_parser
 from npgpt.storage.checkpoint import load
+from npgpt.text.characters import CharTokenizer
 
 ABOUT = "what a checkpoint holds"
 
@@ -30,11 +31,16 @@ def run(args: argparse.Namespace) -> int:
     print("model       " + ", ".join(f"{k} {v}" for k, v in vars(checkpoint.config).items()))
     if checkpoint.train_config:
         print("training    " + ", ".join(f"{k} {v}" for k, v in vars(checkpoint.train_config).items()))
-    print(f"vocabulary  {checkpoint.tokenizer.characters!r}")
+    tokenizer = checkpoint.tokenizer
+    described = (
+        repr(tokenizer.characters) if isinstance(tokenizer, CharTokenizer) else f"{tokenizer.vocab_size:,} tokens of a BPE"
+    )
+    print(f"vocabulary  {described}")
     for name, text in (("text", checkpoint.text), ("held out", checkpoint.val_text)):
         if text:
-            length = "" if text.n_tokens is None else f"{text.n_tokens:,} tokens, "
-            print(f"{name:10}  {f'{text}: ' if text.sources else ''}{length}SHA-256 of the ids {text.sha256}")
+            length = "" if text.n_characters is None else f"{text.n_characters:,} characters, "
+            of_ids = " of the ids" if tokenizer.is_characters else ""
+            print(f"{name:10}  {f'{text}: ' if text.sources else ''}{length}SHA-256{of_ids} {text.sha256}")
     if checkpoint.machine:
         print("machine     " + ", ".join(f"{k} {v}" for k, v in checkpoint.machine.items()))
     for step, train_loss, val_loss, _ in progress.history:

@@ -15,33 +15,35 @@ from typing import Any
 from npgpt.config.fields import RequestError
 from npgpt.config.settings import PRESETS, GPTConfig, TrainConfig
 from npgpt.console.flags import add_flags, settings_from
+from npgpt.console.run_messages import evaluation_line, print_banner, report_end, write_error
 from npgpt.console.signals import StopRequest, interruptible
-from npgpt.console.terminal import command, command_parser, duration, failed, progress_bar, say
+from npgpt.console.terminal import command_parser, failed, progress_bar, say
 from npgpt.engine.backend import select
 from npgpt.model.gpt import GPT
-from npgpt.parallel.limits import core_limit
-from npgpt.parallel.machine import describe_blas
+from npgpt.model.resize import resized
 from npgpt.storage.archive import CheckpointError
 from npgpt.storage.checkpoint import Checkpoint, load
 from npgpt.storage.run import RunFiles
-from npgpt.text.characters import UnknownCharacterError
+from npgpt.text.bpe import NewBPE
+from npgpt.text.characters import CharTokenizer, MoreCharacters
 from npgpt.text.corpus import Corpus
-from npgpt.text.dataset import TextRecord
-from npgpt.text.sources import STDIN, Sources
-from npgpt.training.advice import MUCH_REPEATED
-from npgpt.training.events import End, Evaluation, Outcome, Step
+from npgpt.text.record import TextRecord
+from npgpt.text.sources import STDIN
+from npgpt.text.tokenizer import Tokenizer, UnknownCharacterError
+from npgpt.text.tokenizer_files import DEFAULT_VOCAB_SIZE, tokenizer_named
+from npgpt.training.events import End, Evaluation, Step
 from npgpt.training.memory import check_memory, memory_advice
 from npgpt.training.plan import plan
 from npgpt.training.trainer import Trainer
 
 ABOUT = "train a GPT on a text"
-MOST_FILES = 20  # files of a text that are listed one by one
+FINE_TUNING_LR = 1e-4  # the default with --from: a tenth of what a new model learns with
 
 
 def parser() -> argparse.ArgumentParser:
     parser = command_parser(
         "train",
-        "Train a GPT on the characters of a text: of one file or of several.",
+        "Train a GPT on a text: on its characters, or on tokens of several characters.",
         ["data/tiny.txt --steps 500", "mytext.txt --out mine.npz --n-embd 128 --dropout 0.2", "books/ --val-text other.txt"],
     )
     parser.add_argument(
@@ -53,6 +55,31 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--val-text", metavar="FILE", help="hold out this text, or the texts of this folder, instead of a part of DATA"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        metavar="NAME",
+        help="char: one token for each character (the default); bpe: a byte-level BPE, trained on DATA; or the file or folder "
+        "of such a BPE: tokenizer.json, or vocab.json and merges.txt",
+    )
+    parser.add_argument(
+        "--vocab-size",
+        dest="bpe_size",
+        type=_whole_number,
+        metavar="N",
+        help=f"with --tokenizer bpe: the largest number of tokens, 256 or more (default: {DEFAULT_VOCAB_SIZE})",
+    )
+    parser.add_argument(
+        "--from",
+        dest="base",
+        metavar="FILE",
+        help="start with the weights and the tokenizer of this checkpoint (fine-tuning); block_size and dropout may change; "
+        f"the default of --lr is then {FINE_TUNING_LR:g}",
+    )
+    parser.add_argument(
+        "--add-characters",
+        action="store_true",
+        help="with --from: give each character of DATA that the model does not know a new token",
     )
     parser.add_argument("--out", default="model.npz", metavar="FILE", help="the checkpoint to write (default: model.npz)")
     parser.add_argument(
@@ -90,14 +117,23 @@ def _minutes(text: str) -> float:
     return minutes
 
 
+def _whole_number(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"vocab_size must be a whole number, got {text!r}")
+    return int(text)
+
+
 def run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     files = _files_to_write(args.out)
     _check_flags(args)
     last = None if args.resume is None else _state_to_resume(args, files)
-    corpus = _read(args, files, last)
+    base = None if args.base is None else load(args.base)
+    corpus = _read(args, files, last, base)
     if args.minutes:
-        choice = _plan(args, started + 60 * args.minutes, files, corpus)
+        choice = _plan(args, started + 60 * args.minutes, files, corpus, base)
+    elif base:
+        choice = _fine_tuning(args, base, corpus)
     elif last:
         choice = _resumption(args, last, elsewhere=_resumed_path(args, files).resolve() != files.last.resolve())
     else:
@@ -111,8 +147,8 @@ def run(args: argparse.Namespace) -> int:
             return failed("train", "out of GPU memory: lower --micro-batch or --batch-size, then --n-embd or --n-layer")
         return failed("train", f"out of memory: {memory_advice(choice.model, choice.training)}")
     except OSError as error:
-        return failed("train", _write_error(error, args, files))
-    return _report(trainer, end, args, files, stop_requested.signal_number)
+        return failed("train", write_error(error, args, files))
+    return report_end(trainer, end, args, files, stop_requested.signal_number)
 
 
 # ---------------------------------------------------------------- choosing
@@ -120,12 +156,14 @@ def run(args: argparse.Namespace) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Choice:
-    """What to train. last: the state to continue from. elsewhere: `last` is not the state of --out."""
+    """What to train. last: the state to continue from. elsewhere: `last` is not the state of --out. trained: a model that was
+    trained before."""
 
     model: GPTConfig
     training: TrainConfig
     last: Checkpoint | None = None
     elsewhere: bool = False
+    trained: GPT | None = None
 
 
 def _files_to_write(path: str) -> RunFiles:
@@ -151,6 +189,18 @@ def _check_flags(args: argparse.Namespace) -> None:
     for flag, is_given in flags.items():
         if args.minutes and is_given:
             raise RequestError(f"--minutes chooses the run itself; give --minutes or {flag}, not both")
+    if args.base is not None:
+        for flag, is_given in {
+            "--resume": args.resume is not None,
+            "--preset": args.preset,
+            "--tokenizer": args.tokenizer,
+        }.items():
+            if is_given:
+                raise RequestError(f"--from brings a model and its tokenizer; give --from or {flag}, not both")
+    elif args.add_characters:
+        raise RequestError("--add-characters is for --from; a new model knows all characters of its text")
+    if args.resume is not None and (args.tokenizer or args.bpe_size):
+        raise RequestError("a resumed run keeps its tokenizer; leave out --tokenizer and --vocab-size, or start a new run")
     if args.resume and not args.text and Path(args.resume).suffix != ".npz":  # `--resume my.txt` means DATA
         args.text, args.resume = [args.resume], ""
     if not args.text and args.resume is None:
@@ -159,19 +209,37 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise RequestError("give --val-text or --val-fraction, not both")
 
 
-def _read(args: argparse.Namespace, files: RunFiles, last: Checkpoint | None) -> Corpus:
-    """Read the text that the flags name; in a resumed run, by default the text of the run before, with its vocabulary."""
-    text, val_text, tokenizer = (last.text, last.val_text, last.tokenizer) if last else (None, None, None)
+def _read(args: argparse.Namespace, files: RunFiles, last: Checkpoint | None, base: Checkpoint | None) -> Corpus:
+    """Read the text that the flags name; in a resumed run, by default the text of the run before, with its tokenizer."""
+    text, val_text = (last.text, last.val_text) if last else (None, None)
+    tokenizer = _tokenizer(args, last or base)
     paths = args.text or _recorded(text, "DATA")
     val_path = args.val_text
     if val_path is None and val_text is not None:
         (val_path,) = _recorded(val_text, "--val-text")
         if settings_from(args, TrainConfig).get("val_fraction"):
             raise RequestError(f"the run has a held-out text of its own, {val_path}, so --val-fraction must be 0 or left out")
+    before = last.train_config if last and last.train_config else TrainConfig()
+    fraction = settings_from(args, TrainConfig).get("val_fraction", before.val_fraction)
+    written = [*files.paths(), *files.previous_paths()]
     try:
-        return Corpus.read(paths, val_path, tokenizer, [*files.paths(), *files.previous_paths()], progress_bar)
+        return Corpus.read(paths, val_path, tokenizer, written, progress_bar, fraction)
     except UnknownCharacterError as error:
-        raise RequestError(f"cannot resume: {error}; remove what the model does not know, or start a new run") from None
+        what, instead = ("cannot resume", "start a new run") if last else ("cannot use --from", "use --add-characters")
+        if not last and not isinstance(tokenizer, CharTokenizer):
+            instead = "train a new model"
+        raise RequestError(f"{what}: {error}; remove what the model does not know, or {instead}") from None
+
+
+def _tokenizer(args: argparse.Namespace, trained: Checkpoint | None) -> Tokenizer | NewBPE | MoreCharacters | None:
+    """The tokenizer of a trained model, or what the flags ask for."""
+    if trained is None:
+        return tokenizer_named(args.tokenizer, args.bpe_size)
+    if not args.add_characters:
+        return trained.tokenizer
+    if not isinstance(trained.tokenizer, CharTokenizer):
+        raise RequestError("--add-characters is for models of characters; a BPE has tokens for every byte")
+    return MoreCharacters(trained.tokenizer)
 
 
 def _recorded(text: TextRecord | None, flag: str) -> tuple[str, ...]:
@@ -194,16 +262,35 @@ def _asked(args: argparse.Namespace, cls: type[GPTConfig] | type[TrainConfig]) -
     return preset | settings_from(args, cls) | held_out
 
 
-def _plan(args: argparse.Namespace, until: float, files: RunFiles, corpus: Corpus) -> _Choice:
+def _plan(args: argparse.Namespace, until: float, files: RunFiles, corpus: Corpus, base: Checkpoint | None) -> _Choice:
     """Choose a run that ends when `time.perf_counter()` reaches `until`, and print the reasons."""
     backend = select(getattr(args, "device", "auto"))
     with files.locked():  # finds another run now, not after minutes of timing
         pass
     if args.minutes > 1:  # otherwise the timing takes a second
         say(f"plan    timing what could be trained in {args.minutes:g} minutes")
-    chosen = plan(until, corpus, backend, _asked(args, GPTConfig) | _asked(args, TrainConfig))
+    asked = _asked(args, GPTConfig) | _asked(args, TrainConfig)
+    if base:
+        shape = {name: value for name, value in vars(base.config).items() if name != "vocab_size"}
+        asked = shape | {"optimizer": "adamw", "lr": FINE_TUNING_LR} | asked
+    chosen = plan(until, corpus, backend, asked)
     say(f"plan    {chosen.reasons[0]}\n        {chosen.reasons[1]}")
-    return _Choice(chosen.model, chosen.training)
+    return _Choice(chosen.model, chosen.training, trained=_resized(base, chosen.model, chosen.training) if base else None)
+
+
+def _fine_tuning(args: argparse.Namespace, base: Checkpoint, corpus: Corpus) -> _Choice:
+    """A new run that starts with the weights of `base`."""
+    vocab_size = max(base.config.vocab_size, corpus.tokenizer.vocab_size)
+    model = GPTConfig(**(vars(base.config) | {"vocab_size": vocab_size} | _asked(args, GPTConfig)))
+    training = TrainConfig(**({"lr": FINE_TUNING_LR} | _asked(args, TrainConfig)))
+    return _Choice(model, training, trained=_resized(base, model, training))
+
+
+def _resized(base: Checkpoint, model: GPTConfig, training: TrainConfig) -> GPT:
+    backend = select(training.device)
+    if backend.is_cpu:
+        check_memory(model, training)
+    return resized(base.model, model, base.tokenizer.vocab_size, training.seed, backend)
 
 
 def _resumed_path(args: argparse.Namespace, files: RunFiles) -> Path:
@@ -245,11 +332,12 @@ def _train(choice: _Choice, files: RunFiles, corpus: Corpus, stop_requested: Sto
     dataset = corpus.dataset(model.block_size, training)
     if backend.is_cpu:
         check_memory(model, training)
-    gpt = GPT(model, seed=training.seed, backend=backend)
+    gpt = choice.trained or GPT(model, seed=training.seed, backend=backend)
     sources, val_sources = (found.given if found else () for found in (corpus.sources, corpus.val_sources))
-    trainer = Trainer(gpt, corpus.tokenizer, dataset, training, files.best, sources, val_sources)
+    pretrained = choice.trained is not None
+    trainer = Trainer(gpt, corpus.tokenizer, dataset, training, files.best, sources, val_sources, pretrained)
     different = [] if choice.last is None else trainer.resume(choice.last, choice.elsewhere)
-    _print_banner(trainer, corpus, files)
+    print_banner(trainer, corpus, files)
     if different:
         say(f"warning: {'; '.join(different)}: the numbers will differ slightly from those of an uninterrupted run")
     return trainer, _show_run(trainer, stop_requested)
@@ -276,115 +364,11 @@ def _show_run(trainer: Trainer, stop_requested: Callable[[], bool]) -> End:
             elif isinstance(event, Evaluation):
                 elapsed = time.perf_counter() - started
                 steps_left = trainer.config.steps - event.step
-                left = elapsed * (steps_left * trainer.dataset.batch_size * trainer.dataset.block_size) / tokens
+                left = elapsed * (steps_left * trainer.dataset.batch_size * trainer.dataset.block_size) / max(1, tokens)
                 with bar.external_write_mode(file=sys.stderr):
-                    say(_evaluation_line(event, tokens / elapsed, left))
+                    say(evaluation_line(event, tokens / elapsed, left, trainer.tokenizer.is_characters))
                     if event.sample:
                         say("\n".join("    | " + line for line in event.sample.strip("\n").split("\n")))
             else:
                 return event
     raise AssertionError("a run ends with an End record")
-
-
-# ---------------------------------------------------------------- reporting
-
-
-def _print_banner(trainer: Trainer, corpus: Corpus, files: RunFiles) -> None:
-    dataset, config, model = trainer.dataset, trainer.config, trainer.model
-    held_out = f"{len(dataset.val):,} held out" + (f": {corpus.val_sources}" if corpus.val_sources else "")
-    say(f"text    {corpus.sources}: {len(dataset.ids):,} characters, {trainer.tokenizer.vocab_size} different;", end=" ")
-    say(f"{len(dataset.train):,} to train on, {held_out}")
-    for sources in (corpus.sources, corpus.val_sources):
-        if sources:
-            _print_files(sources)
-    if dataset.repeated_share > MUCH_REPEATED:
-        share = f"{dataset.repeated_share:.0%} of the held-out text also occurs in the training text"
-        say(f"warning: {share}, so the validation loss will be too low; remove the copies, or hold out another text")
-    c = model.config
-    say(f"model   {model.num_parameters():,} parameters: n_layer {c.n_layer}, n_head {c.n_head}, n_embd {c.n_embd},", end=" ")
-    say(f"block_size {c.block_size}, dropout {c.dropout:g}, {c.activation}, {c.position} positions")
-    say(f"run     {config.steps:,} steps of {config.batch_size} x {c.block_size} tokens on {model.backend.name},", end=" ")
-    say(f"{config.optimizer}, seed {config.seed}, log in {files.log}")
-    if model.backend.is_cpu:
-        cores = core_limit()
-        threads = config.threads or cores.value
-        limited = "" if config.threads or cores.source == "cores" else f" (limited by {cores.source})"
-        say(f"        {threads} worker{'' if threads == 1 else 's'}{limited}, {describe_blas()}")
-    if trainer.files and trainer.files.are_of_earlier_run:
-        previous = files.previous_paths()[0]
-        replaced = ", in place of the run there" if previous.exists() else ""
-        say(f"        the run that is now in {files.best} is kept as {previous}{replaced}")
-    if trainer.progress.step:
-        say(f"        resumed at step {trainer.progress.step}")
-    if trainer.changes.settings:
-        again = "" if trainer.changes.comparable else "; the search for the lowest validation loss begins again"
-        say(f"        from step {trainer.progress.step + 1} on: {trainer.changes}{again}")
-
-
-def _print_files(sources: Sources) -> None:
-    """The share of each file of a text, if there are several, and the files of folders that are left out."""
-    sizes = sources.characters
-    total, shown = sum(sizes.values()), list(sizes)
-    if len(shown) > MOST_FILES:
-        shown = sorted(shown, key=lambda name: -sizes[name])[:MOST_FILES]
-    for name in shown if len(sizes) > 1 else []:
-        say(f"        {sizes[name] / total:6.1%}  {name}, {sizes[name]:,} characters")
-    rest = total - sum(sizes[name] for name in shown)
-    if rest:
-        say(f"        {rest / total:6.1%}  {len(sizes) - len(shown):,} smaller files, {rest:,} characters")
-    for path, reason in list(sources.left_out.items())[:MOST_FILES]:
-        say(f"warning: {path} is left out: {reason}")
-    more = len(sources.left_out) - MOST_FILES
-    if more > 0:
-        say(f"warning: {more:,} more files are left out")
-
-
-def _evaluation_line(event: Evaluation, tokens_per_second: float, seconds_left: float) -> str:
-    losses = f"train loss {event.train_loss:.4f}"
-    if event.val_loss is not None:
-        plus_minus = "" if event.val_stderr is None else f" ± {event.val_stderr:.4f}"
-        losses += f", val loss {event.val_loss:.4f}{plus_minus}" + (" (best)" if event.best else "")
-    left = f", {duration(seconds_left)} left" if seconds_left else ""
-    return f"step {event.step}: {losses}, {tokens_per_second:,.0f} tokens/s{left}"
-
-
-def _report(trainer: Trainer, end: End, args: argparse.Namespace, files: RunFiles, signal_number: int) -> int:
-    """Print how the run ended and what to do next; returns the exit status."""
-    if end.outcome is Outcome.INTERRUPTED:
-        say(f"stopped after step {end.step}; continue with: {_resume_command(args)}")
-        return 128 + signal_number
-    if end.outcome is Outcome.EARLY_STOP:
-        patience = trainer.config.patience
-        say(f"stopped early at step {end.step}: no lower validation loss in {patience} evaluations (see --patience)")
-    if end.outcome is Outcome.DIVERGED:
-        say(f"stopped before step {end.step + 1} changed a weight: {end.reason}")
-        if files.last.exists():
-            say(f"{files.last} is the state at the last evaluation or interruption")
-        if files.crash.exists():
-            say(f"repeat that step with: {command('replay')} {shlex.quote(str(files.crash))}")
-    if end.advice:
-        out = "" if args.out == "model.npz" else f"--out {shlex.quote(args.out)} "
-        say(end.advice.replace("--resume", f"{out}--resume"))
-    if end.outcome is Outcome.DIVERGED:
-        return 1
-    best = trainer.progress
-    loss = "" if best.best_loss is None else f", validation loss {best.best_loss:.4f}"
-    say(f"{files.best}: step {best.best_step}{loss}; write with: {command('generate')} --ckpt {shlex.quote(str(files.best))}")
-    return 0
-
-
-def _write_error(error: OSError, args: argparse.Namespace, files: RunFiles) -> str:
-    """A message for an error of writing: what went wrong, and where the last good state is."""
-    where = f": {error.filename}" if error.filename else ""
-    if files.last.is_file():
-        kept = f"; {files.last} is complete, continue with: {_resume_command(args)}"
-    else:
-        previous = files.previous_paths()[0]
-        kept = f"; the checkpoint of the run before is now {previous}" if previous.exists() else ""
-    return f"cannot write: {error.strerror or error}{where}{kept}"
-
-
-def _resume_command(args: argparse.Namespace) -> str:
-    out = "" if args.out == "model.npz" else f" --out {shlex.quote(args.out)}"
-    val_text = f" --val-text {shlex.quote(args.val_text)}" if args.val_text else ""
-    return " ".join([command("train"), *map(shlex.quote, args.text)]) + f"{val_text}{out} --resume"

@@ -10,10 +10,11 @@ import numpy as np
 
 from npgpt.config.fields import RequestError
 from npgpt.storage.checkpoint import Checkpoint
-from npgpt.text.characters import UnknownCharacterError
-from npgpt.text.dataset import TextRecord, split
-from npgpt.text.reading import Track, read_ids, read_text
+from npgpt.text.dataset import length_to_train_on
+from npgpt.text.reading import EncodedText, Track, read_texts
+from npgpt.text.record import TextRecord
 from npgpt.text.sources import STDIN, Sources
+from npgpt.text.tokenizer import UnknownCharacterError, text_size
 
 
 @dataclass(frozen=True)
@@ -49,45 +50,61 @@ def judged_text(
         raise RequestError(f"this checkpoint does not say what text it was trained on; {hint}")
     if not asked:
         assert record is not None
-        name, ids = _read_again(checkpoint, record, "the text it was trained on", hint, track)
-        assert trained is not None
+        name, own = _read_again(checkpoint, record, "the text it was trained on", hint, track)
         if checkpoint.val_text:
-            val_name, val_ids = _read_again(checkpoint, checkpoint.val_text, "its held-out text", hint, track)
-            return JudgedText(f"all of {val_name}, which was held out", val_ids, True, ids)
-        train, held_out = split(ids, trained.val_fraction)
+            val_name, val = _read_again(checkpoint, checkpoint.val_text, "its held-out text", hint, track)
+            return JudgedText(f"all of {val_name}, which was held out", val.ids, True, own.ids)
+        train, held_out = own.ids[: own.n_train], own.ids[own.n_train :]
         if not len(held_out):
-            return JudgedText(f"all of {name}, and the model was trained on every character of it", ids, False, train)
+            return JudgedText(f"all of {name}, and the model was trained on every character of it", own.ids, False, train)
         return JudgedText(f"the held-out part of {name}", held_out, True, train)
-    sources = Sources(asked)
-    if unknown == "error":
-        _, ids = read_ids(sources, checkpoint.tokenizer, track)
-    else:
-        text = checkpoint.tokenizer.without_unknown(read_text(sources), replace=unknown == "replace")
-        ids = checkpoint.tokenizer.encode_array(text)
-    n = record.length_in(ids) if record and trained else None
-    if n is None or trained is None:
+    sources, tokenizer = Sources(asked), checkpoint.tokenizer
+    text = _read(checkpoint, sources, track, unknown=unknown)
+    if record is None or trained is None or not record.is_beginning_of(text.ids, tokenizer):
+        ids = text.ids
+        if not tokenizer.is_characters and text.n_train < len(ids):  # it was split, as the text of the run would be
+            ids = tokenizer.encode_array(tokenizer.decode(ids))
         return JudgedText(f"all of {sources}", ids)
-    train, held_out = split(ids[:n], trained.val_fraction)
-    parts = [f"the held-out part of {sources}"] if len(held_out) else []
-    parts += [f"the {len(ids) - n:,} characters that were added to {sources}"] if n < len(ids) else []
+    train, judged = text.ids[: text.n_train], text.ids[text.n_train :]
+    added = text_size(tokenizer, text.ids)[0] - (record.n_characters or 0) if record.n_characters else 0
+    parts = [f"the held-out part of {sources}"] if text_size(tokenizer, judged)[0] > added else []
+    parts += [f"the {added:,} characters that were added to {sources}"] if added else []
     if not parts:
-        return JudgedText(f"all of {sources}, and the model was trained on every character of it", ids, False, train)
-    return JudgedText(" and ".join(parts), ids[len(train) :], True, train)
+        return JudgedText(f"all of {sources}, and the model was trained on every character of it", text.ids, False, train)
+    return JudgedText(" and ".join(parts), judged, True, train)
+
+
+def _read(
+    checkpoint: Checkpoint, sources: Sources, track: Track | None, limit: int | None = None, unknown: str = "error"
+) -> EncodedText:
+    """A text as the run of the checkpoint would have split it, had it ended where the run's text ends."""
+    tokenizer, record = checkpoint.tokenizer, checkpoint.text
+    fraction = checkpoint.train_config.val_fraction if checkpoint.train_config else 0.0
+
+    def train_on(n: int) -> int:
+        return length_to_train_on(min(n, record.n_characters or n) if record else n, fraction)
+
+    def known(piece: str) -> str:
+        return tokenizer.without_unknown(piece, replace=unknown == "replace")
+
+    _, (text,) = read_texts([sources], tokenizer, track, limit, train_on, str if unknown == "error" else known)
+    return text
 
 
 def _read_again(
     checkpoint: Checkpoint, record: TextRecord, what: str, hint: str, track: Track | None
-) -> tuple[str, np.ndarray]:
+) -> tuple[str, EncodedText]:
     """(the name of a text of the run, its ids as the run had them). Raises RequestError if it is another text now."""
     missing = [path for path in record.sources if path == STDIN or not Path(path).exists()]
     if missing:
         raise RequestError(f"{what}, {record}, is not here; {hint}")
     sources = Sources(record.sources)
     try:
-        _, ids = read_ids(sources, checkpoint.tokenizer, track, record.n_tokens)
+        text = _read(checkpoint, sources, track, record.n_characters)
     except UnknownCharacterError:
-        ids = np.zeros(0, dtype=np.uint8)
-    if record.length_in(ids) is None:
+        text = EncodedText(np.zeros(0, dtype=np.uint8), 0)
+    if not record.is_beginning_of(text.ids, checkpoint.tokenizer):
         raise RequestError(f"{record} is no longer the text this model was trained on; {hint} to judge the model on another")
-    has_grown = sum(sources.characters.values()) > len(ids)
-    return f"the first {len(ids):,} characters of {record}" if has_grown else str(record), ids
+    n = record.n_characters
+    has_grown = n is not None and sum(sources.characters.values()) > n
+    return f"the first {n:,} characters of {record}" if has_grown else str(record), text

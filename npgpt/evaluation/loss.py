@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from npgpt.engine.graph import no_grad
 from npgpt.model.gpt import GPT
 from npgpt.parallel.workers import Workers
 from npgpt.text.dataset import window_starts, windows_at
+from npgpt.text.tokenizer import Tokenizer, text_size
 
 TOKENS_AT_ONCE_CPU = 1024  # tokens that one worker evaluates at a time
 TOKENS_AT_ONCE_GPU = 16_384  # the same on a GPU, which is one worker
@@ -26,11 +27,16 @@ class Loss:
 
     `stderr` is its standard error, computed from the differences between windows. It says how far the loss on another text
     of this kind and length may be from this one. It is None if there is only one window.
+
+    n_characters and n_bytes: the size of the predicted text, in UTF-8; None if no tokenizer was given. Bits per character and
+    per byte compare models with different tokenizers.
     """
 
     loss: float
     stderr: float | None
     n_targets: int
+    n_characters: int | None = None
+    n_bytes: int | None = None
 
     @property
     def perplexity(self) -> float:
@@ -40,8 +46,22 @@ class Loss:
     def bits_per_token(self) -> float:
         return self.loss / math.log(2)
 
+    @property
+    def bits_per_character(self) -> float | None:
+        return self.bits_per_token * self.n_targets / self.n_characters if self.n_characters else None
 
-def evaluate(model: GPT, ids: np.ndarray, workers: Workers | None = None, max_tokens: int | None = None) -> Loss:
+    @property
+    def bits_per_byte(self) -> float | None:
+        return self.bits_per_token * self.n_targets / self.n_bytes if self.n_bytes else None
+
+
+def evaluate(
+    model: GPT,
+    ids: np.ndarray,
+    workers: Workers | None = None,
+    max_tokens: int | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> Loss:
     """The loss of a model on a text, `ids` (n,).
 
     Every token but the first is predicted once, in windows of block_size side by side; the last window may be shorter. The
@@ -49,53 +69,22 @@ def evaluate(model: GPT, ids: np.ndarray, workers: Workers | None = None, max_to
 
     workers: threads to spread the windows over. None: start new ones, and end them.
     max_tokens: for a longer text, evaluate only this many tokens, in windows that are spread evenly.
+    tokenizer: to know how many characters and bytes the predicted tokens have.
 
     Raises RequestError for fewer than two ids.
     """
-    return _mean_over(*_window_losses(model, ids, workers, max_tokens))
+    loss = mean_over(*window_losses(model, ids, workers, max_tokens))
+    if tokenizer is None:
+        return loss
+    predicted = np.asarray(ids)[1:]
+    if loss.n_targets < len(predicted):
+        starts = window_starts(len(ids), model.config.block_size, max_tokens)
+        predicted = windows_at(np.asarray(ids), starts, model.config.block_size)[1].reshape(-1)
+    n_characters, n_bytes = text_size(tokenizer, predicted)
+    return dataclasses.replace(loss, n_characters=n_characters, n_bytes=n_bytes)
 
 
-@dataclass(frozen=True)
-class Difference:
-    """How much higher the loss of one model is than that of another on the same tokens, in nats per token.
-
-    Its standard error is far smaller than those of the two losses, because text that is hard for one model is hard for the
-    other too.
-    """
-
-    difference: float
-    stderr: float | None
-
-
-def compare(runs: Sequence[tuple[GPT, np.ndarray]], workers: Workers | None = None) -> list[tuple[Loss, Difference | None]]:
-    """The loss of each model on one text, and its difference from the loss of the first model.
-
-    runs: for each model, the model and the text as ids of its own vocabulary. Raises RequestError if the ids differ in
-    length.
-    """
-    if len({len(ids) for _, ids in runs}) > 1:
-        raise RequestError(f"the text must have the same number of ids for every model, got {[len(ids) for _, ids in runs]}")
-    # Models with different block_size have different windows. All losses are added up over spans of the longest window.
-    span, n = max(model.config.block_size for model, _ in runs), len(runs[0][1]) - 1
-    starts = np.arange(0, n, span)
-    sizes = np.diff(np.append(starts, n))
-    results: list[tuple[Loss, Difference | None]] = []
-    first = None
-    for model, ids in runs:
-        window_sums, window_sizes = _window_losses(model, ids, workers, None)
-        # Spread the loss of each window over its tokens, then add up the tokens of each span.
-        sums = np.add.reduceat(np.repeat(window_sums / window_sizes, window_sizes), starts)
-        loss = _mean_over(sums, sizes)
-        if first is None:
-            first, difference = sums, None
-        else:
-            mean = _mean_over(sums - first, sizes)
-            difference = Difference(mean.loss, mean.stderr)
-        results.append((loss, difference))
-    return results
-
-
-def _mean_over(sums: np.ndarray, sizes: np.ndarray) -> Loss:
+def mean_over(sums: np.ndarray, sizes: np.ndarray) -> Loss:
     """The loss from the summed loss and the number of tokens of each window."""
     n, n_targets = len(sums), int(sizes.sum())
     loss = float(sums.sum() / n_targets)
@@ -105,7 +94,7 @@ def _mean_over(sums: np.ndarray, sizes: np.ndarray) -> Loss:
     return Loss(loss, float(np.sqrt(n / (n - 1) * np.sum((sums - loss * sizes) ** 2)) / n_targets), n_targets)
 
 
-def _window_losses(
+def window_losses(
     model: GPT, ids: np.ndarray, workers: Workers | None, max_tokens: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """(the summed loss of each window, the number of tokens of each window)."""

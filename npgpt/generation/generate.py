@@ -17,7 +17,7 @@ from npgpt.engine.streams import Stream, generator
 from npgpt.generation.decode import NextLogits, window_for
 from npgpt.generation.sampling import log_probabilities, sample_ids
 from npgpt.model.gpt import GPT
-from npgpt.text.characters import CharTokenizer
+from npgpt.text.tokenizer import TextStream, Tokenizer
 
 SIDE_BY_SIDE = 32  # samples generated together; more would need more memory and hardly less time for each
 
@@ -110,7 +110,8 @@ class _Sample:
 class TextPiece:
     """A piece of one sample's text, ready to be shown.
 
-    `done` is true for the last piece of a sample, which may be empty. `stopped` is true if a stop text ended the sample.
+    `done` is true for the last piece of a sample, which may be empty. `stopped` is true if a stop text or the tokenizer's
+    end_id ended the sample.
     """
 
     sample: int
@@ -121,7 +122,7 @@ class TextPiece:
 
 def generate_texts(
     model: GPT,
-    tokenizer: CharTokenizer,
+    tokenizer: Tokenizer,
     prompt: str,
     settings: GenerateConfig,
     stop: Sequence[str] = (),
@@ -130,15 +131,15 @@ def generate_texts(
 ) -> Iterator[TextPiece]:
     """Generate texts that continue `prompt`, and yield their pieces as they come, several texts side by side.
 
-    A text ends before the first of the `stop` texts. samples: the numbers of the samples to generate, by default
-    0 .. settings.num_samples - 1. tokens: a list to which every new Token is appended.
+    A text ends before the first of the `stop` texts, and before the tokenizer's end_id. samples: the numbers of the samples to
+    generate, by default 0 .. settings.num_samples - 1. tokens: a list to which every new Token is appended.
 
     Raises RequestError, at the call, for characters of the prompt that the tokenizer does not know, and for a window that the
     model cannot have.
     """
     samples = range(settings.num_samples) if samples is None else samples
     window_for(model, settings.window)
-    context = tokenizer.encode(prompt or default_context(tokenizer))
+    context = tokenizer.encode(prompt) if prompt else tokenizer.start_ids
     groups = [samples[i : i + SIDE_BY_SIDE] for i in range(0, len(samples), SIDE_BY_SIDE)]
     return (
         piece
@@ -150,25 +151,26 @@ def generate_texts(
 
 
 def _text_pieces(
-    stream: TokenStream, tokenizer: CharTokenizer, samples: Sequence[int], stop: Sequence[str], tokens: list[Token] | None
+    stream: TokenStream, tokenizer: Tokenizer, samples: Sequence[int], stop: Sequence[str], tokens: list[Token] | None
 ) -> Iterator[TextPiece]:
-    finders = {k: _StopFinder(stop) for k in samples}
+    finders = {k: _StopFinder(stop, tokenizer.stream()) for k in samples}
     for token in stream:
         if tokens is not None:
             tokens.append(token)
-        text, found = finders[token.sample].add(tokenizer.itos[token.id])
+        finder = finders[token.sample]
+        text, found = finder.end() if token.id == tokenizer.end_id else finder.add(token.id)
         if found:
             del finders[token.sample]
             stream.stop(token.sample)
         if text or found:
             yield TextPiece(token.sample, text, found, found)
     for sample, finder in finders.items():
-        yield TextPiece(sample, finder.held, done=True)
+        yield TextPiece(sample, finder.end()[0], done=True)
 
 
 def generate_text(
     model: GPT,
-    tokenizer: CharTokenizer,
+    tokenizer: Tokenizer,
     prompt: str,
     settings: GenerateConfig,
     stop: Sequence[str] = (),
@@ -178,28 +180,30 @@ def generate_text(
     return (piece.text for piece in generate_texts(model, tokenizer, prompt, settings, stop, [sample]))
 
 
-def default_context(tokenizer: CharTokenizer) -> str:
-    """The context for an empty prompt: a line break, or the first character if the vocabulary has no line break."""
-    return "\n" if "\n" in tokenizer.stoi else tokenizer.itos[0]
-
-
 class _StopFinder:
-    """Looks for stop texts in a growing text.
+    """Looks for stop texts in the growing text of one sample.
 
     A stop text may begin in one token and end in another. So the finder holds back as many characters as could be the
     beginning of the longest stop text.
     """
 
-    def __init__(self, stop: Sequence[str]) -> None:
-        self._stop, self.held = stop, ""
+    def __init__(self, stop: Sequence[str], stream: TextStream) -> None:
+        self._stop, self._stream, self._held = stop, stream, ""
         self._longest = max(map(len, stop), default=1)
 
-    def add(self, text: str) -> tuple[str, bool]:
-        """Add text. Returns (text that is safe to show, whether a stop text was found after it)."""
-        self.held += text
-        positions = [at for s in self._stop if (at := self.held.find(s)) >= 0]
-        if positions:
-            return self.held[: min(positions)], True
-        safe = max(0, len(self.held) - (self._longest - 1))
-        text, self.held = self.held[:safe], self.held[safe:]
-        return text, False
+    def add(self, i: int) -> tuple[str, bool]:
+        """Add the text of an id. Returns (text that is safe to show, whether a stop text was found after it)."""
+        text, found = self._search(self._stream.add(i))
+        if not found:
+            safe = max(0, len(text) - (self._longest - 1))
+            text, self._held = text[:safe], text[safe:]
+        return text, found
+
+    def end(self) -> tuple[str, bool]:
+        """The text that was held back, up to a stop text; and True, because the sample ends here."""
+        return self._search(self._stream.end())[0], True
+
+    def _search(self, text: str) -> tuple[str, bool]:
+        text = self._held + text
+        positions = [at for s in self._stop if (at := text.find(s)) >= 0]
+        return (text[: min(positions)], True) if positions else (text, False)

@@ -1,4 +1,4 @@
-"""The bytes of a checkpoint: a zip file with one JSON text and NumPy arrays. This file does not know what they mean.
+"""The bytes of a checkpoint: a zip file with JSON texts and NumPy arrays. This file does not know what they mean.
 
 The zip file is an `.npz` that `numpy.load` can read. Its members are stored without compression, because weights hardly
 shrink, and without dates, so the same contents give the same bytes.
@@ -18,7 +18,7 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,10 @@ import numpy as np
 from npgpt.config.fields import RequestError
 from npgpt.storage.files import atomic_write
 
-HEADER = "checkpoint.json"  # the name of the JSON text in the archive
+HEADER = "checkpoint.json"  # the name of the JSON text that every archive has
+TOKENIZER = "tokenizer.json"  # the name of the JSON text that an archive may have
 MAX_HEADER_BYTES = 2 << 20  # enough for a vocabulary of all characters in use and ten thousand evaluations
+MAX_TEXT_BYTES = {HEADER: MAX_HEADER_BYTES, TOKENIZER: 32 << 20}
 READ_BYTES = 1 << 20  # bytes read at a time
 ZIP_END_BYTES = 22  # a zip file without a comment ends with a record of this size, which begins with PK\5\6
 
@@ -64,8 +66,8 @@ def encode_array(array: np.ndarray) -> EncodedArray:
     return NPY_MAGIC + struct.pack("<H", len(text)) + text.encode(), array.reshape(-1).view(np.uint8).data
 
 
-def sha256(encoded: EncodedArray) -> str:
-    """The SHA-256 of an encoded array, in hexadecimal digits."""
+def sha256(encoded: Iterable[bytes | memoryview]) -> str:
+    """The SHA-256 of a member that comes in parts, such as an encoded array, in hexadecimal digits."""
     digest = hashlib.sha256()
     for part in encoded:
         digest.update(part)
@@ -73,10 +75,11 @@ def sha256(encoded: EncodedArray) -> str:
 
 
 def write_archive(
-    path: Path, header: bytes, arrays: Mapping[str, EncodedArray], hashes: Mapping[str, str], keep: bool = True
+    path: Path, header: bytes, members: Mapping[str, Iterable[bytes | memoryview]], hashes: Mapping[str, str], keep: bool = True
 ) -> None:
     """Write an archive. What was at `path` stays there until the new file is complete, on disk and read back.
 
+    members: encoded arrays, and perhaps TOKENIZER, each by its name and in parts. hashes: their SHA-256.
     keep: with False, the new file is then removed, and `path` stays as it is.
 
     Raises OSError if the file cannot be written or does not read back as it should.
@@ -95,8 +98,8 @@ def write_archive(
     with atomic_write(path, verify, keep) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         # zipfile.ZipInfo has a fixed date, so the same contents give the same bytes.
         archive.writestr(zipfile.ZipInfo(HEADER), header)
-        for name, parts in arrays.items():
-            with archive.open(zipfile.ZipInfo(name + ".npy"), "w", force_zip64=True) as member:
+        for name, parts in members.items():
+            with archive.open(zipfile.ZipInfo(_member_name(name)), "w", force_zip64=True) as member:
                 for part in parts:
                     member.write(part)
 
@@ -112,8 +115,16 @@ class Archive:
         self._zip = archive
         self._members = _checked_members(archive, file_bytes)
         self.header = archive.read(self._members[HEADER])
-        self.names = [name.removesuffix(".npy") for name in self._members if name != HEADER]  # of the arrays
+        self.names = [name.removesuffix(".npy") for name in self._members if name not in MAX_TEXT_BYTES]  # of the arrays
         self.total_bytes = sum(info.file_size for info in self._members.values())
+
+    def text(self, name: str, digest: str | None) -> bytes | None:
+        """A JSON text, or None if the archive does not have it. digest: the expected SHA-256, or None."""
+        if name not in self._members:
+            return None
+        data = self._zip.read(self._members[name])
+        _compare_hash(name, sha256([data]), digest)
+        return data
 
     def dtype_and_shape(self, name: str) -> tuple[np.dtype, tuple[int, ...]]:
         """The dtype and shape of an array, without its data."""
@@ -144,12 +155,17 @@ class Archive:
         return array
 
     def check_hash(self, name: str, digest: str) -> None:
-        """Read an array and compare its SHA-256, without keeping the array."""
+        """Read a member and compare its SHA-256, without keeping it."""
         found = hashlib.sha256()
-        with self._zip.open(self._members[name + ".npy"]) as member:
+        with self._zip.open(self._members[_member_name(name)]) as member:
             while part := member.read(READ_BYTES):
                 found.update(part)
         _compare_hash(name, found.hexdigest(), digest)
+
+
+def _member_name(name: str) -> str:
+    """The name in the zip file of an array or of a JSON text."""
+    return name if name in MAX_TEXT_BYTES else name + ".npy"
 
 
 @contextmanager
@@ -195,7 +211,7 @@ def _checked_members(archive: zipfile.ZipFile, file_bytes: int) -> dict[str, zip
             raise CheckpointError(f"it has two members named {shortened(name)}")
         if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size or info.flag_bits & 1:
             raise CheckpointError(f"its member {shortened(name)} is compressed or encrypted, expected a stored one")
-        if name != HEADER and not name.endswith(".npy"):
+        if name not in MAX_TEXT_BYTES and not name.endswith(".npy"):
             others.append(name)
         total += info.file_size
         members[name] = info
@@ -208,8 +224,9 @@ def _checked_members(archive: zipfile.ZipFile, file_bytes: int) -> dict[str, zip
         raise CheckpointError(f"its member {shortened(others[0])} is not an array")
     if total > file_bytes:
         raise CheckpointError(f"its members claim {total:,} bytes, the file has {file_bytes:,}")
-    if members[HEADER].file_size > MAX_HEADER_BYTES:
-        raise CheckpointError(f"its {HEADER} has {members[HEADER].file_size:,} bytes, expected at most {MAX_HEADER_BYTES:,}")
+    for name, most in MAX_TEXT_BYTES.items():
+        if name in members and members[name].file_size > most:
+            raise CheckpointError(f"its {name} has {members[name].file_size:,} bytes, expected at most {most:,}")
     return members
 
 
@@ -231,7 +248,8 @@ def _read_npy_header(name: str, member: Any, member_bytes: int) -> tuple[np.dtyp
 
 def _compare_hash(name: str, found: str, digest: str | None) -> None:
     if digest is not None and found != digest:
-        raise CheckpointError(f"array {name} is not what was written (its SHA-256 differs)")
+        what = name if name in MAX_TEXT_BYTES else f"array {name}"
+        raise CheckpointError(f"{what} is not what was written (its SHA-256 differs)")
 
 
 # ---------------------------------------------------------------- messages

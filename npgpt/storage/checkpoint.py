@@ -2,7 +2,8 @@
 
 The archive (archive.py) has these members:
 
-    checkpoint.json               everything that is not an array (header.py), and the SHA-256 of every array
+    checkpoint.json               everything that is not an array (header.py), and the SHA-256 of every other member
+    tokenizer.json                only with a BPE: the tokenizer
     blocks.0.attn.qkv.weight.npy  one member for each parameter, under its name in the model
     optimizer.exp_avg.npy         the optimiser's running means, as flat arrays
     optimizer.exp_avg_sq.npy
@@ -14,7 +15,7 @@ This file builds a model from an archive, and an archive from a model.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ from npgpt.engine.backend import CPU, Backend
 from npgpt.model.gpt import GPT
 from npgpt.storage.archive import (
     DTYPES,
+    TOKENIZER,
     Archive,
     CheckpointError,
     encode_array,
@@ -37,8 +39,10 @@ from npgpt.storage.archive import (
     write_archive,
 )
 from npgpt.storage.header import FORMAT, Progress, encode_header, one_line, parse_header
+from npgpt.text.bpe import BPETokenizer
 from npgpt.text.characters import CharTokenizer
-from npgpt.text.dataset import TextRecord
+from npgpt.text.record import TextRecord
+from npgpt.text.tokenizer import Tokenizer
 
 MOMENTS = ("optimizer.exp_avg", "optimizer.exp_avg_sq")
 BATCH = ("batch.x", "batch.y")
@@ -49,7 +53,7 @@ class Checkpoint:
     """Everything that a checkpoint file holds. A model and its tokenizer are enough to make one."""
 
     model: GPT
-    tokenizer: CharTokenizer
+    tokenizer: Tokenizer
     train_config: TrainConfig | None = None  # how the model is trained
     progress: Progress = field(default_factory=Progress)
     text: TextRecord | None = None  # the text that the model is trained on
@@ -72,7 +76,7 @@ class Checkpoint:
 # ---------------------------------------------------------------- writing
 
 
-def save(path: str | Path, checkpoint: Checkpoint | GPT, tokenizer: CharTokenizer | None = None, *, keep: bool = True) -> None:
+def save(path: str | Path, checkpoint: Checkpoint | GPT, tokenizer: Tokenizer | None = None, *, keep: bool = True) -> None:
     """Write a Checkpoint, or a model and its tokenizer. A file at `path` is replaced only once the new one is complete.
 
     The model's vocab_size may be larger than the tokenizer's. The ids above are padding, and sampling never draws them.
@@ -88,12 +92,18 @@ def save(path: str | Path, checkpoint: Checkpoint | GPT, tokenizer: CharTokenize
     elif tokenizer is not None:
         raise TypeError("a Checkpoint has its own tokenizer: save(path, checkpoint)")
     arrays = _arrays_of(checkpoint)
-    encoded = {name: encode_array(array) for name, array in arrays.items()}
-    hashes = {name: sha256(array) for name, array in encoded.items()}
+    members: dict[str, Iterable[bytes | memoryview]] = {name: encode_array(array) for name, array in arrays.items()}
+    vocabulary = None
+    if isinstance(checkpoint.tokenizer, BPETokenizer):
+        members[TOKENIZER] = [checkpoint.tokenizer.json.encode()]
+    else:
+        assert isinstance(checkpoint.tokenizer, CharTokenizer)
+        vocabulary = checkpoint.tokenizer.characters
+    hashes = {name: sha256(member) for name, member in members.items()}
     header = encode_header(
         {
             "config": dataclasses.asdict(checkpoint.config),
-            "vocabulary": checkpoint.tokenizer.characters,
+            "vocabulary": vocabulary,
             "train_config": dataclasses.asdict(checkpoint.train_config) if checkpoint.train_config else None,
             "progress": dataclasses.asdict(checkpoint.progress),
             "text": _encoded_text(checkpoint.text),
@@ -104,7 +114,7 @@ def save(path: str | Path, checkpoint: Checkpoint | GPT, tokenizer: CharTokenize
             "sha256": hashes,
         }
     )
-    write_archive(Path(path), header, encoded, hashes, keep)
+    write_archive(Path(path), header, members, hashes, keep)
 
 
 def _encoded_text(text: TextRecord | None) -> dict[str, Any] | None:
@@ -112,7 +122,7 @@ def _encoded_text(text: TextRecord | None) -> dict[str, Any] | None:
 
 
 def _decoded_text(text: dict[str, Any] | None) -> TextRecord | None:
-    return None if text is None else TextRecord(tuple(text["sources"]), text["sha256"], text["n_tokens"])
+    return None if text is None else TextRecord(tuple(text["sources"]), text["sha256"], text["n_characters"])
 
 
 def _arrays_of(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
@@ -121,7 +131,7 @@ def _arrays_of(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
         raise ValueError("a crash file needs its batch, and no other file has one")
     if checkpoint.tokenizer.vocab_size > checkpoint.config.vocab_size:
         raise ValueError(
-            f"the vocabulary has {checkpoint.tokenizer.vocab_size} characters, but the model's vocab_size is "
+            f"the tokenizer has {checkpoint.tokenizer.vocab_size} tokens, but the model's vocab_size is "
             f"{checkpoint.config.vocab_size}"
         )
     arrays = checkpoint.model.state_dict()
@@ -215,20 +225,32 @@ class _OpenCheckpoint:
         self.config = GPTConfig.from_dict(self.header["config"])
         trained = self.header["train_config"]
         self.train_config = None if trained is None else TrainConfig.from_dict(trained)
-        vocabulary, n = self.header["vocabulary"], self.config.num_parameters()
-        if len(vocabulary) > self.config.vocab_size:
+        hashes = self.header["sha256"]  # None in format 1
+        self.tokenizer = self._read_tokenizer(None if hashes is None else hashes.get(TOKENIZER))
+        if self.tokenizer.vocab_size > self.config.vocab_size:
             raise CheckpointError(
-                f"its vocabulary has {len(vocabulary)} characters, but its vocab_size is {self.config.vocab_size}"
+                f"its tokenizer has {self.tokenizer.vocab_size} tokens, but its vocab_size is {self.config.vocab_size}"
             )
+        n = self.config.num_parameters()
         if 4 * n > archive.total_bytes:  # checked before a model of that size is made
             raise CheckpointError(
                 f"its configuration describes {n:,} parameters, more than its {archive.total_bytes:,} bytes can hold"
             )
-        self.tokenizer = CharTokenizer(vocabulary)
-        hashes = self.header["sha256"]  # None in format 1
-        if hashes is not None and set(archive.names) != set(hashes):
-            differing = [shortened(name) for name in sorted(set(archive.names) ^ set(hashes))]
+        names = {*archive.names, *([TOKENIZER] if isinstance(self.tokenizer, BPETokenizer) else [])}
+        if hashes is not None and names != set(hashes):
+            differing = [shortened(name) for name in sorted(names ^ set(hashes))]
             raise CheckpointError(f"its list of hashes and its arrays differ: {first_few(differing)}")
+
+    def _read_tokenizer(self, digest: str | None) -> Tokenizer:
+        vocabulary, description = self.header["vocabulary"], self._archive.text(TOKENIZER, digest)
+        if (vocabulary is None) == (description is None):
+            raise CheckpointError(f"expected a vocabulary or a {TOKENIZER}, found {'none' if description is None else 'both'}")
+        if description is None:
+            return CharTokenizer(vocabulary)
+        try:
+            return BPETokenizer(description.decode("utf-8"))
+        except ValueError as error:  # also a RequestError
+            raise CheckpointError(f"its {TOKENIZER} cannot be used ({error})") from None
 
     def check_shapes(self, expected: dict[str, tuple[int, ...]]) -> None:
         """Raise CheckpointError if an array is missing or unknown, or has another shape or dtype than the configuration

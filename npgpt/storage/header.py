@@ -17,8 +17,9 @@ from typing import Any
 
 from npgpt.storage.archive import HEADER, MAX_HEADER_BYTES, CheckpointError, UnusableError, first_few, shortened
 
-# Format 1 had no hashes, no machine and no crash. Format 2 had `source` and `fingerprint` in place of the two texts.
-FORMAT = 3
+# Format 1 had no hashes, no machine and no crash. Format 2 had `source` and `fingerprint` in place of the two texts. Format 3
+# had `n_tokens` in place of `n_characters`, and always a vocabulary of characters.
+FORMAT = 4
 
 LONGEST_HISTORY = 10_000  # evaluations that a checkpoint remembers
 
@@ -27,6 +28,7 @@ KEYS = {  # by format number
 }
 KEYS[2] = KEYS[1] | {"machine", "crash", "sha256"}
 KEYS[3] = KEYS[2] - {"source", "fingerprint"} | {"text", "val_text"}
+KEYS[4] = KEYS[3]
 
 
 # ---------------------------------------------------------------- checks of one value
@@ -104,6 +106,10 @@ class Progress:
         self.forget_best()
         self.judged_since = self.step
 
+    def with_start(self, val_loss: float) -> Progress:
+        """The progress of a run that starts with a trained model, once that model was judged."""
+        return dataclasses.replace(self, best_loss=val_loss, best_step=self.step)
+
     def with_evaluation(self, train_loss: float, val_loss: float | None, val_stderr: float | None) -> Progress:
         """The progress after an evaluation at this step. Without a validation loss, every evaluation is the best."""
         best = val_loss is None or self.best_loss is None or val_loss < self.best_loss
@@ -124,17 +130,17 @@ def _is_text(value: Any) -> bool:
     """Whether this is a TextRecord as a dictionary."""
     return (
         isinstance(value, dict)
-        and set(value) == {"sources", "sha256", "n_tokens"}
+        and set(value) == {"sources", "sha256", "n_characters"}
         and isinstance(value["sources"], list)
         and all(map(_is_line, value["sources"]))
         and _or_none(_is_sha256)(value["sha256"])
-        and _or_none(_is_count)(value["n_tokens"])
+        and _or_none(_is_count)(value["n_characters"])
     )
 
 
 FIELDS: dict[str, Callable[[Any], Any]] = {
     "config": lambda value: isinstance(value, dict),
-    "vocabulary": _is_vocabulary,
+    "vocabulary": _or_none(_is_vocabulary),  # None: the tokenizer is in a member of its own
     "train_config": _or_none(lambda value: isinstance(value, dict)),
     "progress": _is_progress,
     "source": _or_none(_is_line),  # of the formats 1 and 2
@@ -186,13 +192,22 @@ def parse_header(data: bytes) -> dict[str, Any]:
     if wrong:
         names = first_few([shortened(key) for key in wrong])
         raise CheckpointError(f"its {HEADER} cannot be used (missing or unknown: {names})")
+    if number == 3:
+        header |= {key: _text_of_format_3(header[key]) for key in ("text", "val_text")}
     for key, is_valid in FIELDS.items():
-        if key in header and not is_valid(header[key]):
+        needed = key == "vocabulary" and number < 4
+        if key in header and not (is_valid(header[key]) and not (needed and header[key] is None)):
             raise CheckpointError(f"its {HEADER} cannot be used ({key} is {shortened(header[key])})")
     if number < 3 and (header["source"] or header["fingerprint"]):
         sources = [] if header["source"] is None else [header["source"]]
-        header["text"] = {"sources": sources, "sha256": header["fingerprint"], "n_tokens": None}
+        header["text"] = {"sources": sources, "sha256": header["fingerprint"], "n_characters": None}
     return {key: header.get(key) for key in KEYS[FORMAT]}
+
+
+def _text_of_format_3(text: Any) -> Any:
+    """The record of a text with the name that its length has in format 4. In format 3, that name is an unknown one."""
+    names = {"n_tokens": "n_characters", "n_characters": "n_tokens"}
+    return {names.get(key, key): value for key, value in text.items()} if isinstance(text, dict) else text
 
 
 def one_line(text: str) -> str:

@@ -113,7 +113,8 @@ class RunFiles:
         save(self.last, checkpoint)
         self.saved_step = checkpoint.step
         # A run that stops before its first evaluation leaves a model too, its newest one.
-        if is_best or not self.best.exists() or not checkpoint.progress.history:
+        unjudged = not checkpoint.progress.history and checkpoint.progress.best_loss is None
+        if is_best or not self.best.exists() or unjudged:
             atomic_copy(self.last, self.best)
 
     def try_to_save(self, checkpoint: Checkpoint) -> None:

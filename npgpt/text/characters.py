@@ -1,17 +1,23 @@
-"""The character tokenizer: characters to ids and back. Files are read in reading.py."""
+"""The character tokenizer: one id for each character. Files are read in reading.py."""
 
 from __future__ import annotations
 
+import functools
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from npgpt.config.fields import RequestError
+from npgpt.text.tokenizer import UnknownCharacterError
 
 
-class UnknownCharacterError(RequestError):
-    """A text has a character outside the vocabulary."""
+@dataclass(frozen=True)
+class MoreCharacters:
+    """Asks for a tokenizer that also knows the characters of a text: the ids of `base`, and then new ones."""
+
+    base: CharTokenizer
 
 
 CHARACTERS_AT_ONCE = 1 << 16  # few, so that encoding a large text needs little more memory than its ids
@@ -22,6 +28,9 @@ class CharTokenizer:
 
     `stoi` maps a character to its id, and `itos` maps an id to its character. The ids are 0 .. vocab_size - 1.
     """
+
+    is_characters = True
+    end_id: int | None = None
 
     def __init__(self, characters: Sequence[str]) -> None:
         """characters: single characters, in the order of their ids.
@@ -51,6 +60,11 @@ class CharTokenizer:
             raise RequestError("cannot build a vocabulary from an empty text")
         return cls([chr(code) for code in np.flatnonzero(seen)])
 
+    def with_characters_of(self, pieces: Iterable[str]) -> CharTokenizer:
+        """The tokenizer that also knows the characters of a text. The new ones have the highest ids, sorted."""
+        new = [c for c in CharTokenizer.build_vocab(pieces).stoi if c not in self.stoi]
+        return CharTokenizer([*self.stoi, *new])
+
     @property
     def vocab_size(self) -> int:
         return len(self.itos)
@@ -59,6 +73,20 @@ class CharTokenizer:
     def id_dtype(self) -> np.dtype:
         """The smallest unsigned dtype that holds every id."""
         return np.min_scalar_type(self.vocab_size - 1)
+
+    @property
+    def start_ids(self) -> list[int]:
+        """A line break, or the first character if the vocabulary has no line break."""
+        return [self.stoi.get("\n", 0)]
+
+    @functools.cached_property
+    def byte_lengths(self) -> np.ndarray:
+        """(vocab_size,): the number of bytes of each character in UTF-8."""
+        return np.array([len(c.encode(errors="surrogatepass")) for c in self.stoi])
+
+    @property
+    def character_lengths(self) -> np.ndarray:
+        return np.ones(self.vocab_size, dtype=np.int64)
 
     @property
     def characters(self) -> str:
@@ -84,12 +112,27 @@ class CharTokenizer:
             done += len(codes)
         return ids
 
+    def encode_pieces(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
+        """The ids of a text that comes in pieces, piece by piece."""
+        done = 0
+        for piece in pieces:
+            yield self.encode_array(piece, position=done)
+            done += len(piece)
+
     def decode(self, ids: Iterable[int]) -> str:
         """Ids -> text. Raises RequestError, naming the id, if an id is not in the vocabulary."""
         try:
             return "".join([self.itos[int(i)] for i in ids])
         except KeyError as error:
             raise RequestError(f"id {error.args[0]} is not in the vocabulary, whose ids are 0..{self.vocab_size - 1}") from None
+
+    def token_bytes(self, i: int) -> bytes:
+        """The character with this id, as UTF-8."""
+        return self.decode([i]).encode(errors="surrogatepass")
+
+    def stream(self) -> _CharacterStream:
+        """A stream that turns ids into characters, one at a time."""
+        return _CharacterStream(self.itos)
 
     def unknown(self, text: str) -> dict[str, int]:
         """The characters of `text` outside the vocabulary, each with the position of its first occurrence."""
@@ -132,6 +175,19 @@ class CharTokenizer:
 
     def __repr__(self) -> str:
         return f"CharTokenizer({self.characters!r})"
+
+
+class _CharacterStream:
+    """Every id is a whole character, so nothing is held back."""
+
+    def __init__(self, itos: dict[int, str]) -> None:
+        self._itos = itos
+
+    def add(self, i: int) -> str:
+        return self._itos[i]
+
+    def end(self) -> str:
+        return ""
 
 
 def _code_points(text: str) -> Iterator[np.ndarray]:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +11,6 @@ from npgpt.config.fields import RequestError
 from npgpt.engine.backend import CPU, Backend, backend_of
 from npgpt.engine.streams import Stream, generator
 from npgpt.kernels.reference import Array
-from npgpt.text.sources import shown_paths
 
 SPLITS = ("train", "val")
 
@@ -39,9 +35,11 @@ class Dataset:
         val_fraction: float = 0.1,
         seed: int = 1337,
         val_ids: Any = None,
+        n_train: int | None = None,
     ) -> None:
         """ids: a sequence of integers >= 0; it is kept in the smallest unsigned dtype. val_ids: a held-out text of its own;
-        val_fraction must then be 0.
+        val_fraction must then be 0. n_train: how many of the ids to train on, for a text that was split before it was encoded;
+        val_fraction then says which fraction of its characters is held out.
 
         Raises RequestError if the training part is too short for one window of `block_size` tokens and the token after it,
         or if a setting is out of range.
@@ -56,7 +54,9 @@ class Dataset:
         self.ids = _flat_ids(ids)
         self.has_own_val = val_ids is not None
         self.block_size, self.batch_size, self.val_fraction, self.seed = block_size, batch_size, val_fraction, seed
-        self.train, self.val = split(self.ids, val_fraction)
+        if n_train is None:
+            n_train = length_to_train_on(len(self.ids), val_fraction)
+        self.train, self.val = self.ids[:n_train], self.ids[n_train:]
         if val_ids is not None:
             self.val = _flat_ids(val_ids)
             if len(self.val) < 2:
@@ -107,27 +107,6 @@ class Dataset:
         return repeated_share(self.train, self.val)
 
 
-@dataclass(frozen=True)
-class TextRecord:
-    """What a checkpoint remembers of a text: where it came from, and enough to recognise it."""
-
-    sources: tuple[str, ...]  # files, folders, or - for standard input
-    sha256: str | None  # of its ids, see `fingerprint`
-    n_tokens: int | None  # None in the formats 1 and 2
-
-    @classmethod
-    def of(cls, ids: np.ndarray, sources: str | Sequence[str] = ()) -> TextRecord:
-        return cls((sources,) if isinstance(sources, str) else tuple(sources), fingerprint(ids), len(ids))
-
-    def length_in(self, ids: np.ndarray) -> int | None:
-        """How many ids at the beginning of `ids` are this text; None if `ids` do not begin with it."""
-        n = len(ids) if self.n_tokens is None else self.n_tokens
-        return n if n <= len(ids) and fingerprint(ids[:n]) == self.sha256 else None
-
-    def __str__(self) -> str:
-        return shown_paths(self.sources)
-
-
 def _flat_ids(ids: Any) -> np.ndarray:
     """Ids as an array of the smallest unsigned dtype. Raises RequestError for anything else than integers >= 0 in a row."""
     ids = np.asarray(ids)
@@ -137,16 +116,9 @@ def _flat_ids(ids: Any) -> np.ndarray:
     return ids.astype(np.min_scalar_type(int(ids.max(initial=0))), copy=False)
 
 
-def split(ids: np.ndarray, val_fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """(the ids to train on, the held-out ids). The last `val_fraction` of the ids is held out."""
-    n_train = len(ids) - int(len(ids) * val_fraction)
-    return ids[:n_train], ids[n_train:]
-
-
-def fingerprint(ids: np.ndarray) -> str:
-    """The SHA-256 of the ids, to tell one text from another."""
-    smallest = np.min_scalar_type(int(ids.max(initial=0))).newbyteorder("<")  # the same bytes on every machine
-    return hashlib.sha256(np.ascontiguousarray(ids, dtype=smallest).data).hexdigest()
+def length_to_train_on(n: int, val_fraction: float) -> int:
+    """How many of n tokens, or characters, are trained on. The rest, at the end, is held out."""
+    return n - int(n * val_fraction)
 
 
 def repeated_share(train: np.ndarray, held_out: np.ndarray) -> float:

@@ -7,14 +7,17 @@ import functools
 import io
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from npgpt.config.fields import RequestError
-from npgpt.text.characters import CharTokenizer, UnknownCharacterError
+from npgpt.text.bpe import BPETokenizer, NewBPE
+from npgpt.text.characters import CharTokenizer, MoreCharacters
 from npgpt.text.sources import STDIN, UTF_16, Sources, opened
+from npgpt.text.tokenizer import Tokenizer, UnknownCharacterError
 
 BYTES_PER_PIECE = 1 << 26  # malloc returns freed blocks of this size to the system
 DECODED_AT_ONCE = 1 << 20  # bytes: one wide character makes Python hold a whole string in four bytes a character
@@ -42,55 +45,116 @@ def _as_sources(paths: str | Path | Sequence[str | Path] | Sources) -> Sources:
     return paths if isinstance(paths, Sources) else Sources(paths)
 
 
+@dataclass(frozen=True)
+class EncodedText:
+    """A text as ids. The first n_train of them are to be trained on."""
+
+    ids: np.ndarray
+    n_train: int
+
+
 def read_ids(
     paths: str | Path | Sequence[str | Path] | Sources,
-    tokenizer: CharTokenizer | None = None,
+    tokenizer: Tokenizer | None = None,
     track: Track | None = None,
     limit: int | None = None,
-) -> tuple[CharTokenizer, np.ndarray]:
+) -> tuple[Tokenizer, np.ndarray]:
     """The tokenizer and the ids of a text: (tokenizer, ids (n,) in the smallest unsigned dtype).
 
-    paths: as in `read_text`. tokenizer: None builds one from the text. track: shows the progress, as `tqdm` does.
-    limit: encode only the first `limit` characters.
+    paths: as in `read_text`. tokenizer: None builds one of characters from the text. track: shows the progress, as `tqdm`
+    does. limit: encode only the first `limit` characters.
 
     The text may have any size. The time grows in proportion to it. Memory holds the text as UTF-8, or the ids, never both as
     a whole. Raises RequestError as `read_text` does, and for a character that the given tokenizer does not know.
     """
-    tokenizer, (ids,) = read_ids_of([_as_sources(paths)], tokenizer, track, limit)
-    return tokenizer, ids
+    tokenizer, (text,) = read_texts([_as_sources(paths)], tokenizer, track, limit)
+    return tokenizer, text.ids
 
 
-def read_ids_of(
+def read_texts(
     texts: Sequence[Sources],
-    tokenizer: CharTokenizer | None = None,
+    tokenizer: Tokenizer | NewBPE | MoreCharacters | None = None,
     track: Track | None = None,
     limit: int | None = None,
-) -> tuple[CharTokenizer, list[np.ndarray]]:
-    """The tokenizer of several texts, and the ids of each; see `read_ids`. A new tokenizer has the characters of all texts."""
+    train_on: Callable[[int], int] = int,
+    clean: Callable[[str], str] = str,
+) -> tuple[Tokenizer, list[EncodedText]]:
+    """The tokenizer of several texts, and the ids of each; see `read_ids`.
+
+    A new tokenizer of characters has those of all texts. A new BPE is trained on what the first text is trained on.
+
+    train_on: how many of n characters are trained on; the default is all. A text is split there before it is encoded, so that
+    no token reaches from one part into the other, and every tokenizer is judged on the same characters.
+    clean: applied to each piece of a text.
+    """
     track = track or _untracked
     stored = [_StoredText() for _ in texts]
-    pieces = (piece for text, sources in zip(stored, texts, strict=True) for piece in text.storing(_pieces_of(sources, track)))
+    pieces = (
+        piece
+        for text, sources in zip(stored, texts, strict=True)
+        for piece in text.storing(map(clean, _pieces_of(sources, track)))
+    )
+    use: Tokenizer
     if tokenizer is None:
-        tokenizer = CharTokenizer.build_vocab(pieces)
+        use = CharTokenizer.build_vocab(pieces)
+    elif isinstance(tokenizer, MoreCharacters):
+        use = tokenizer.base.with_characters_of(pieces)
     else:
         deque(pieces, maxlen=0)  # only stores them
-    return tokenizer, [_encoded(text, sources, tokenizer, track, limit) for text, sources in zip(stored, texts, strict=True)]
+        if isinstance(tokenizer, NewBPE):
+            to_learn = _Reader(stored[0].pieces(track, "Training the tokenizer")).take(train_on(_length_of(stored[0], limit)))
+            use = BPETokenizer.train(to_learn, tokenizer.vocab_size)
+        else:
+            use = tokenizer
+    return use, [_encoded(text, sources, use, track, limit, train_on) for text, sources in zip(stored, texts, strict=True)]
 
 
-def _encoded(text: _StoredText, sources: Sources, tokenizer: CharTokenizer, track: Track, limit: int | None) -> np.ndarray:
-    ids, done = np.empty(text.length if limit is None else min(limit, text.length), dtype=tokenizer.id_dtype), 0
-    for piece in text.taken(track):
-        piece = piece[: len(ids) - done]
-        try:
-            ids[done : done + len(piece)] = tokenizer.encode_array(piece, position=done)
-        except UnknownCharacterError as error:
-            raise UnknownCharacterError(f"{sources} has {error}") from None
-        done += len(piece)
-    return ids
+def _length_of(text: _StoredText, limit: int | None) -> int:
+    return text.length if limit is None else min(limit, text.length)
+
+
+def _encoded(
+    text: _StoredText,
+    sources: Sources,
+    tokenizer: Tokenizer,
+    track: Track,
+    limit: int | None,
+    train_on: Callable[[int], int],
+) -> EncodedText:
+    length = _length_of(text, limit)
+    n_train = train_on(length)
+    reader = _Reader(text.pieces(track, "Encoding", keep=False))
+    try:
+        if tokenizer.is_characters:
+            ids, done = np.empty(length, dtype=tokenizer.id_dtype), 0
+            for part in tokenizer.encode_pieces(reader.take(length)):
+                ids[done : done + len(part)] = part
+                done += len(part)
+            return EncodedText(ids, n_train)
+        parts = list(tokenizer.encode_pieces(reader.take(n_train)))
+        n_ids = sum(map(len, parts))
+        parts += tokenizer.encode_pieces(reader.take(length - n_train))
+    except UnknownCharacterError as error:
+        raise UnknownCharacterError(f"{sources} has {error}") from None
+    return EncodedText(np.concatenate([np.empty(0, dtype=tokenizer.id_dtype), *parts]), n_ids)
+
+
+class _Reader:
+    """Takes a text from its pieces, a number of characters at a time."""
+
+    def __init__(self, pieces: Iterator[str]) -> None:
+        self._pieces, self._rest = pieces, ""
+
+    def take(self, n: int) -> Iterator[str]:
+        """The next n characters, or what is left, in pieces."""
+        while n > 0 and (piece := self._rest or next(self._pieces, "")):
+            taken, self._rest = piece[:n], piece[n:]
+            n -= len(taken)
+            yield taken
 
 
 class _StoredText:
-    """A text that is stored once, as UTF-8, and taken back piece by piece. Its memory is freed as it is taken."""
+    """A text that is stored once, as UTF-8, and read again piece by piece."""
 
     def __init__(self) -> None:
         self._parts: deque[bytes] = deque()
@@ -108,11 +172,11 @@ class _StoredText:
             yield piece
         self._parts.append(bytes(part))
 
-    def taken(self, track: Track) -> Iterator[str]:
-        """Take the text back, in pieces."""
-        for _ in track(range(len(self._parts)), total=len(self._parts), desc="Encoding", **_MIB_PER_PIECE):
+    def pieces(self, track: Track, desc: str, keep: bool = True) -> Iterator[str]:
+        """The text in pieces. With keep=False, its memory is freed piece by piece."""
+        for i in track(range(len(self._parts)), total=len(self._parts), desc=desc, **_MIB_PER_PIECE):
             decoder = codecs.getincrementaldecoder("utf-8")()
-            part = self._parts.popleft()
+            part = self._parts[i] if keep else self._parts.popleft()
             for start in range(0, len(part), DECODED_AT_ONCE):
                 if piece := decoder.decode(part[start : start + DECODED_AT_ONCE]):
                     yield piece

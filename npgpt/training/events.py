@@ -22,15 +22,20 @@ class Step:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation, after step `step`. Losses are in nats per token."""
+    """One evaluation, after step `step`. Losses are in nats per token.
+
+    The bits are those of val_loss, or of train_loss if no text is held out. They compare runs with different tokenizers.
+    """
 
     step: int
-    train_loss: float  # the mean over the steps since the last evaluation
+    train_loss: float | None  # the mean over the steps since the last evaluation; None before the first step
     val_loss: float | None  # over at most `eval_tokens` held-out tokens; None if no text is held out
     val_stderr: float | None  # the standard error of val_loss
     best: bool  # whether val_loss is the lowest so far; always true without held-out text
     sample: str
     seconds: float
+    bits_per_character: float | None = None
+    bits_per_byte: float | None = None
 
 
 class Outcome(enum.Enum):

@@ -19,7 +19,7 @@ from typing import Any
 from npgpt.config.fields import RequestError
 from npgpt.config.settings import GenerateConfig, TrainConfig
 from npgpt.engine.backend import bfloat16
-from npgpt.evaluation.loss import evaluate
+from npgpt.evaluation.loss import Loss, evaluate
 from npgpt.generation.generate import generate_text
 from npgpt.model.gpt import GPT
 from npgpt.parallel.machine import describe_machine
@@ -30,8 +30,9 @@ from npgpt.parallel.workers import Workers
 from npgpt.storage.checkpoint import Checkpoint, save
 from npgpt.storage.header import Progress
 from npgpt.storage.run import RunFiles
-from npgpt.text.characters import CharTokenizer
-from npgpt.text.dataset import Dataset, TextRecord
+from npgpt.text.dataset import Dataset
+from npgpt.text.record import TextRecord
+from npgpt.text.tokenizer import Tokenizer, text_size
 from npgpt.training.advice import advice
 from npgpt.training.events import End, Evaluation, Events, Outcome, Step
 from npgpt.training.muon import Muon
@@ -49,24 +50,28 @@ class Trainer:
 
     `out` is the path of the checkpoint, which must end in .npz; the other files of the run are beside it (storage/run.py).
     With None nothing is written. `sources` and `val_sources` say where the text and a held-out text of its own came from, for
-    the checkpoint. Raises RequestError if the arguments contradict each other.
+    the checkpoint. `pretrained` says that the model was trained before. It is then judged before the first step, and kept until
+    a later one has a lower validation loss. Raises RequestError if the arguments contradict each other.
     """
 
     def __init__(
         self,
         model: GPT,
-        tokenizer: CharTokenizer,
+        tokenizer: Tokenizer,
         dataset: Dataset,
         config: TrainConfig,
         out: str | Path | None = None,
         sources: str | Sequence[str] = (),
         val_sources: str | Sequence[str] = (),
+        pretrained: bool = False,
     ) -> None:
+        self.pretrained = pretrained
         self.model, self.tokenizer, self.dataset, self.config = model, tokenizer, dataset, config
         self.files = None if out is None else RunFiles(Path(out))
         self._check_arguments()
-        self._text = TextRecord.of(dataset.ids, sources)
-        self._val_text = TextRecord.of(dataset.val, val_sources) if dataset.has_own_val else None
+        self._text = TextRecord.of(dataset.ids, tokenizer, sources)
+        self._val_text = TextRecord.of(dataset.val, tokenizer, val_sources) if dataset.has_own_val else None
+        self._train_size = text_size(tokenizer, dataset.train)
         self.progress = Progress()
         self.changes = Changes()  # what a resumed run does differently from the run before
         self._started = time.perf_counter()
@@ -115,19 +120,8 @@ class Trainer:
         the same seed gives other bytes. `changes` then says what else differs; see resumption.py. Raises RequestError, naming
         the difference, if `last` has another text, vocabulary or shape.
         """
-        if last.optimizer_state is None or last.train_config is None:
-            raise RequestError(
-                "this checkpoint holds no training state to resume from; a run's NAME.last.npz does, if it is read by "
-                "load(path, with_optimizer=True)"
-            )
-        if last.tokenizer != self.tokenizer:
-            raise RequestError(
-                "cannot resume: the vocabulary is not the one it was trained with; use the checkpoint's tokenizer, or start a "
-                "new run"
-            )
-        changes = changes_since(last, self.model.config, self.config, self.dataset, self._val_text)
-        if last.step >= self.config.steps:
-            raise RequestError(f"nothing to do: the run is at step {last.step} already; ask for more than that with --steps")
+        changes = changes_since(last, self.model.config, self.config, self.tokenizer, self.dataset, self._val_text)
+        assert last.optimizer_state is not None
         try:
             self.optimizer.load_state_dict(last.optimizer_state)
         except ValueError as error:
@@ -246,7 +240,12 @@ class Trainer:
         p, config = self.progress, self.config
         is_time = p.step % config.eval_interval == 0 or p.step == config.steps
         is_evaluated = bool(p.history) and p.history[-1][0] == p.step
-        return is_time and not is_evaluated and p.step > self._resumed_at
+        return self._start_is_unjudged or (is_time and not is_evaluated and p.step > self._resumed_at)
+
+    @property
+    def _start_is_unjudged(self) -> bool:
+        """Whether a trained model that this run starts from has yet to be judged."""
+        return self.pretrained and self.progress.step == 0 and self.progress.best_loss is None and len(self.dataset.val) > 1
 
     def _explain_divergence(self) -> str:
         """Find out why the loss or the gradient of the next step is not finite, and save a crash file for `replay`."""
@@ -331,9 +330,11 @@ class Trainer:
         started = time.perf_counter()
         p = self.progress
         train_loss = p.loss_sum / max(1, p.loss_count)
+        at_start = self._start_is_unjudged
         val_loss = val_stderr = None
+        loss = Loss(train_loss, None, len(self.dataset.train), *self._train_size)
         if len(self.dataset.val) > 1:
-            loss = evaluate(self.model, self.dataset.val, self._workers, self.config.eval_tokens or None)
+            loss = evaluate(self.model, self.dataset.val, self._workers, self.config.eval_tokens or None, self.tokenizer)
             val_loss, val_stderr = loss.loss, loss.stderr
         try:
             sample = self._sample()
@@ -341,10 +342,11 @@ class Trainer:
             return None
         if not (bool(self.model.backend.xp.isfinite(self.model.flat.data).all()) and math.isfinite(val_loss or 0.0)):
             return None
-        after = p.with_evaluation(train_loss, val_loss, val_stderr)
+        after = p.with_start(loss.loss) if at_start else p.with_evaluation(train_loss, val_loss, val_stderr)
         is_best = after.best_step == p.step
         self._save(after, is_best)
-        result = Evaluation(p.step, train_loss, val_loss, val_stderr, is_best, sample, time.perf_counter() - started)
+        seconds, bits = time.perf_counter() - started, (loss.bits_per_character, loss.bits_per_byte)
+        result = Evaluation(p.step, None if at_start else train_loss, val_loss, val_stderr, is_best, sample, seconds, *bits)
         self._log("evaluation", dataclasses.asdict(result))
         self.progress = after
         return result

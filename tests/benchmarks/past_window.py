@@ -14,7 +14,7 @@ import numpy as np
 
 import npgpt
 from npgpt.generation.decode import NextLogits
-from npgpt.text.dataset import split
+from npgpt.text.dataset import length_to_train_on
 from npgpt.text.reading import read_ids
 
 
@@ -40,7 +40,7 @@ def main():
     checkpoint = npgpt.load(args.ckpt)
     model = checkpoint.model
     _, ids = read_ids(args.text, checkpoint.tokenizer)
-    held_out = split(ids, checkpoint.train_config.val_fraction)[1].astype(np.int64)
+    held_out = ids[length_to_train_on(len(ids), checkpoint.train_config.val_fraction) :].astype(np.int64)
     length = model.config.block_size + args.tokens
     starts = np.linspace(0, len(held_out) - length, args.spans).astype(int)
     spans = np.stack([held_out[start : start + length] for start in starts])

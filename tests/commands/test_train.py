@@ -65,7 +65,7 @@ def test_resume_takes_what_its_own_advice_says(workshop, tmp_path, capsys, monke
     assert (
         "from step 7 on: dropout 0.2 (was 0.1), steps 8 (was 6), batch_size 3 (was 4), lr 0.0001 (was 0.001), "
         "min_lr 1e-05 (was 0.0001), eval_tokens 100 (was 131072), micro_batch 1 (was automatic), "
-        "text 7,500 tokens (was 6,000 tokens); the search for the lowest validation loss begins again\n"
+        "text 7,500 characters (was 6,000 characters); the search for the lowest validation loss begins again\n"
     ) in said
     assert npgpt.cli.main(["evaluate", "--ckpt", "model.npz"]) == 0
     assert "the held-out part of text.txt" in capsys.readouterr().out
@@ -96,7 +96,7 @@ def test_several_files_a_folder_and_a_held_out_text(workshop, tmp_path, capsys, 
     assert f"66.7%  first.txt.gz, 4,000 characters\n         16.7%  {books / 'b.txt'}, 1,000 characters" in said
     assert f"16.7%  {books / 'sub' / 'a.txt'}, 1,000 characters" in said
     assert f"warning: {books / 'cat.png'} is left out: not a text" in said
-    assert npgpt.load("books/model.npz").text.n_tokens == 6000
+    assert npgpt.load("books/model.npz").text.n_characters == 6000
     # The files that the run has written into the folder are not read again. So the text is the same.
     assert npgpt.cli.main(["train", "first.txt.gz", "books", *quick, "--resume", "--steps", "6"]) == 0
     assert npgpt.cli.main(["evaluate", "--ckpt", "books/model.npz", "--json"]) == 0
@@ -110,14 +110,14 @@ def test_several_files_a_folder_and_a_held_out_text(workshop, tmp_path, capsys, 
     assert npgpt.cli.main(["train", "first.txt.gz", "--val-text", "books/b.txt", *QUICK]) == 0
     assert "4,000 to train on, 1,000 held out: books/b.txt" in capsys.readouterr().err
     checkpoint = npgpt.load("model.npz")
-    assert (checkpoint.text.n_tokens, checkpoint.val_text.n_tokens) == (4000, 1000)
+    assert (checkpoint.text.n_characters, checkpoint.val_text.n_characters) == (4000, 1000)
     assert npgpt.cli.main(["evaluate", "--ckpt", "model.npz"]) == 0
     said = capsys.readouterr().out
     assert "all of books/b.txt, which was held out: 999 characters predicted" in said
     val_ids = checkpoint.tokenizer.encode_array(text[4000:5000])
     assert f"loss {npgpt.evaluate(checkpoint.model, val_ids).loss:.4f}" in said
     assert npgpt.cli.main(["train", "--resume", "--steps", "9"]) == 0  # the held-out text stays
-    assert npgpt.load("model.last.npz").val_text.n_tokens == 1000
+    assert npgpt.load("model.last.npz").val_text.n_characters == 1000
     assert npgpt.cli.main(["train", "--resume", "--steps", "12", "--val-fraction", "0.2"]) == 2
     assert "the run has a held-out text of its own, books/b.txt, so --val-fraction must be 0" in capsys.readouterr().err
     assert npgpt.cli.main(["train", "--resume", "--steps", "12", "--val-text", "books/sub/a.txt"]) == 2
@@ -130,7 +130,7 @@ def test_several_files_a_folder_and_a_held_out_text(workshop, tmp_path, capsys, 
     Path("other.txt").write_text(text[:500], encoding="utf-8")
     assert npgpt.cli.main(["train", "--resume", "--steps", "12", "--val-text", "other.txt"]) == 0
     assert (
-        "held-out text other.txt of 500 tokens (was books/b.txt of 1,000 tokens); the search for the lowest"
+        "held-out text other.txt of 500 characters (was books/b.txt of 1,000 characters); the search for the lowest"
         in capsys.readouterr().err
     )
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from npgpt import GPT, RequestError, evaluate, ops
-from npgpt.evaluation.loss import Loss, compare
+from npgpt.evaluation.comparison import compare
+from npgpt.evaluation.loss import Loss
 
 
 def test_evaluation_is_exact(tokenizer, text, small_config):

@@ -19,7 +19,12 @@ STAGES = "config kernels | engine | model text | storage parallel | generation e
 STAGE_OF = {room: i for i, stage in enumerate(STAGES.split("|")) for room in stage.split()}
 SURFACE = {"__init__.py", "__main__.py"}  # what a user imports or runs; these files may import any room
 # Packages of extras, and the files that may import them.
-OF_EXTRAS = {"cupy": {"engine/backend.py"}, "ml_dtypes": {"engine/backend.py"}, "zstandard": {"text/sources.py"}}
+OF_EXTRAS = {
+    "cupy": {"engine/backend.py"},
+    "ml_dtypes": {"engine/backend.py"},
+    "zstandard": {"text/sources.py"},
+    "tokenizers": {"text/bpe.py"},
+}
 CORE = {"numpy", "threadpoolctl", "tqdm"}
 
 

@@ -26,7 +26,7 @@ from npgpt import (
 )
 from npgpt.cli import main
 from npgpt.storage.header import Progress
-from npgpt.text.dataset import TextRecord
+from npgpt.text.record import TextRecord
 
 FIXTURES = Path(__file__).parent / "fixtures"
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="counts the operations of POSIX systems")
@@ -75,7 +75,7 @@ def test_every_released_format_loads(number):
     assert checkpoint.config == GPTConfig(6, block_size=4, n_layer=1, n_head=2, n_embd=4, dropout=0.1)
     assert checkpoint.tokenizer.characters == "\n abcé"
     assert (checkpoint.step, checkpoint.train_config.steps, str(checkpoint.text)) == (4, 4, "text.txt")
-    assert checkpoint.text.n_tokens == (None if number < 3 else 260)
+    assert checkpoint.text.n_characters == (None if number < 3 else 260)
     assert checkpoint.optimizer_state["steps"] == 4
     with np.load(path) as arrays:
         for name, p in checkpoint.model.named_parameters():
@@ -130,7 +130,7 @@ def test_a_checkpoint_that_could_not_be_loaded_is_not_saved(tmp_path):
     ]:
         with pytest.raises(ValueError, match=words):
             npgpt.save(path, Checkpoint(model, tokenizer, **more))
-    with pytest.raises(ValueError, match="vocabulary has 31 characters, but the model's vocab_size is 30"):
+    with pytest.raises(ValueError, match="tokenizer has 31 tokens, but the model's vocab_size is 30"):
         npgpt.save(path, model, npgpt.CharTokenizer(tokenizer.characters + "€"))
     with pytest.raises(ValueError, match="vocabulary cannot be saved"):
         npgpt.save(path, model, npgpt.CharTokenizer(tokenizer.characters[:-1] + "\udc80"))
@@ -210,7 +210,7 @@ def test_the_difference_from_the_configuration_is_named(tmp_path):
         (changed(config=header["config"] | {"d_ff": 31}), r"mlp.fc.weight has shape \(8, 32\), expected \(8, 31\)"),
         (changed(config=header["config"] | {"n_layer": 2}), "describes .* parameters|missing blocks.1"),
         (changed(config=header["config"] | {"colour": 1}), "colour"),
-        (changed(vocabulary=header["vocabulary"] + "€"), "vocabulary has 31"),
+        (changed(vocabulary=header["vocabulary"] + "€"), "tokenizer has 31 tokens"),
         (changed(format=99), "format 99, this version reads 1 and 2"),
     ]:
         with zipfile.ZipFile(bad, "w") as archive:

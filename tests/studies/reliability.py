@@ -31,7 +31,7 @@ from npgpt import GPT, AdamW, CharTokenizer, Checkpoint, CheckpointError, Datase
 from npgpt.engine.backend import CPU
 from npgpt.storage.header import Progress
 from npgpt.storage.run import RunFiles
-from npgpt.text.dataset import TextRecord
+from npgpt.text.record import TextRecord
 
 ROOT = Path(__file__).parent.parent.parent
 TEXT = "The quick brown fox jumps over the lazy dog.\n" * 30
@@ -652,7 +652,7 @@ def hostile_files(folder):
         with_header("machine is a list", machine=["x"]),
         with_header("bad fingerprint", text=header["text"] | {"sha256": "abc"}),
         with_header("sources of another type", text=header["text"] | {"sources": "text.txt"}),
-        with_header("negative length of the text", text=header["text"] | {"n_tokens": -1}),
+        with_header("negative length of the text", text=header["text"] | {"n_characters": -1}),
         with_header("a text without its length", text={"sources": [], "sha256": None}),
         with_header("a held-out text of another type", val_text=[]),
     ]

@@ -5,7 +5,7 @@ import pytest
 
 from npgpt import Dataset, RequestError
 from npgpt.text import dataset as dataset_module
-from npgpt.text.dataset import fingerprint, repeated_share, split, window_starts, windows_at
+from npgpt.text.dataset import length_to_train_on, repeated_share, window_starts, windows_at
 
 
 def test_split_is_ninety_ten_in_order():
@@ -16,11 +16,10 @@ def test_split_is_ninety_ten_in_order():
     assert data.ids.dtype == np.uint16
 
 
-def test_a_fingerprint_tells_texts_apart_and_not_dtypes():
-    ids = np.arange(100)
-    same = [fingerprint(Dataset(ids.astype(dtype), 8, 1).ids) for dtype in (np.uint8, np.int64, ">u4")]
-    assert len(set(same)) == 1
-    assert fingerprint(Dataset(ids[::-1], 8, 1).ids) != same[0]
+def test_a_text_that_was_split_before_it_was_encoded():
+    data = Dataset(np.arange(1000), block_size=8, batch_size=2, n_train=777)
+    assert (len(data.train), len(data.val), data.val_fraction) == (777, 223, 0.1)
+    assert [length_to_train_on(n, 0.1) for n in (0, 9, 10, 1005)] == [0, 9, 9, 905]
 
 
 def test_batches_are_shifted_windows_of_their_split():
@@ -86,8 +85,9 @@ def test_bad_datasets():
 
 def test_repeated_held_out_text_is_found(text, tokenizer):
     ids = tokenizer.encode_array(text)
-    assert repeated_share(*split(ids, 0.1)) < 0.01
-    assert repeated_share(*split(np.tile(ids, 2), 0.1)) == 1.0
+    for once, share in ((ids, 0.0), (np.tile(ids, 2), 1.0)):
+        data = Dataset(once, 8, 2)
+        assert repeated_share(data.train, data.val) == data.repeated_share == pytest.approx(share, abs=0.01)
     mixed = np.concatenate([ids[1000:6000], np.random.default_rng(0).integers(0, 60, 5000, dtype=ids.dtype)])
     assert repeated_share(ids, mixed) == pytest.approx(0.5, abs=0.02)
     assert Dataset(np.tile(ids, 3), 16, 4).repeated_share == 1.0

@@ -172,7 +172,7 @@ def test_what_a_resumed_run_may_change(text, tokenizer, small_config, trained, c
     assert events[-1].step == 12
     after = npgpt.load(files.last, with_optimizer=True)
     assert (after.config.dropout, after.train_config) == (model.dropout, config)
-    assert after.text.n_tokens == len(ids)
+    assert after.text.n_characters == len(ids)
     logged = [json.loads(line) for line in files.log.read_text(encoding="utf-8").splitlines()]
     first = next(event for event in logged if event["event"] == "resume")
     assert set(first["changes"]) == {"steps"} | names
@@ -201,7 +201,7 @@ def test_losses_stay_comparable_if_the_same_tokens_are_judged(text, tokenizer, s
     other = trainer(ids, dataclasses.replace(config, steps=9), val_ids[:-1])
     other.resume(last)
     assert not other.changes.comparable
-    assert "held-out text b.txt of 399 tokens (was b.txt of 400 tokens)" in str(other.changes)
+    assert "held-out text b.txt of 399 characters (was b.txt of 400 characters)" in str(other.changes)
     assert "too few evaluations" in list(other.run())[-1].advice  # those before the change are not counted
 
 
@@ -390,7 +390,7 @@ def full_disk(descriptor):
         ("long name", OSError, "too long"),
         ("full disk", OSError, "No space left"),
         ("surrogate", RequestError, "this run could not be saved: vocabulary"),
-        ("small vocabulary", RequestError, "this run could not be saved: the vocabulary has 63 characters"),
+        ("small vocabulary", RequestError, "this run could not be saved: the tokenizer has 63 tokens"),
         ("not finite", RequestError, "this run could not be saved: lm_head.weight"),
     ],
 )

@@ -1,0 +1,124 @@
+"""Reading a byte-level BPE that other programs have written: `tokenizer.json`, or a vocabulary and its merges."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from npgpt.config.fields import RequestError
+from npgpt.text.bpe import END_OF_TEXT, BPETokenizer, NewBPE
+
+MAX_BYTES = 32 << 20  # of a file; GPT-2's tokenizer.json has 1.4 MB, those of large models 10 MB
+DEFAULT_VOCAB_SIZE = 1024
+DESCRIPTION = "tokenizer.json"
+VOCABULARIES = {"vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}  # the second pair are OpenAI's names
+
+
+def read_tokenizer(path: str | Path) -> BPETokenizer:
+    """The tokenizer in a `tokenizer.json`, in a `vocab.json` beside its `merges.txt`, or in the folder of these files.
+
+    Raises RequestError, naming the file, if there is none, or if it is not a byte-level BPE.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return read_tokenizer(_file_in(path))
+    try:
+        parsed = _read_json(path)
+        if isinstance(parsed, dict) and not isinstance(parsed.get("model"), dict):  # a vocabulary; "model" may be a token
+            parsed = _joined(parsed, _read_merges(path))
+        return BPETokenizer(json.dumps(parsed, ensure_ascii=False))
+    except RequestError as error:
+        raise RequestError(f"cannot use the tokenizer {path}: {error}") from None
+
+
+def tokenizer_named(choice: str | None, vocab_size: int | None) -> BPETokenizer | NewBPE | None:
+    """What the flags --tokenizer and --vocab-size ask for. None: a tokenizer of the text's characters.
+
+    Raises RequestError if they contradict each other, or if the tokenizer cannot be read.
+    """
+    if choice == "bpe":
+        return NewBPE(DEFAULT_VOCAB_SIZE if vocab_size is None else vocab_size)
+    if vocab_size is not None:
+        raise RequestError("--vocab-size is for --tokenizer bpe; every other tokenizer has its own vocabulary")
+    if choice in (None, "char"):
+        return None
+    if not Path(choice).exists():
+        raise RequestError(f"--tokenizer must be char, bpe, or the file or folder of a tokenizer; there is no {choice}")
+    return read_tokenizer(choice)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether one of the files that `read_tokenizer` reads is in the folder."""
+    return any((folder / name).is_file() for name in (DESCRIPTION, *VOCABULARIES))
+
+
+def _file_in(folder: Path) -> Path:
+    for name in (DESCRIPTION, *VOCABULARIES):
+        if (folder / name).is_file():
+            return folder / name
+    raise RequestError(f"the folder {folder} has no tokenizer: expected {DESCRIPTION}, or vocab.json and merges.txt")
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise RequestError(f"{path.name} has {size:,} bytes, at most {MAX_BYTES:,} are read")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise RequestError(f"there is no {path.name}") from None
+    except OSError as error:
+        raise RequestError(f"{path.name} cannot be read: {error.strerror}") from None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return _read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError:
+        raise RequestError(f"{path.name} is not UTF-8 text") from None
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, RequestError):
+            raise
+        raise RequestError(f"{path.name} is not JSON: {error}") from None
+
+
+def _read_merges(vocabulary: Path) -> list[list[str]]:
+    name = VOCABULARIES.get(vocabulary.name, "merges.txt")
+    lines = _read_text(vocabulary.with_name(name)).split("\n")
+    if lines[0].startswith("#version"):
+        lines = lines[1:]
+    return [line.rstrip("\r").split(" ") for line in lines if line.strip()]
+
+
+def _joined(vocab: dict[str, Any], merges: list[list[str]]) -> dict[str, Any]:
+    """The description of GPT-2's kind of tokenizer, from a vocabulary and its merges."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    added = []
+    if END_OF_TEXT in vocab:
+        end = {"id": vocab[END_OF_TEXT], "content": END_OF_TEXT, "special": True}
+        added = [end | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)]
+    model: dict[str, Any] = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+    }
+    model |= {"fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": model | {"vocab": {token: i for token, i in vocab.items() if token != END_OF_TEXT}, "merges": merges},
+    }
