@@ -11,7 +11,8 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "npgpt" / "__init__.py").re
 # The platforms for which NVIDIA publishes its compiler.
 WITH_NVRTC = "platform_system != 'Darwin' and platform_machine in 'x86_64 AMD64 aarch64'"
 BPE = ["tokenizers>=0.20"]
-TEST = ["pytest>=8", "hypothesis>=6", "pytest-timeout>=2", "pytest-xdist>=3", "ml_dtypes>=0.5", "zstandard>=0.19", *BPE]
+GGUF = ["gguf>=0.10"]
+TEST = ["pytest>=8", "hypothesis>=6", "pytest-timeout>=2", "pytest-xdist>=3", "ml_dtypes>=0.5", "zstandard>=0.19", *BPE, *GGUF]
 
 # `make oldest` runs the tests with exactly these versions. threadpoolctl 3.4 does not find the BLAS of NumPy's own packages.
 CORE = ["numpy>=2.0", "threadpoolctl>=3.5", "tqdm>=4.60"]
@@ -32,6 +33,7 @@ setup(
         "cuda13": ["cupy-cuda13x[ctk]>=14", "ml_dtypes>=0.5", "numpy>=2.1.2"],
         "nvrtc": [f"nvidia-cuda-nvrtc>=13; {WITH_NVRTC}"],
         "bpe": BPE,
+        "gguf": GGUF,
         "plot": ["matplotlib>=3.7"],
         "zstd": ["zstandard>=0.19; python_version < '3.14'"],
         "test": TEST,

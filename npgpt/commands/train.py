@@ -14,7 +14,7 @@ from typing import Any
 
 from npgpt.config.fields import RequestError
 from npgpt.config.settings import PRESETS, GPTConfig, TrainConfig
-from npgpt.console.flags import add_flags, settings_from
+from npgpt.console.flags import add_flags, positive, settings_from
 from npgpt.console.run_messages import evaluation_line, print_banner, report_end, write_error
 from npgpt.console.signals import StopRequest, interruptible
 from npgpt.console.terminal import command_parser, failed, progress_bar, say
@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--vocab-size",
         dest="bpe_size",
-        type=_whole_number,
+        type=positive("vocab_size"),
         metavar="N",
         help=f"with --tokenizer bpe: the largest number of tokens, 256 or more (default: {DEFAULT_VOCAB_SIZE})",
     )
@@ -115,12 +115,6 @@ def _minutes(text: str) -> float:
     if not 0 < minutes <= 100_000:
         raise argparse.ArgumentTypeError(f"minutes must be a number above 0 and at most 100000, got {text!r}")
     return minutes
-
-
-def _whole_number(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"vocab_size must be a whole number, got {text!r}")
-    return int(text)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -44,6 +44,17 @@ def add_unknown_flag(parser: argparse.ArgumentParser, where: str = "") -> None:
     )
 
 
+def positive(name: str) -> Callable[[str], int]:
+    """A function for argparse that reads a whole number above 0. name: what it is, for messages."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < 1:
+            raise argparse.ArgumentTypeError(f"{name} must be a whole number at least 1, got {text!r}")
+        return int(text)
+
+    return parse
+
+
 def settings_from(namespace: argparse.Namespace, cls: type[Settings]) -> dict[str, Any]:
     """The settings of `cls` that were given on the command line, by name."""
     return {f.name: getattr(namespace, f.name) for f in fields_of(cls) if hasattr(namespace, f.name)}

@@ -60,6 +60,7 @@ class BPETokenizer:
         self._bytes = _bytes_of_tokens(parsed)
         self._missing = set(range(256)) - {token[0] for token in self._bytes if len(token) == 1}
         special = {added["content"]: added["id"] for added in parsed["added_tokens"] if added["special"]}
+        self.special_ids = list(special.values())
         self.end_id: int | None = special.get(END_OF_TEXT)
 
     @classmethod
@@ -149,6 +150,17 @@ class BPETokenizer:
         if not 0 <= i < self.vocab_size:
             raise RequestError(f"id {i} is not in the vocabulary, whose ids are 0..{self.vocab_size - 1}")
         return self._bytes[i]
+
+    def token_texts(self) -> list[str]:
+        """Each token as the description writes it: one printable character for each byte. Special tokens are as they are."""
+        parsed = json.loads(self.json)
+        id_of = parsed["model"]["vocab"] | {added["content"]: added["id"] for added in parsed["added_tokens"]}
+        return sorted(id_of, key=id_of.__getitem__)
+
+    def merges(self) -> list[list[str]]:
+        """The pairs of tokens that are joined, the first ones first, written as in `token_texts`."""
+        found = json.loads(self.json)["model"]["merges"]
+        return [pair.split(" ") if isinstance(pair, str) else pair for pair in found]
 
     def stream(self) -> _ByteStream:
         """A stream that turns ids into text, one at a time."""

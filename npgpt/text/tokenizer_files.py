@@ -1,4 +1,4 @@
-"""Reading a byte-level BPE that other programs have written: `tokenizer.json`, or a vocabulary and its merges."""
+"""The files of tokenizers that other programs read and write: `tokenizer.json`, or a vocabulary and its merges."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 from npgpt.config.fields import RequestError
 from npgpt.text.bpe import END_OF_TEXT, BPETokenizer, NewBPE
+from npgpt.text.characters import CharTokenizer
+from npgpt.text.tokenizer import Tokenizer
 
 MAX_BYTES = 32 << 20  # of a file; GPT-2's tokenizer.json has 1.4 MB, those of large models 10 MB
 DEFAULT_VOCAB_SIZE = 1024
@@ -15,24 +17,25 @@ DESCRIPTION = "tokenizer.json"
 VOCABULARIES = {"vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}  # the second pair are OpenAI's names
 
 
-def read_tokenizer(path: str | Path) -> BPETokenizer:
+def read_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer in a `tokenizer.json`, in a `vocab.json` beside its `merges.txt`, or in the folder of these files.
 
-    Raises RequestError, naming the file, if there is none, or if it is not a byte-level BPE.
+    Raises RequestError, naming the file, if there is none, or if it is neither a byte-level BPE nor one of characters.
     """
     path = Path(path)
     if path.is_dir():
         return read_tokenizer(_file_in(path))
     try:
-        parsed = _read_json(path)
+        parsed = read_json(path)
         if isinstance(parsed, dict) and not isinstance(parsed.get("model"), dict):  # a vocabulary; "model" may be a token
             parsed = _joined(parsed, _read_merges(path))
-        return BPETokenizer(json.dumps(parsed, ensure_ascii=False))
+        characters = _characters_in(parsed)
+        return BPETokenizer(json.dumps(parsed, ensure_ascii=False)) if characters is None else CharTokenizer(characters)
     except RequestError as error:
         raise RequestError(f"cannot use the tokenizer {path}: {error}") from None
 
 
-def tokenizer_named(choice: str | None, vocab_size: int | None) -> BPETokenizer | NewBPE | None:
+def tokenizer_named(choice: str | None, vocab_size: int | None) -> Tokenizer | NewBPE | None:
     """What the flags --tokenizer and --vocab-size ask for. None: a tokenizer of the text's characters.
 
     Raises RequestError if they contradict each other, or if the tokenizer cannot be read.
@@ -51,6 +54,34 @@ def tokenizer_named(choice: str | None, vocab_size: int | None) -> BPETokenizer 
 def has_tokenizer(folder: Path) -> bool:
     """Whether one of the files that `read_tokenizer` reads is in the folder."""
     return any((folder / name).is_file() for name in (DESCRIPTION, *VOCABULARIES))
+
+
+def tokenizer_json(tokenizer: Tokenizer) -> str:
+    """The contents of a `tokenizer.json` for the tokenizers library.
+
+    A tokenizer of characters is a vocabulary of words, and every character is a word. An unknown character is an error.
+    """
+    if isinstance(tokenizer, BPETokenizer):
+        return tokenizer.json
+    assert isinstance(tokenizer, CharTokenizer)
+    split = {"type": "Split", "pattern": {"Regex": "[\\s\\S]"}, "behavior": "Isolated", "invert": False}
+    words = {"type": "WordLevel", "vocab": tokenizer.stoi, "unk_token": "<unk>"}
+    parts: dict[str, Any] = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None}
+    parts |= {"pre_tokenizer": split, "post_processor": None, "decoder": {"type": "Fuse"}, "model": words}
+    return json.dumps(parts, ensure_ascii=False, separators=(",", ":"))
+
+
+def _characters_in(description: Any) -> list[str] | None:
+    """The characters, if this is a tokenizer of characters as `tokenizer_json` describes it; else None."""
+    model = description.get("model") if isinstance(description, dict) else None
+    if not isinstance(model, dict) or model.get("type") != "WordLevel" or not isinstance(model.get("vocab"), dict):
+        return None
+    vocab, split = model["vocab"], description.get("pre_tokenizer")
+    if not isinstance(split, dict) or split.get("pattern") != {"Regex": "[\\s\\S]"} or any(len(word) != 1 for word in vocab):
+        return None
+    if description.get("normalizer") or description.get("added_tokens") or list(vocab.values()) != list(range(len(vocab))):
+        return None
+    return list(vocab)
 
 
 def _file_in(folder: Path) -> Path:
@@ -79,7 +110,7 @@ def _read_text(path: Path) -> str:
         raise RequestError(f"{path.name} is not UTF-8 text") from None
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
     try:
         return json.loads(_read_text(path))
     except (ValueError, RecursionError) as error:

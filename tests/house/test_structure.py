@@ -13,7 +13,8 @@ TESTS = ROOT / "tests"
 
 
 # The rooms from left to right, in stages. A file may import from its own room and from rooms of earlier stages.
-STAGES = "config kernels | engine | model text | storage parallel | generation evaluation | training | console | commands | cli"
+STAGES = "config kernels | engine | model text | storage parallel | exchange generation evaluation | "
+STAGES += "training | console | commands | cli"
 
 
 STAGE_OF = {room: i for i, stage in enumerate(STAGES.split("|")) for room in stage.split()}
@@ -24,6 +25,7 @@ OF_EXTRAS = {
     "ml_dtypes": {"engine/backend.py"},
     "zstandard": {"text/sources.py"},
     "tokenizers": {"text/bpe.py"},
+    "gguf": {"exchange/gguf.py"},
 }
 CORE = {"numpy", "threadpoolctl", "tqdm"}
 
