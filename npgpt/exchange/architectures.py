@@ -139,12 +139,22 @@ def to_their_settings(config: GPTConfig, end_id: int | None) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TheirModel:
-    """What a `config.json` describes. q_scales: for each block, the factor that belongs into the weights of q."""
+    """What a `config.json` describes. notes: what npgpt does in another way, in words.
+
+    scales_attention: whether attention divides its scores by sqrt(head_dim). scales_by_layer: whether it also divides them by
+    the number of the block.
+    """
 
     architecture: Architecture
     config: GPTConfig
-    q_scales: list[float]
+    scales_attention: bool
+    scales_by_layer: bool
     notes: list[str]
+
+    def q_scale(self, layer: int) -> float:
+        """The factor that belongs into the weights of q of a block, because npgpt always divides by sqrt(head_dim)."""
+        scale = 1.0 if self.scales_attention else math.sqrt(self.config.n_embd // self.config.n_head)
+        return scale / (layer + 1) if self.scales_by_layer else scale
 
 
 def from_their_settings(settings: Any) -> TheirModel:
@@ -193,14 +203,13 @@ def from_their_settings(settings: Any) -> TheirModel:
         activation=ACTIVATIONS[activation],
         tie_weights=tied,
     )
-    scales = [1.0] * config.n_layer
-    if arch is GPT2 and not get.flag("scale_attn_weights", True):
-        scales = [math.sqrt(config.n_embd // config.n_head)] * config.n_layer
+    scales_attention = arch is not GPT2 or get.flag("scale_attn_weights", True)
+    scales_by_layer = arch is GPT2 and get.flag("scale_attn_by_inverse_layer_idx", False)
+    if not scales_attention:
         notes.append("it does not scale attention; the factor that npgpt divides by is in the weights of q")
-    if arch is GPT2 and get.flag("scale_attn_by_inverse_layer_idx", False):
-        scales = [scale / (layer + 1) for layer, scale in enumerate(scales)]
+    if scales_by_layer:
         notes.append("it divides attention by the number of the block; these factors are in the weights of q")
-    return TheirModel(arch, config, scales, notes)
+    return TheirModel(arch, config, scales_attention, scales_by_layer, notes)
 
 
 class _Getter:

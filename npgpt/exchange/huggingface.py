@@ -162,7 +162,7 @@ def _model_of(theirs: TheirModel, tensors: _Tensors, block_size: int | None, dty
             raise RequestError(f"its tensor {names[name]} has shape {array.shape}, expected {expected}")
         p.data[...] = layouts[name].to_ours(array)[: p.shape[0]]
         if ".attn.qkv." in name:
-            p.data[..., : config.n_embd] *= p.dtype.type(theirs.q_scales[int(name.split(".")[1])])
+            p.data[..., : config.n_embd] *= p.dtype.type(theirs.q_scale(int(name.split(".")[1])))
     return Imported(model, notes)
 
 

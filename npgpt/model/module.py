@@ -38,10 +38,18 @@ class Parameters(list[Tensor]):
         if len({(t.backend, t.dtype) for t in found}) != 1:
             raise ValueError("parameters in one flat array must share one dtype and one device")
         super().__init__(sorted(found, key=lambda t: t.ndim < 2))  # stable: matrices first, else in order
-        xp = self[0].backend.xp
+        xp, n = self[0].backend.xp, sum(t.size for t in self)
         self.n_decay: int = sum(t.size for t in self if t.ndim >= 2)
-        data = xp.concatenate([t.data.reshape(-1) for t in self])
-        grad = xp.concatenate([xp.zeros_like(t.data).reshape(-1) if t.grad is None else t.grad.reshape(-1) for t in self])
+        # The gradients take no memory before they are written to, so a model that only generates needs half of it.
+        data, grad = xp.empty(n, dtype=self[0].dtype), xp.zeros(n, dtype=self[0].dtype)
+        start = 0
+        for t in self:
+            view = slice(start, start + t.size)
+            data[view] = t.data.reshape(-1)
+            t.data = data[view].reshape(t.shape)  # the memory of the tensor's own array can go
+            if t.grad is not None:
+                grad[view] = t.grad.reshape(-1)
+            start += t.size
         self.bind(data, grad)
 
     def bind(self, data: Array, grad: Array) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from npgpt.config.settings import GPTConfig, TrainConfig
-from npgpt.engine.backend import CPU, Backend
+from npgpt.engine.backend import CPU, Backend, to_numpy
 from npgpt.model.gpt import GPT
 from npgpt.storage.archive import (
     DTYPES,
@@ -134,7 +134,7 @@ def _arrays_of(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
             f"the tokenizer has {checkpoint.tokenizer.vocab_size} tokens, but the model's vocab_size is "
             f"{checkpoint.config.vocab_size}"
         )
-    arrays = checkpoint.model.state_dict()
+    arrays = {name: to_numpy(p.data) for name, p in checkpoint.model.named_parameters()}  # no copies
     if checkpoint.optimizer_state:
         moments = {name: checkpoint.optimizer_state[name.removeprefix("optimizer.")] for name in MOMENTS}
         for name, array in moments.items():
@@ -148,7 +148,7 @@ def _arrays_of(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
         if array.dtype.str not in DTYPES:
             raise ValueError(f"expected an array of float32 or float64, {name} is {array.dtype}")
         with np.errstate(over="ignore"):  # `load` makes float32 of it, so a large float64 would become infinite
-            finite = array.dtype.kind == "i" or bool(np.isfinite(array.astype(np.float32)).all())
+            finite = array.dtype.kind == "i" or bool(np.isfinite(array.astype(np.float32, copy=False)).all())
         if checkpoint.crash is None and not finite:
             raise ValueError(f"{name} has a number that is not finite, so it is not saved")
     return arrays
