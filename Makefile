@@ -14,7 +14,7 @@ VENV_BIN := .venv/bin
 endif
 PIP := $(VENV_BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help train test oldest soak lint bench gpu gradcheck gradcheck-full parity mutation nvrtc data venv clean
+.PHONY: help train test oldest soak lint bench gpu gradcheck gradcheck-full parity interop mutation nvrtc data venv clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -56,6 +56,9 @@ gradcheck-full: .venv/.test ## check every element of every operation, with 200 
 parity: .venv/.parity ## compare with PyTorch, and install it first
 	$(VENV_BIN)/python -m pytest -n auto tests/studies/test_parity.py
 
+interop: .venv/.test ## compare with transformers and llama.cpp, and install them first into .interop; minutes
+	$(VENV_BIN)/python tests/studies/interop.py
+
 mutation: .venv/.test ## plant bugs in the backward passes; the tests must catch every one
 	$(VENV_BIN)/python tests/studies/mutation.py $(ARGS)
 
@@ -67,7 +70,7 @@ data: ## fetch tiny Shakespeare into data/ (needs a network)
 venv: .venv/.core ## install what the commands in bin/ need into .venv
 
 clean: ## remove .venv and the caches of tests and tools
-	rm -rf .venv .venv-oldest .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf .venv .venv-oldest .interop .pytest_cache .mypy_cache .ruff_cache build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp file for each set of dependencies. A change in setup.py makes them stale.

@@ -65,6 +65,10 @@ CANDIDATES = (
         {"n_layer": 2, "n_embd": 128, "block_size": 128, "batch_size": 8, "lr": 8e-3, **LEARNS_FAST},
         ((300, 1.969), (1500, 1.583), (3000, 1.525), (8000, 1.465)),
     ),
+    Candidate(
+        {"n_layer": 3, "n_head": 6, "n_embd": 192, "block_size": 256, "batch_size": 8, "lr": 8e-3, **LEARNS_FAST},
+        ((1600, 1.466), (9500, 1.426)),
+    ),
     Candidate({k: v for k, v in PRESETS["char"].items() if k in CANDIDATE_SETTINGS}, ((5000, 1.470),)),
 )
 
