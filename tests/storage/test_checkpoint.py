@@ -3,6 +3,7 @@
 Comments such as R2 name rows of the table in docs/reliability.md.
 """
 
+import hashlib
 import json
 import os
 import sys
@@ -66,7 +67,7 @@ def test_a_float64_model_is_saved_as_float32(tmp_path, tokenizer, small_config):
         npgpt.save(tmp_path / "m.npz", model, tokenizer)
 
 
-@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
 def test_every_released_format_loads(number):
     """The files were written by the versions of npgpt that introduced these formats."""
     path = FIXTURES / f"format-{number}.npz"
@@ -83,6 +84,44 @@ def test_every_released_format_loads(number):
         np.testing.assert_array_equal(checkpoint.optimizer_state["exp_avg_sq"], arrays["optimizer.exp_avg_sq"])
     # The weights of the three layer norms are four ones each. All other parameters are close to zero.
     assert checkpoint.model.flat.data.sum(dtype=np.float64) == pytest.approx(12.0, abs=1.5)
+
+
+def test_a_checkpoint_with_a_bpe(tmp_path):
+    """It has a member of its own for the tokenizer, which is hashed and bounded. Decoding needs no library."""
+    path = FIXTURES / "format-4-bpe.npz"
+    checkpoint = npgpt.load(path)
+    assert (checkpoint.format, checkpoint.tokenizer.vocab_size, checkpoint.config.vocab_size) == (4, 262, 264)
+    assert checkpoint.tokenizer.decode([checkpoint.tokenizer.start_ids[0]]) == "\n"
+    npgpt.save(tmp_path / "again.npz", checkpoint)
+    assert (tmp_path / "again.npz").read_bytes() == path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    header = json.loads(members["checkpoint.json"])
+    tokenizer = members["tokenizer.json"]
+    other = json.dumps(json.loads(tokenizer) | {"normalizer": {"type": "Lowercase"}}).encode()
+    digest = hashlib.sha256(other).hexdigest()
+    for changes, words in [
+        ({"tokenizer.json": tokenizer.replace(b"BPE", b"bpe")}, "tokenizer.json is not what was written"),
+        ({"tokenizer.json": None}, "expected a vocabulary or a tokenizer.json, found none"),
+        ({"checkpoint.json": header | {"vocabulary": "ab"}}, "expected a vocabulary or a tokenizer.json, found both"),
+        ({"checkpoint.json": header | {"format": 3}}, "vocabulary is None"),
+        (
+            {"checkpoint.json": header | {"config": header["config"] | {"vocab_size": 261}}},
+            "has 262 tokens, but its vocab_size",
+        ),
+        (
+            {"tokenizer.json": other, "checkpoint.json": header | {"sha256": header["sha256"] | {"tokenizer.json": digest}}},
+            "its tokenizer.json cannot be used .its normalizer changes",
+        ),
+        ({"tokenizer.json": b" " * ((32 << 20) + 1)}, "its tokenizer.json has 33,554,433 bytes, expected at most 33,554,432"),
+        ({"other.json": b"{}"}, "its member 'other.json' is not an array"),
+    ]:
+        with zipfile.ZipFile(tmp_path / "bad.npz", "w") as archive:
+            for name, content in (members | changes).items():
+                if content is not None:
+                    archive.writestr(name, json.dumps(content) if isinstance(content, dict) else content)
+        with pytest.raises(CheckpointError, match=words):
+            npgpt.load(tmp_path / "bad.npz")
 
 
 @posix_only
