@@ -120,15 +120,19 @@ def again(out):
     return ["--resume"] if RunFiles(out).last.exists() else []
 
 
-def kills(folder, n, seed=0):
+MUON = ("--optimizer", "muon", "--position", "rotary")
+
+
+def kills(folder, n, flags=(), seed=0):
     """R1: kill a run that saves at every step at a random moment, resume it, and so on `n` times.
 
-    Every third run has worker processes.
+    Every third run has worker processes. flags: of every run.
     """
     tally, rng = Tally(), random.Random(seed)
     out, reached = folder / "model.npz", 0
     for i in range(n):
-        process = start_training(folder, *again(out), *["--processes"] * (i % 3 == 0))
+        start = () if RunFiles(out).last.exists() else flags  # a resumed run keeps its settings
+        process = start_training(folder, *again(out), *start, *["--processes"] * (i % 3 == 0))
         for _ in range(5 if i % 2 else 1):  # every second kill comes during training
             if not process.stderr.readline():
                 raise RuntimeError(f"training ended by itself: status {process.wait()}")

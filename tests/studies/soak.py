@@ -39,6 +39,7 @@ def programme(scale):
     return [
         ("R5 random and structured damage", reliability.fuzz, times(200_000)),
         ("R1 kill -9 while saving every step", reliability.kills, times(500)),
+        ("R1 the same with Muon", reliability.kills, times(250), reliability.MUON),
         ("R4 every bit flipped", reliability.flips, None)
         if scale == 1
         else ("R4 bits flipped", reliability.flips, times(60_000)),

@@ -17,8 +17,10 @@ from npgpt.storage.run import RunFiles, read_log
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 
 
-def test_killed_runs_continue_from_the_last_save(tmp_path):
-    reliability.sound(reliability.kills(tmp_path, 20))  # R1
+@pytest.mark.parametrize("flags", [(), reliability.MUON], ids=["adamw", "muon"])
+def test_killed_runs_continue_from_the_last_save(tmp_path, flags):
+    reliability.sound(reliability.kills(tmp_path, 16, flags))  # R1
+    assert npgpt.load(tmp_path / "model.last.npz").train_config.optimizer == ("muon" if flags else "adamw")
 
 
 @posix_only
