@@ -83,10 +83,13 @@ def test_resuming_and_judging_with_more_text(command, folder):
     assert out.startswith("the held-out part of the first 6,003 characters of text.txt: ")
     _, out, _ = command("evaluate", "--ckpt", "b.npz", "text.txt", "--sample-tokens", "0")
     assert out.startswith("the held-out part of text.txt and the 900 characters that were added to text.txt: 1,4")
-    Path("other.txt").write_text("the bell, the bell, " * 900, encoding="utf-8")
+    tokenizer, at = npgpt.load("b.npz").tokenizer, 6003 - 600  # where the text of the run was split
+    texts = ["." * n + "the bell, the bell, " * 900 for n in range(9)]
+    split = [len(tokenizer.encode(text[:at])) + len(tokenizer.encode(text[at:])) for text in texts]
+    k = [n - len(tokenizer.encode(text)) for n, text in zip(split, texts, strict=True)].index(1)  # the split cuts a token
+    Path("other.txt").write_text(texts[k], encoding="utf-8")
     _, out, _ = command("evaluate", "--ckpt", "b.npz", "other.txt", "--json")
-    ids = npgpt.load("b.npz").tokenizer.encode("the bell, the bell, " * 900)
-    assert json.loads(out)["tokens"] == len(ids) - 1  # a text of its own is not split
+    assert json.loads(out)["tokens"] == len(tokenizer.encode(texts[k])) - 1  # a text of its own is not split
     Path("text.txt").write_text("Another text. " * 900, encoding="utf-8")
     assert "the text is not the one it was trained on" in command("train", "--resume", "--steps", "9")[2]
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from npgpt import GPT, RequestError, evaluate, ops
+from npgpt import GPT, BPETokenizer, CharTokenizer, GPTConfig, RequestError, evaluate, ops
 from npgpt.evaluation.comparison import compare
 from npgpt.evaluation.loss import Loss
 
@@ -60,5 +60,31 @@ def test_compare_is_the_paired_difference(tokenizer, text, small_config):
     expected = np.std(spans[1] - spans[0], ddof=1) / math.sqrt(62) / 32
     assert other.stderr == pytest.approx(expected, rel=0.05)
     assert (same.difference, same.stderr) == (0, 0)
+    with pytest.raises(RequestError, match="the same length in bytes"):
+        compare([(models[0], ids), (models[1], ids[1:])], tokenizers=[tokenizer, tokenizer])
     with pytest.raises(RequestError, match="the same number of ids"):
         compare([(models[0], ids), (models[1], ids[1:])])
+
+
+def test_different_tokenizers_are_aligned_by_bytes(tokenizer, text):
+    """No model predicts its first token. So only the bytes after the longest first token are compared."""
+    pytest.importorskip("tokenizers")
+    judged = " the bell, the bell \u00e9 rang, " + text[:1500]
+    characters = CharTokenizer.build_vocab(judged)
+    bpe = BPETokenizer.train(["the bell " * 200 + judged], 300)
+    config = GPTConfig(300, block_size=16, n_layer=1, n_head=2, n_embd=16)
+    runs = [(GPT(config, seed=seed), t.encode_array(judged)) for seed, t in ((1, characters), (2, bpe))]
+    first = len(bpe.token_bytes(int(runs[1][1][0])))
+    assert first > 1
+    results = compare(runs, tokenizers=[characters, bpe])
+    n_bytes = len(judged.encode()) - first
+    assert [loss.n_targets for loss, _ in results] == [n_bytes] * 2
+    for (model, ids), (loss, _), skipped in zip(runs, results, (first - 1, 0), strict=True):
+        alone = evaluate(model, ids)
+        # The losses of the characters that are left out are those of the first window, spread over its characters.
+        window = evaluate(model, ids[:17])
+        assert loss.loss * n_bytes == pytest.approx(alone.loss * alone.n_targets - skipped * window.loss, rel=1e-9)
+    difference = results[1][1]
+    assert difference.difference == pytest.approx(results[1][0].loss - results[0][0].loss)
+    swapped = compare(runs[::-1], tokenizers=[bpe, characters])[1][1]
+    assert (swapped.difference, swapped.stderr) == pytest.approx((-difference.difference, difference.stderr))

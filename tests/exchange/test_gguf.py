@@ -78,6 +78,7 @@ def test_the_weights_compute_the_same_logits(tmp_path, position, tie_weights, bi
     ids = [1, 5, 8, 0, 2, 2]
     found, expected = logits_of(tensors, ids), model(np.array([ids]))[0].numpy()[0]
     assert found.shape == (6, 10)  # the characters and the end of a text; the padding of the model is not there
+    assert len(tensors["token_embd.weight"]) == 10
     np.testing.assert_allclose(found[:, :9], expected[:, :9], atol=3e-5)
     np.testing.assert_allclose(found[:, 9], -100, atol=1e-2)
     architecture = "gptneox" if position == "rotary" else "gpt2"

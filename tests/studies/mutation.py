@@ -28,6 +28,14 @@ NORM, ELEMENTWISE, SOFTMAX = "kernels/cuda/norm.cu", "kernels/cuda/elementwise.c
 EMBEDDING, COMMON = "kernels/cuda/embedding.cu", "kernels/cuda/common.cu"
 CUDA, PRODUCTS = "kernels/cuda/kernels.py", "kernels/cuda/products.py"
 
+BPE, READING, RECORD, RESIZE = "text/bpe.py", "text/reading.py", "text/record.py", "model/resize.py"
+LOSS, COMPARISON, JUDGED = "evaluation/loss.py", "evaluation/comparison.py", "evaluation/judged_text.py"
+ARCHITECTURES, HUGGING_FACE = "exchange/architectures.py", "exchange/huggingface.py"
+SAFETENSORS, GGUF = "exchange/safetensors.py", "exchange/gguf.py"
+TEXT_TESTS = ["text", "exchange", "evaluation", "model/test_resize.py", "commands/test_tokenizers.py"]
+
+OF_TEXTS = {BPE, READING, RECORD, RESIZE, LOSS, COMPARISON, JUDGED}  # TEXT_TESTS cover these files
+OF_TEXTS |= {ARCHITECTURES, HUGGING_FACE, SAFETENSORS, GGUF}
 OF_A_GPU = {NORM, ELEMENTWISE, SOFTMAX, EMBEDDING, COMMON, CUDA, PRODUCTS}  # GPU_TESTS cover these files
 
 # (name, file, text that occurs once in the file, text that replaces it).
@@ -191,6 +199,41 @@ BUGS = [
     ("cuda: one random number for two elements", COMMON, "16 * (i % 2)", "0"),
     ("cuda: Philox with nine rounds", COMMON, "round < 10", "round < 9"),
     ("cuda: warps share a row", COMMON, "+ threadIdx.x / WARP; }", "; }"),
+    ("text: a cut between two spaces", BPE, r'(?<=\S)(?= )|', r'(?= )|'),
+    ("text: a cut in front of a letter", BPE, r'(?<=[^\W_])(?=[\s', r'(?<=[^\W_])(?=[\w\s'),
+    ("text: the end of a stream is lost", BPE, 'return self._decoder.decode(b"", final=True)', 'return ""'),
+    ("text: every byte counted as a character", BPE, "byte & 0xC0 != 0x80", "True"),
+    ("text: special tokens in a text", BPE, "encode_special_tokens = True", "encode_special_tokens = False"),
+    ("text: a BPE learns from the held-out part", READING, "train_on(_length_of(stored[0], limit))", "_length_of(stored[0], limit)"),
+    ("text: a token reaches into the held-out part", READING, "reader.take(n_train)))", "reader.take(length)))"),
+    ("text: a taken piece is lost", READING, "taken, self._rest = piece[:n], piece[n:]", "taken, self._rest = piece[:n], ''"),
+    ("text: the beginning is one character long", RECORD, "yield part[: begins[left]]", "yield part[: begins[max(0, left - 1)]]"),
+    ("text: characters of a piece counted twice", RECORD, "left -= len(begins)", "left -= 2 * len(begins)"),
+    ("text: bits per byte from characters", LOSS, "self.n_targets / self.n_bytes", "self.n_targets / self.n_characters"),
+    ("text: the first token counts as predicted", LOSS, "predicted = np.asarray(ids)[1:]", "predicted = np.asarray(ids)"),
+    ("text: compared from where one model begins", COMPARISON, "first = max(", "first = min("),
+    ("text: a text of its own judged as if split", JUDGED, "text.n_train < len(ids):", "False:"),
+    ("text: new characters with old rows", RESIZE, "n_known = min(n_known, model.config.vocab_size, config.vocab_size)", "n_known = model.config.vocab_size"),
+    ("text: new columns overwrite the old ones", RESIZE, 'name == "lm_head.weight" else None', 'name == "none" else None'),
+    ("exchange: q not scaled", HUGGING_FACE, ".q_scale(int", ".q_scale(0 * int"),
+    ("exchange: an output layer of its own ignored", HUGGING_FACE, "if not np.array_equal(tensors.take(head), tensors.take(table)):", "if False:"),
+    ("exchange: overwrites what is there", HUGGING_FACE, "or any(path.iterdir()))", "or False)"),
+    ("exchange: infinite in half precision", HUGGING_FACE, "if not np.isfinite(result).all():", "if False:"),
+    ("exchange: rotary neighbours and halves mixed up", ARCHITECTURES, "np.arange(0, head_dim, 2), np.arange(1, head_dim, 2)", "np.arange(1, head_dim, 2), np.arange(0, head_dim, 2)"),
+    ("exchange: heads and parts mixed up", ARCHITECTURES, "np.stack([turned[0], turned[1], columns[2]], axis=1)", "np.stack([turned[0], turned[1], columns[2]], axis=0)"),
+    ("exchange: values are turned", ARCHITECTURES, "turned[1], columns[2]]", "turned[1], turned[2]]"),
+    ("exchange: parallel residuals accepted", ARCHITECTURES, 'get.refuse("use_parallel_residual", False, default=True)', "pass"),
+    ("exchange: another epsilon accepted", ARCHITECTURES, "if found_eps != LayerNorm.eps:", "if False:"),
+    ("exchange: bfloat16 with the wrong exponent", SAFETENSORS, '.astype("<u4") << 16', '.astype("<u4") << 15'),
+    ("exchange: holes and overlaps accepted", SAFETENSORS, "if begin != end:", "if False:"),
+    ("exchange: NaN accepted", SAFETENSORS, "if not np.isfinite(array).all():", "if False:"),
+    ("exchange: a logit of 100 for the end", GGUF, "NEVER = -100.0", "NEVER = 100.0"),
+    ("exchange: the other logits move with the end", GGUF, "w = w - np.outer(1 / safe, t * (safe @ w) / c)", "pass"),
+    ("exchange: the norm's sum forgotten", GGUF, "t = 1 - (b / safe).sum() / c", "t = 1.0"),
+    ("exchange: padding stays", GGUF, 'ours["wte.weight"][:n]', 'ours["wte.weight"]'),
+    ("exchange: matrices not transposed", GGUF, "return array.ndim == 2 and name not in", "return array.ndim == 3 and name not in"),
+    ("exchange: no padding of positions", GGUF, "more = -len(table) % CONTEXT_MULTIPLE", "more = 0"),
+    ("exchange: merges from the right", GGUF, 'f"{token[:k]} {token[k]}"', 'f"{token[k]} {token[:k]}"'),
 ]  # fmt: skip
 
 
@@ -213,7 +256,8 @@ def caught(bug):
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         plant(bug, folder)
-        tests = [f"tests/{file}" for file in (GPU_TESTS if bug[1] in OF_A_GPU else TESTS)]
+        files = GPU_TESTS if bug[1] in OF_A_GPU else TEXT_TESTS if bug[1] in OF_TEXTS else TESTS
+        tests = [f"tests/{file}" for file in files]
         pytest = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--timeout", "300"]
         result = subprocess.run(
             [*pytest, *tests],

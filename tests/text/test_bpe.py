@@ -78,9 +78,15 @@ WORDS = st.sampled_from(
 )
 
 
+@pytest.fixture(scope="module")
+def of_spaces(text) -> BPETokenizer:
+    """It has tokens of several spaces, line breaks and so on, so that a cut among them would show."""
+    return BPETokenizer.train([text[:5000] + "a  b   c    d\n\ne\n\n\nf\t\tg  .\n  h" * 300], 400)
+
+
 @given(st.lists(WORDS, max_size=60), st.integers(1, 9), st.integers(1, 5))
-def test_pieces_change_nothing(trained, words, size, at_once):
-    text = "".join(words)
+def test_pieces_change_nothing(of_spaces, words, size, at_once):
+    text, trained = "".join(words), of_spaces
     whole = trained._encoder.encode(text, add_special_tokens=False).ids  # one call of the library
     pieces = [text[i : i + size] for i in range(0, len(text), size)]
     with pytest.MonkeyPatch.context() as patch:
