@@ -133,6 +133,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         model = GPTConfig(vocab_size=corpus.tokenizer.vocab_size, **_asked(args, GPTConfig))
         choice = _Choice(model, TrainConfig(**_asked(args, TrainConfig)))
+    last = base = None  # their memory can go
     try:
         with interruptible() as stop_requested:
             trainer, end = _train(choice, files, corpus, stop_requested)
@@ -148,10 +149,12 @@ def run(args: argparse.Namespace) -> int:
 # ---------------------------------------------------------------- choosing
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class _Choice:
-    """What to train. last: the state to continue from. elsewhere: `last` is not the state of --out. trained: a model that was
-    trained before."""
+    """What to train.
+
+    last: the state to continue from. elsewhere: `last` is not the state of --out. trained: a model that was trained before.
+    """
 
     model: GPTConfig
     training: TrainConfig
@@ -331,6 +334,7 @@ def _train(choice: _Choice, files: RunFiles, corpus: Corpus, stop_requested: Sto
     pretrained = choice.trained is not None
     trainer = Trainer(gpt, corpus.tokenizer, dataset, training, files.best, sources, val_sources, pretrained)
     different = [] if choice.last is None else trainer.resume(choice.last, choice.elsewhere)
+    choice.last = None  # its memory can go
     print_banner(trainer, corpus, files)
     if different:
         say(f"warning: {'; '.join(different)}: the numbers will differ slightly from those of an uninterrupted run")

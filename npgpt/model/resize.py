@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from npgpt.config.fields import RequestError
 from npgpt.config.settings import GPTConfig
-from npgpt.engine.backend import CPU, Backend
+from npgpt.engine.backend import CPU, Backend, to_numpy
 from npgpt.model.gpt import GPT
 
 MAY_DIFFER = ("vocab_size", "block_size", "dropout")
@@ -20,7 +20,7 @@ def resized(model: GPT, config: GPTConfig, n_known: int, seed: int, backend: Bac
     `model`.
     """
     check_resizable(model.config, config)
-    new, state = GPT(config, seed=seed, backend=backend), model.state_dict()
+    new, old = GPT(config, seed=seed, backend=backend), dict(model.named_parameters())
     n_known = min(n_known, model.config.vocab_size, config.vocab_size)
     for name, p in new.named_parameters():
         rows = slice(n_known if name == "wte.weight" else None)
@@ -28,7 +28,7 @@ def resized(model: GPT, config: GPTConfig, n_known: int, seed: int, backend: Bac
         if name == "wpe.weight":
             rows = slice(config.block_size)
         kept = (rows, columns)[: p.ndim]
-        p.data[kept] = backend.asarray(state[name][kept], dtype=p.dtype)
+        p.data[kept] = backend.asarray(to_numpy(old[name].data)[kept], dtype=p.dtype)
     return new
 
 

@@ -107,13 +107,13 @@ class AdamW:
         """Clear the gradients of all parameters."""
         zero_grad(self.parameters)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The state that a resumed run needs: the number of steps, and copies of both running means in host memory."""
-        return {
-            "steps": self.steps,
-            "exp_avg": to_numpy(self.exp_avg).copy(),
-            "exp_avg_sq": to_numpy(self.exp_avg_sq).copy(),
-        }
+    def state_dict(self, copy: bool = True) -> dict[str, Any]:
+        """The state that a resumed run needs: the number of steps, and both running means in host memory.
+
+        copy: with False, the means may be the optimiser's own arrays, which the next step changes.
+        """
+        means = {"exp_avg": to_numpy(self.exp_avg), "exp_avg_sq": to_numpy(self.exp_avg_sq)}
+        return {"steps": self.steps} | {name: mean.copy() if copy else mean for name, mean in means.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned. Raises ValueError, and changes nothing, if the shapes differ."""

@@ -366,7 +366,7 @@ class Trainer:
             progress=progress,
             text=self._text,
             val_text=self._val_text,
-            optimizer_state=self.optimizer.state_dict(),
+            optimizer_state=self.optimizer.state_dict(copy=False),
             machine=self.machine,
         )
 
