@@ -128,6 +128,7 @@ def plan(
     best = planner.with_dropout(choices[0][1])
     usual = min(20.0, TIMING_SHARE * seconds)
     best = planner.time(best.candidate, best.model, best.training, (usual, TIMING_SHARE * seconds))
+    best = planner.with_dropout(best)  # the number of steps is known better now
     evaluation_seconds, eval_tokens = planner.time_evaluations(best)
     steps, eval_interval = _steps_and_interval(
         best, until - time.perf_counter() - RESERVE * seconds, seconds, evaluation_seconds, fixed.get("eval_interval")
