@@ -59,7 +59,7 @@ parity: .venv/.parity ## compare with PyTorch, and install it first
 interop: .venv/.test ## compare with transformers and llama.cpp, and install them first into .interop; minutes
 	$(VENV_BIN)/python tests/studies/interop.py
 
-mutation: .venv/.test ## plant bugs in the backward passes; the tests must catch every one
+mutation: .venv/.test ## plant bugs in backward passes, tokenizers and formats; the tests must catch every one
 	$(VENV_BIN)/python tests/studies/mutation.py $(ARGS)
 
 nvrtc: .venv/.nvrtc ## install NVIDIA's compiler, so that `make test` compiles the GPU kernels; needs no GPU

@@ -11,7 +11,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "npgpt" / "__init__.py").re
 # The platforms for which NVIDIA publishes its compiler.
 WITH_NVRTC = "platform_system != 'Darwin' and platform_machine in 'x86_64 AMD64 aarch64'"
 BPE = ["tokenizers>=0.20"]
-GGUF = ["gguf>=0.10"]
+GGUF = ["gguf>=0.17"]
 TEST = ["pytest>=8", "hypothesis>=6", "pytest-timeout>=2", "pytest-xdist>=3", "ml_dtypes>=0.5", "zstandard>=0.19", *BPE, *GGUF]
 
 # `make oldest` runs the tests with exactly these versions. threadpoolctl 3.4 does not find the BLAS of NumPy's own packages.

@@ -99,12 +99,21 @@ def _warn_about_texts(runs: dict[str, Checkpoint], first: Checkpoint, first_name
         return run.train_config.val_fraction if run.train_config else 0.0
 
     for name, run in runs.items():
-        if (run.text and run.text.sha256) != (first.text and first.text.sha256):
+        if not _same_text(run, first):
             say(f"warning: {name} was trained on another text than {first_name}")
         elif on_held_out and run.train_config and held_out_fraction(run) < held_out_fraction(first):
             say(
                 f"warning: {name} was trained on a part of this held-out text; name it first, and its own held-out part is used"
             )
+
+
+def _same_text(run: Checkpoint, other: Checkpoint) -> bool:
+    """Whether two runs had the same text. The fingerprints of different kinds of tokenizers cannot be compared."""
+    if run.text is None or other.text is None:
+        return run.text is other.text
+    if run.tokenizer.is_characters == other.tokenizer.is_characters:
+        return run.text.sha256 == other.text.sha256
+    return (run.text.sources, run.text.n_characters) == (other.text.sources, other.text.n_characters)
 
 
 def _print_rows(rows: list[dict[str, Any]]) -> None:

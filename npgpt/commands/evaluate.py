@@ -72,10 +72,11 @@ def run(args: argparse.Namespace) -> int:
     plus_minus = "" if result.stderr is None else f" ± {result.stderr:.4f}"
     is_characters = checkpoint.tokenizer.is_characters
     token, tokens = ("character", "") if is_characters else ("token", f" in {result.n_targets:,} tokens")
-    per_byte = "" if is_characters else f", {result.bits_per_byte:.4f} bits per byte"
+    bits = "" if result.bits_per_character is None else f", {result.bits_per_character:.4f} bits per character"
+    per_byte = "" if is_characters or result.bits_per_byte is None else f", {result.bits_per_byte:.4f} bits per byte"
     print(f"{text.what}: {result.n_characters:,} characters predicted{tokens}")
     print(f"loss {result.loss:.4f}{plus_minus} nats per {token}")
-    print(f"perplexity {result.perplexity:.3f}, {result.bits_per_character:.4f} bits per character{per_byte}")
+    print(f"perplexity {result.perplexity:.3f}{bits}{per_byte}")
     if like:
         _print_likeness(like)
     return 0

@@ -22,7 +22,9 @@ def parser() -> argparse.ArgumentParser:
         ["model.npz mymodel/ --format hf", "model.npz mymodel.gguf --format gguf --dtype f16"],
     )
     parser.add_argument("ckpt", metavar="FILE", help="a checkpoint written by train")
-    parser.add_argument("out", metavar="OUT", help="the folder or file to write; it must not exist yet")
+    parser.add_argument(
+        "out", metavar="OUT", help="the file to write, which must not exist yet, or the folder, which may be empty"
+    )
     parser.add_argument(
         "--format",
         choices=("hf", "gguf"),
@@ -34,15 +36,16 @@ def parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     checkpoint = load(args.ckpt)
+    n = min(200, checkpoint.config.block_size // 2)  # so that prompt and text fit into the context
     kind = args.format or ("gguf" if Path(args.out).suffix == ".gguf" else "hf")
     if kind == "hf":
         write_folder(checkpoint, args.out, args.dtype)
         pipeline = f"pipeline('text-generation', {args.out!r})"
-        code = f"from transformers import pipeline; print({pipeline}('The', max_new_tokens=99)[0]['generated_text'])"
+        code = f"from transformers import pipeline; print({pipeline}('The', max_new_tokens={n})[0]['generated_text'])"
         say(f"{args.out}: use it with: python -c {shlex.quote(code)}")
         return 0
     for note in write_gguf(checkpoint, args.out, args.dtype):
         say(f"        {note}")
     context = checkpoint.config.block_size
-    say(f"{args.out}: use it with: llama-completion -m {shlex.quote(args.out)} -no-cnv -c {context} -n 200 -p 'The'")
+    say(f"{args.out}: use it with: llama-completion -m {shlex.quote(args.out)} -no-cnv -c {context} -n {n} -p 'The'")
     return 0

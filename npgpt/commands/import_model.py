@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import shlex
 
 from npgpt.config.fields import RequestError
 from npgpt.config.settings import GenerateConfig
-from npgpt.console.flags import positive
+from npgpt.console.flags import checkpoint_to_write, positive
 from npgpt.console.terminal import command, command_parser, say
-from npgpt.exchange.huggingface import check_size, read_model, read_tokenizer_of
+from npgpt.exchange.huggingface import check_vocabulary, read_model, read_tokenizer_of
 from npgpt.generation.generate import generate_text
 from npgpt.storage.checkpoint import Checkpoint, save
 from npgpt.text.tokenizer_files import read_tokenizer
@@ -43,20 +43,16 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    out = Path(args.out)
-    if out.suffix != ".npz":
-        raise RequestError(f"--out must end in .npz, got {args.out}")
+    out = checkpoint_to_write(args.out)
     if out.exists():
         raise RequestError(f"{out} exists already; choose another --out")
-    if not out.parent.is_dir():
-        raise RequestError(f"--out: there is no folder {out.parent}; make it first")
     imported = read_model(args.source, args.block_size)
     model, config = imported.model, imported.model.config
     if args.tokenizer is None:
         tokenizer = read_tokenizer_of(args.source, config)
     else:
         tokenizer = read_tokenizer(args.tokenizer)
-        check_size(tokenizer, config)
+        check_vocabulary(tokenizer, config)
     say(f"model   {config.num_parameters():,} parameters: " + ", ".join(f"{k} {v}" for k, v in vars(config).items()))
     for note in imported.notes:
         say(f"        {note}")
@@ -66,5 +62,5 @@ def run(args: argparse.Namespace) -> int:
     save(out, Checkpoint(model, tokenizer))
     settings = GenerateConfig(max_new_tokens=min(24, config.block_size), seed=0)
     say(f"writes  {''.join(generate_text(model, tokenizer, '', settings))!r}")
-    say(f"{out}: write with: {command('generate')} --ckpt {out}")
+    say(f"{out}: write with: {command('generate')} --ckpt {shlex.quote(str(out))}")
     return 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import shlex
 import sys
 import time
@@ -14,7 +13,7 @@ from typing import Any
 
 from npgpt.config.fields import RequestError
 from npgpt.config.settings import PRESETS, GPTConfig, TrainConfig
-from npgpt.console.flags import add_flags, positive, settings_from
+from npgpt.console.flags import add_flags, checkpoint_to_write, positive, settings_from
 from npgpt.console.run_messages import evaluation_line, print_banner, report_end, write_error
 from npgpt.console.signals import StopRequest, interruptible
 from npgpt.console.terminal import command_parser, failed, progress_bar, say
@@ -165,19 +164,11 @@ class _Choice:
 
 def _files_to_write(path: str) -> RunFiles:
     """The files of the run with `--out path`. Raises RequestError if they could not be written."""
-    out = Path(path)
-    if out.suffix != ".npz":
-        raise RequestError(f"--out must end in .npz, got {path}")
+    out = checkpoint_to_write(path)
     if out.is_symlink():  # replace the file that the link names, not the link
-        out = out.resolve()
+        out = checkpoint_to_write(str(out.resolve()))
     if out.stem.endswith((".last", ".crash", ".previous")):
         raise RequestError(f"--out must not end in .last, .crash or .previous, because a run's other files do, got {path}")
-    if out.is_dir():
-        raise RequestError(f"--out must be a file, got a folder: {path}")
-    if not out.parent.is_dir():
-        raise RequestError(f"--out: there is no folder {out.parent}; make it first")
-    if not os.access(out.parent, os.W_OK):
-        raise RequestError(f"--out: the folder {out.parent} cannot be written to")
     return RunFiles(out)
 
 
@@ -191,6 +182,7 @@ def _check_flags(args: argparse.Namespace) -> None:
             "--resume": args.resume is not None,
             "--preset": args.preset,
             "--tokenizer": args.tokenizer,
+            "--vocab-size": args.bpe_size,
         }.items():
             if is_given:
                 raise RequestError(f"--from brings a model and its tokenizer; give --from or {flag}, not both")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from npgpt.config.fields import RequestError, SettingField, Settings, fields_of
@@ -42,6 +44,20 @@ def add_unknown_flag(parser: argparse.ArgumentParser, where: str = "") -> None:
         help=f"what to do with a character{where} that the model does not know; skip leaves it out; replace uses the other "
         "case of the letter or the letter without its accent, or leaves it out if neither is known (default: error)",
     )
+
+
+def checkpoint_to_write(path: str) -> Path:
+    """The path of `--out`. Raises RequestError if a checkpoint could not be written there."""
+    out = Path(path)
+    if out.suffix != ".npz":
+        raise RequestError(f"--out must end in .npz, got {path}")
+    if out.is_dir():
+        raise RequestError(f"--out must be a file, got a folder: {path}")
+    if not out.parent.is_dir():
+        raise RequestError(f"--out: there is no folder {out.parent}; make it first")
+    if not os.access(out.parent, os.W_OK):
+        raise RequestError(f"--out: the folder {out.parent} cannot be written to")
+    return out
 
 
 def positive(name: str) -> Callable[[str], int]:

@@ -84,7 +84,7 @@ def evaluation_line(event: Evaluation, tokens_per_second: float, seconds_left: f
     if event.val_loss is not None:
         plus_minus = "" if event.val_stderr is None else f" ± {event.val_stderr:.4f}"
         losses.append(f"val loss {event.val_loss:.4f}{plus_minus}" + (" (best)" if event.best else ""))
-    if not is_characters:
+    if not is_characters and event.bits_per_character is not None:  # None: the predicted tokens begin no character
         losses.append(f"{event.bits_per_character:.4f} bits per character, {event.bits_per_byte:.4f} per byte")
     if event.train_loss is None:
         return f"step {event.step}: {', '.join(losses)}: the model it starts from"
@@ -99,8 +99,8 @@ def _final_line(trainer: Trainer, files: RunFiles, generate: str) -> str:
     if progress.best_loss is not None:
         loss = f", validation loss {progress.best_loss:.4f}"
         if not trainer.tokenizer.is_characters:
-            found = Loss(progress.best_loss, None, len(val), *text_size(trainer.tokenizer, val))
-            loss += f" nats per token, {found.bits_per_character:.4f} bits per character"
+            bits = Loss(progress.best_loss, None, len(val) - 1, *text_size(trainer.tokenizer, val[1:])).bits_per_character
+            loss += " nats per token" + ("" if bits is None else f", {bits:.4f} bits per character")
     if progress.best_step == 0 and progress.best_loss is not None:
         return (
             f"No evaluation was better than the model that this run started from. So {files.best} is that model{loss}; the "

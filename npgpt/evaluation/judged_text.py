@@ -59,14 +59,14 @@ def judged_text(
             return JudgedText(f"all of {name}, and the model was trained on every character of it", own.ids, False, train)
         return JudgedText(f"the held-out part of {name}", held_out, True, train)
     sources, tokenizer = Sources(asked), checkpoint.tokenizer
-    text = _read(checkpoint, sources, track, unknown=unknown)
+    text = _read(checkpoint, sources, track, record, unknown=unknown)
     if record is None or trained is None or not record.is_beginning_of(text.ids, tokenizer):
         ids = text.ids
         if not tokenizer.is_characters and text.n_train < len(ids):  # it was split, as the text of the run would be
             ids = tokenizer.encode_array(tokenizer.decode(ids))
         return JudgedText(f"all of {sources}", ids)
     train, judged = text.ids[: text.n_train], text.ids[text.n_train :]
-    added = text_size(tokenizer, text.ids)[0] - (record.n_characters or 0) if record.n_characters else 0
+    added = text_size(tokenizer, text.ids)[0] - record.n_characters if record.n_characters else 0
     parts = [f"the held-out part of {sources}"] if text_size(tokenizer, judged)[0] > added else []
     parts += [f"the {added:,} characters that were added to {sources}"] if added else []
     if not parts:
@@ -75,14 +75,23 @@ def judged_text(
 
 
 def _read(
-    checkpoint: Checkpoint, sources: Sources, track: Track | None, limit: int | None = None, unknown: str = "error"
+    checkpoint: Checkpoint,
+    sources: Sources,
+    track: Track | None,
+    record: TextRecord | None,
+    limit: int | None = None,
+    unknown: str = "error",
 ) -> EncodedText:
-    """A text as the run of the checkpoint would have split it, had it ended where the run's text ends."""
-    tokenizer, record = checkpoint.tokenizer, checkpoint.text
-    fraction = checkpoint.train_config.val_fraction if checkpoint.train_config else 0.0
+    """A text, split where the run of the checkpoint split its training text.
+
+    record: of the text. A held-out text of its own is not split.
+    """
+    tokenizer = checkpoint.tokenizer
+    is_split = checkpoint.train_config is not None and record is not None and record is checkpoint.text
+    fraction = checkpoint.train_config.val_fraction if checkpoint.train_config and is_split else 0.0
 
     def train_on(n: int) -> int:
-        return length_to_train_on(min(n, record.n_characters or n) if record else n, fraction)
+        return length_to_train_on(min(n, record.n_characters or n) if record else n, fraction) if is_split else n
 
     def known(piece: str) -> str:
         return tokenizer.without_unknown(piece, replace=unknown == "replace")
@@ -100,7 +109,7 @@ def _read_again(
         raise RequestError(f"{what}, {record}, is not here; {hint}")
     sources = Sources(record.sources)
     try:
-        text = _read(checkpoint, sources, track, record.n_characters)
+        text = _read(checkpoint, sources, track, record, record.n_characters)
     except UnknownCharacterError:
         text = EncodedText(np.zeros(0, dtype=np.uint8), 0)
     if not record.is_beginning_of(text.ids, checkpoint.tokenizer):

@@ -159,10 +159,10 @@ class TheirModel:
 
 def from_their_settings(settings: Any) -> TheirModel:
     """The model that a `config.json` describes. Raises RequestError if npgpt cannot compute exactly that."""
-    if not isinstance(settings, dict) or settings.get("model_type") not in ARCHITECTURES:
-        found = settings.get("model_type") if isinstance(settings, dict) else settings
+    found = settings.get("model_type") if isinstance(settings, dict) else settings
+    if not isinstance(found, str) or found not in ARCHITECTURES:
         raise RequestError(f"its model_type is {str(found)[:40]!r}, expected {' or '.join(ARCHITECTURES)}")
-    arch = ARCHITECTURES[settings["model_type"]]
+    arch = ARCHITECTURES[found]
     get = _Getter(settings)
     dropouts: tuple[str, ...]
     if arch is GPT2:
@@ -185,20 +185,20 @@ def from_their_settings(settings: Any) -> TheirModel:
         get.refuse("use_parallel_residual", False, default=True)
         get.refuse("attention_bias", True)
     activation = settings.get(act, DEFAULT_ACTIVATION[arch.model_type])
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise RequestError(
             f"its {act} is {str(activation)[:40]!r}, and npgpt has {', '.join(ACTIVATIONS)}; another one changes the logits"
         )
     found_eps = settings.get(eps, LayerNorm.eps)
     if found_eps != LayerNorm.eps:
         raise RequestError(f"its {eps} is {str(found_eps)[:40]}, and npgpt has {LayerNorm.eps:g}; this would change the logits")
-    found = [get.number(name, 0.1 if arch is GPT2 else 0.0) for name in dropouts]
-    notes = [] if len(set(found)) == 1 else [f"it has different dropouts, {found}; the first is used for all"]
+    rates = [get.number(name, 0.1 if arch is GPT2 else 0.0) for name in dropouts]
+    notes = [] if len(set(rates)) == 1 else [f"it has different dropouts, {rates}; the first is used for all"]
     config = GPTConfig(
         vocab_size=get.count("vocab_size", 50257),
         **shape,
         d_ff=d_ff,
-        dropout=found[0],
+        dropout=rates[0],
         position="learned" if arch is GPT2 else "rotary",
         activation=ACTIVATIONS[activation],
         tie_weights=tied,

@@ -15,11 +15,12 @@ import numpy as np
 from npgpt.config.fields import RequestError
 from npgpt.config.settings import GPTConfig
 from npgpt.exchange.architectures import halves
-from npgpt.exchange.huggingface import arrays_with_biases, to_dtype
+from npgpt.exchange.weights import arrays_with_biases, to_dtype
 from npgpt.model.layers import LayerNorm, Rotary
 from npgpt.storage.checkpoint import Checkpoint
 from npgpt.storage.files import atomic_write
-from npgpt.text.bpe import BYTE_OF, END_OF_TEXT, BPETokenizer
+from npgpt.text.bpe import END_OF_TEXT, BPETokenizer
+from npgpt.text.bpe_description import BYTE_OF
 from npgpt.text.tokenizer import Tokenizer
 
 # llama.cpp rounds a context up to a multiple of this, and aborts at a position outside the table.
@@ -27,7 +28,7 @@ CONTEXT_MULTIPLE = 256
 # llama.cpp splits texts by a named expression. This one is GPT-2's. The one that is named after GPT-2 also removes spaces in
 # front of punctuation when it decodes.
 PRE_TOKENIZER = "trillion"
-NORMAL, CONTROL = 1, 3  # kinds of tokens
+NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # kinds of tokens; a text is searched for user-defined ones before it is split
 NEVER = -100.0  # the logit of a token that is never drawn
 PARTS = {"ln_1": "attn_norm", "attn.qkv": "attn_qkv", "attn.out": "attn_output", "ln_2": "ffn_norm"}
 PARTS |= {"mlp.fc": "ffn_up", "mlp.proj": "ffn_down"}
@@ -46,8 +47,11 @@ def write_gguf(checkpoint: Checkpoint, path: str | Path, dtype: str = "f32") -> 
         raise RequestError(f"{path} exists already; choose another name, or remove it first")
     if config.activation != "gelu":
         raise RequestError(f"llama.cpp has no {config.activation} in this kind of model; export it with --format hf")
+    if not path.resolve().parent.is_dir():
+        raise RequestError(f"there is no folder {path.resolve().parent}; make it first")
+    if isinstance(checkpoint.tokenizer, BPETokenizer) and not checkpoint.tokenizer.splits_as_gpt2:
+        raise RequestError("its tokenizer splits texts in another way than GPT-2, which this export cannot tell llama.cpp")
     arrays, notes = _arrays(checkpoint)
-    tokens, merges, end_id = _vocabulary(checkpoint.tokenizer)
 
     def verify(written: Path) -> None:
         found = {tensor.name: tensor.data.nbytes for tensor in library.GGUFReader(written).tensors}
@@ -61,22 +65,16 @@ def write_gguf(checkpoint: Checkpoint, path: str | Path, dtype: str = "f32") -> 
     }
     with atomic_write(path, verify) as file:
         writer = library.GGUFWriter(file.name, "gptneox" if config.position == "rotary" else "gpt2")
-        _describe(writer, config, len(arrays.get("position_embd.weight", ())) or config.block_size)
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(PRE_TOKENIZER)
-        writer.add_token_list(tokens)
-        special = {end_id, *_special_ids(checkpoint.tokenizer)}
-        writer.add_token_types([CONTROL if i in special else NORMAL for i in range(len(tokens))])
-        writer.add_token_merges(merges)
-        for add in (writer.add_eos_token_id, writer.add_bos_token_id, writer.add_eot_token_id):
-            add(end_id)
-        writer.add_add_bos_token(False)
-        for name, array in stored.items():
-            writer.add_tensor(name, np.ascontiguousarray(array))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        try:
+            _describe(writer, config, len(arrays.get("position_embd.weight", ())) or config.block_size)
+            _describe_tokens(writer, checkpoint.tokenizer)
+            for name, array in stored.items():
+                writer.add_tensor(name, np.ascontiguousarray(array))
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
     return notes
 
 
@@ -180,6 +178,21 @@ def _add_end_of_text(arrays: dict[str, np.ndarray]) -> list[str]:
 # ---------------------------------------------------------------- tokens
 
 
+def _describe_tokens(writer: Any, tokenizer: Tokenizer) -> None:
+    tokens, merges, end_id = _vocabulary(tokenizer)
+    kinds = {end_id: CONTROL}
+    if isinstance(tokenizer, BPETokenizer):
+        kinds |= dict.fromkeys(tokenizer.added_ids, USER_DEFINED) | dict.fromkeys(tokenizer.special_ids, CONTROL)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(PRE_TOKENIZER)
+    writer.add_token_list(tokens)
+    writer.add_token_types([kinds.get(i, NORMAL) for i in range(len(tokens))])
+    writer.add_token_merges(merges)
+    for add in (writer.add_eos_token_id, writer.add_bos_token_id, writer.add_eot_token_id):
+        add(end_id)
+    writer.add_add_bos_token(False)
+
+
 def _vocabulary(tokenizer: Tokenizer) -> tuple[list[str], list[str], int]:
     """(the tokens, each written as GPT-2 writes bytes; the merges; the id that ends a text)."""
     n = tokenizer.vocab_size
@@ -195,7 +208,3 @@ def _vocabulary(tokenizer: Tokenizer) -> tuple[list[str], list[str], int]:
     while end in tokens:
         end = f"<{end}>"
     return [*tokens, end], merges, n
-
-
-def _special_ids(tokenizer: Tokenizer) -> list[int]:
-    return tokenizer.special_ids if isinstance(tokenizer, BPETokenizer) else []

@@ -22,6 +22,7 @@ from npgpt.config.fields import RequestError
 from npgpt.config.settings import GPTConfig
 from npgpt.exchange.architectures import Layout, TheirModel, architecture_of, from_their_settings, to_their_settings
 from npgpt.exchange.safetensors import SafetensorsFile, write_safetensors
+from npgpt.exchange.weights import arrays_with_biases, to_dtype
 from npgpt.model.gpt import GPT
 from npgpt.storage.checkpoint import Checkpoint
 from npgpt.text.tokenizer import Tokenizer
@@ -47,7 +48,8 @@ class Imported:
 def read_model(source: str | Path, block_size: int | None = None, dtype: Any = np.float32) -> Imported:
     """The model in a folder of Hugging Face, or in a `.safetensors` file beside its `config.json`.
 
-    block_size: for learned positions, crop the context to this length. At most one tensor is in memory beside the model.
+    block_size: for learned positions, crop the context to this length. Beside the model, one tensor is in memory at a time, or
+    two to compare an output layer with the token embedding.
 
     Raises RequestError, naming the file, for anything that npgpt cannot compute exactly, and for damaged files.
     """
@@ -64,7 +66,7 @@ def read_model(source: str | Path, block_size: int | None = None, dtype: Any = n
             raise RequestError(f"cannot import {source}: {error}") from None
 
 
-def read_tokenizer_of(source: str | Path, model: GPTConfig) -> Tokenizer:
+def read_tokenizer_of(source: str | Path, config: GPTConfig) -> Tokenizer:
     """The tokenizer beside a model. Raises RequestError if there is none, or if it has more tokens than the model."""
     folder = Path(source) if Path(source).is_dir() else Path(source).parent
     if not has_tokenizer(folder):
@@ -73,14 +75,14 @@ def read_tokenizer_of(source: str | Path, model: GPTConfig) -> Tokenizer:
             "--tokenizer"
         )
     tokenizer = read_tokenizer(folder)
-    check_size(tokenizer, model)
+    check_vocabulary(tokenizer, config)
     return tokenizer
 
 
-def check_size(tokenizer: Tokenizer, model: GPTConfig) -> None:
+def check_vocabulary(tokenizer: Tokenizer, config: GPTConfig) -> None:
     """Raise RequestError if the model has too few ids for the tokenizer."""
-    if tokenizer.vocab_size > model.vocab_size:
-        raise RequestError(f"the tokenizer has {tokenizer.vocab_size:,} tokens, but the model knows {model.vocab_size:,} ids")
+    if tokenizer.vocab_size > config.vocab_size:
+        raise RequestError(f"the tokenizer has {tokenizer.vocab_size:,} tokens, but the model knows {config.vocab_size:,} ids")
 
 
 def _shards(source: Path) -> list[Path]:
@@ -131,8 +133,8 @@ class _Tensors:
 
 def _model_of(theirs: TheirModel, tensors: _Tensors, block_size: int | None, dtype: Any) -> Imported:
     config, arch, notes = theirs.config, theirs.architecture, list(theirs.notes)
-    left_out = "" if any(name.startswith(arch.prefix) for name in tensors.shapes) else arch.prefix
-    head, table = (arch.layout(name, config).name.removeprefix(left_out) for name in ("lm_head.weight", "wte.weight"))
+    missing_prefix = "" if any(name.startswith(arch.prefix) for name in tensors.shapes) else arch.prefix
+    head, table = (arch.layout(name, config).name.removeprefix(missing_prefix) for name in ("lm_head.weight", "wte.weight"))
     known = set()
     if config.tie_weights and head in tensors.shapes:
         known.add(head)
@@ -150,7 +152,7 @@ def _model_of(theirs: TheirModel, tensors: _Tensors, block_size: int | None, dty
         )
     model = GPT(smaller, seed=None, dtype=dtype)
     layouts = {name: arch.layout(name, config) for name, _ in model.named_parameters()}
-    names = {name: layout.name.removeprefix(left_out) for name, layout in layouts.items()}
+    names = {name: layout.name.removeprefix(missing_prefix) for name, layout in layouts.items()}
     if unknown := sorted(tensors.shapes.keys() - known - set(names.values())):
         more = f", and {len(unknown) - 1} more" if unknown[1:] else ""
         raise RequestError(f"its tensor {unknown[0][:60]!r} is unknown{more}")
@@ -160,7 +162,7 @@ def _model_of(theirs: TheirModel, tensors: _Tensors, block_size: int | None, dty
         array = tensors.take(names[name])
         if array.shape != expected:
             raise RequestError(f"its tensor {names[name]} has shape {array.shape}, expected {expected}")
-        p.data[...] = layouts[name].to_ours(array)[: p.shape[0]]
+        p.data[...] = to_dtype(name, layouts[name].to_ours(array)[: p.shape[0]], p.dtype)
         if ".attn.qkv." in name:
             p.data[..., : config.n_embd] *= p.dtype.type(theirs.q_scale(int(name.split(".")[1])))
     return Imported(model, notes)
@@ -182,7 +184,7 @@ def write_folder(checkpoint: Checkpoint, folder: str | Path, dtype: str = "f32")
     model, config, tokenizer = checkpoint.model, checkpoint.config, checkpoint.tokenizer
     arch, kind = architecture_of(config), np.dtype(np.float16 if dtype == "f16" else np.float32)
     arrays = arrays_with_biases(model)
-    layouts = {arch.layout(name, config).name: (name, arch.layout(name, config)) for name in arrays}
+    layouts = {layout.name: (name, layout) for name in arrays for layout in [arch.layout(name, config)]}
 
     def tensor(theirs: str) -> np.ndarray:
         name, layout = layouts[theirs]
@@ -202,30 +204,14 @@ def write_folder(checkpoint: Checkpoint, folder: str | Path, dtype: str = "f32")
         (new / "tokenizer.json").write_text(tokenizer_json(tokenizer), encoding="utf-8", newline="\n")
 
 
-def arrays_with_biases(model: GPT) -> dict[str, np.ndarray]:
-    """The parameters of a model by name, with biases of zeros if it has none: both other formats always have biases."""
-    arrays = {}
-    for name, p in model.named_parameters():
-        arrays[name] = p.numpy()
-        if not model.config.bias and name.startswith(("blocks.", "ln_f.")):
-            arrays[name.removesuffix("weight") + "bias"] = np.zeros(p.shape[-1:], dtype=p.dtype)
-    return arrays
-
-
-def to_dtype(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """The array as another dtype. Raises RequestError if a number becomes infinite."""
-    with np.errstate(over="ignore"):
-        result = array.astype(dtype, copy=False)
-    if not np.isfinite(result).all():
-        raise RequestError(f"{name} has numbers up to {np.abs(array).max():.3g}, too large for {dtype}; use --dtype f32")
-    return result
-
-
 @contextmanager
 def _new_folder(path: Path) -> Iterator[Path]:
     """A folder that becomes `path` at the end of the `with` block. After an error, nothing is left behind."""
+    path = path.resolve()  # so that "." has a name
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise RequestError(f"{path} exists already; choose another name, or remove it first")
+    if not path.parent.is_dir():
+        raise RequestError(f"there is no folder {path.parent}; make it first")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.mkdir()
     try:

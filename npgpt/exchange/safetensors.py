@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from npgpt.config.fields import RequestError
+from npgpt.storage.header import unique_names
 
 MAX_HEADER_BYTES = 100_000_000  # as in the library
 ITEM_BYTES = {
@@ -73,14 +74,8 @@ def _read_header(file: BinaryIO) -> tuple[dict[str, tuple[str, tuple[int, ...], 
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
         raise RequestError(f"its header would have {length:,} bytes, the file has {size:,}")
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) != len(pairs):
-            raise ValueError("a name occurs twice")
-        return dict(pairs)
-
     try:
-        header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=unique)
+        header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=unique_names)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"its header is not JSON ({error})") from None
     if not isinstance(header, dict):

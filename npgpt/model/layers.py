@@ -66,14 +66,15 @@ class Embedding(Module):
 class Rotary(Module):
     """Rotary positions (Su et al., 2021): queries and keys are turned by angles that grow with their position.
 
-    The rotations of the first n positions are computed once, for all blocks.
+    The rotations of the first n positions are computed once, for all blocks, but of at most `most_kept`.
     """
 
     base = 10_000.0
+    most_kept = 1 << 14  # a checkpoint may claim any block_size, and no array in it shows whether that is true
 
     def __init__(self, n: int, head_dim: int, backend: Backend = CPU, dtype: Any = np.float32):
-        self._n, self._head_dim, self._backend, self._dtype = n, head_dim, backend, np.dtype(dtype)
-        self._table = self._rotations(0, n)
+        self._n, self._head_dim, self._backend, self._dtype = min(n, self.most_kept), head_dim, backend, np.dtype(dtype)
+        self._table = self._rotations(0, self._n)
         self._beyond = functools.lru_cache(maxsize=1)(self._rotations)  # each block of a model asks for the same one
 
     def _rotations(self, first: int, n: int) -> Array:

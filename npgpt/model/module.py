@@ -40,7 +40,7 @@ class Parameters(list[Tensor]):
         super().__init__(sorted(found, key=lambda t: t.ndim < 2))  # stable: matrices first, else in order
         xp, n = self[0].backend.xp, sum(t.size for t in self)
         self.n_decay: int = sum(t.size for t in self if t.ndim >= 2)
-        # The gradients take no memory before they are written to, so a model that only generates needs half of it.
+        # On a CPU, gradients take no memory before they are written to. So a model that only generates needs half as much.
         data, grad = xp.empty(n, dtype=self[0].dtype), xp.zeros(n, dtype=self[0].dtype)
         start = 0
         for t in self:

@@ -13,8 +13,8 @@ MAY_DIFFER = ("vocab_size", "block_size", "dropout")
 def resized(model: GPT, config: GPTConfig, n_known: int, seed: int, backend: Backend = CPU) -> GPT:
     """A model of shape `config` with the weights of `model`.
 
-    n_known: how many ids of `model` keep their rows. The rows of all other ids are drawn anew with this seed. Learned positions
-    past the end of a shorter block_size are left out.
+    n_known: how many ids of `model` keep their rows. The rows of all other ids are random, drawn with this seed. Learned
+    positions past the end of a shorter block_size are left out.
 
     Raises RequestError if `config` differs in more than vocab_size, block_size and dropout, or has more learned positions than
     `model`.

@@ -75,7 +75,7 @@ def sha256(encoded: Iterable[bytes | memoryview]) -> str:
 
 
 def write_archive(
-    path: Path, header: bytes, members: Mapping[str, Iterable[bytes | memoryview]], hashes: Mapping[str, str], keep: bool = True
+    path: Path, header: bytes, members: Mapping[str, Sequence[bytes | memoryview]], hashes: Mapping[str, str], keep: bool = True
 ) -> None:
     """Write an archive. What was at `path` stays there until the new file is complete, on disk and read back.
 

@@ -15,7 +15,7 @@ This file builds a model from an archive, and an archive from a model.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,7 +92,7 @@ def save(path: str | Path, checkpoint: Checkpoint | GPT, tokenizer: Tokenizer | 
     elif tokenizer is not None:
         raise TypeError("a Checkpoint has its own tokenizer: save(path, checkpoint)")
     arrays = _arrays_of(checkpoint)
-    members: dict[str, Iterable[bytes | memoryview]] = {name: encode_array(array) for name, array in arrays.items()}
+    members: dict[str, Sequence[bytes | memoryview]] = {name: encode_array(array) for name, array in arrays.items()}
     vocabulary = None
     if isinstance(checkpoint.tokenizer, BPETokenizer):
         members[TOKENIZER] = [checkpoint.tokenizer.json.encode()]

@@ -171,16 +171,11 @@ def parse_header(data: bytes) -> dict[str, Any]:
     Raises CheckpointError.
     """
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) != len(pairs):
-            raise ValueError("a name occurs twice")
-        return dict(pairs)
-
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not allowed")
 
     try:
-        header = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+        header = json.loads(data.decode("utf-8"), object_pairs_hook=unique_names, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"its {HEADER} cannot be used ({error})") from None
     if not isinstance(header, dict) or "format" not in header:
@@ -204,8 +199,15 @@ def parse_header(data: bytes) -> dict[str, Any]:
     return {key: header.get(key) for key in KEYS[FORMAT]}
 
 
+def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json.loads`: an object whose names are all different. Raises ValueError if one occurs twice."""
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return dict(pairs)
+
+
 def _text_of_format_3(text: Any) -> Any:
-    """The record of a text with the name that its length has in format 4. In format 3, that name is an unknown one."""
+    """The record of a text of format 3, with the names of format 4. A name of format 4 in it becomes an unknown one."""
     names = {"n_tokens": "n_characters", "n_characters": "n_tokens"}
     return {names.get(key, key): value for key, value in text.items()} if isinstance(text, dict) else text
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import codecs
 import functools
 import json
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,24 +17,13 @@ from typing import Any
 import numpy as np
 
 from npgpt.config.fields import RequestError
+from npgpt.text.bpe_description import CUT, bytes_of_tokens, may_be_cut, parse, splits_as_gpt2
 from npgpt.text.tokenizer import UnknownCharacterError
 
 END_OF_TEXT = "<|endoftext|>"
-SMALLEST = 256  # a token for each byte
+N_BYTES = 256  # the smallest vocabulary: a token for each byte
 CHARACTERS_IN_PIECE, PIECES_AT_ONCE = 1 << 16, 16  # more would take more memory and hardly less time
-# A text may be cut here without a change of its ids: in front of a space, and behind a letter or digit in front of white space
-# or punctuation. The expressions that split a text into words begin a new word at these places.
-CUT = re.compile(r"(?<=\S)(?= )|(?<=[^\W_])(?=[\s,.;:?!\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f])")
-
-
-def _byte_characters() -> dict[str, int]:
-    """The character that GPT-2 writes for each byte in its vocabulary: a printable one for every byte."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-BYTE_OF = _byte_characters()
+NEAR = 256  # characters in which almost every text has a place for a cut
 
 
 @dataclass(frozen=True)
@@ -55,12 +43,15 @@ class BPETokenizer:
 
         Raises RequestError if it is not a byte-level BPE, or does something with texts that cannot be undone.
         """
-        parsed = _parsed(description)
+        parsed = parse(description)
         self.json = json.dumps(parsed, ensure_ascii=False, separators=(",", ":"))
-        self._bytes = _bytes_of_tokens(parsed)
+        self._bytes = bytes_of_tokens(parsed)
+        self.splits_as_gpt2 = splits_as_gpt2(parsed)  # whether it splits a text into words as GPT-2 does
+        self._may_be_cut = may_be_cut(parsed)
         self._missing = set(range(256)) - {token[0] for token in self._bytes if len(token) == 1}
         special = {added["content"]: added["id"] for added in parsed["added_tokens"] if added["special"]}
         self.special_ids = list(special.values())
+        self.added_ids = [added["id"] for added in parsed["added_tokens"] if not added["special"]]
         self.end_id: int | None = special.get(END_OF_TEXT)
 
     @classmethod
@@ -69,8 +60,8 @@ class BPETokenizer:
 
         pieces: the text, in pieces. A short text gives fewer tokens. Raises RequestError for a vocab_size below 256.
         """
-        if vocab_size < SMALLEST:
-            raise RequestError(f"a byte-level BPE needs a vocab_size of at least {SMALLEST}, got {vocab_size}")
+        if vocab_size < N_BYTES:
+            raise RequestError(f"a byte-level BPE needs a vocab_size of at least {N_BYTES}, got {vocab_size}")
         library = _library()
         tokenizer = library.Tokenizer(library.models.BPE())
         tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -115,11 +106,14 @@ class BPETokenizer:
         return np.concatenate([np.empty(0, self.id_dtype), *self.encode_pieces([text])])
 
     def encode_pieces(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
-        """The ids of a long text that comes in pieces, in arrays. Memory is that of a million characters."""
+        """The ids of a long text that comes in pieces, in arrays.
+
+        A million characters are encoded at a time, or more if the text has no place for a cut.
+        """
         waiting: list[str] = []
-        for piece in _cut(pieces):
+        for piece in _cut(pieces) if self._may_be_cut else ["".join(pieces)]:
             if unknown := self.unknown(piece):
-                raise UnknownCharacterError(f"{', '.join(map(repr, list(unknown)[:5]))}, which the tokenizer has no tokens for")
+                raise UnknownCharacterError(f"{', '.join(map(repr, list(unknown)[:5]))}, and the tokenizer has no token for it")
             waiting.append(piece)
             if len(waiting) == PIECES_AT_ONCE:
                 yield self._encode_batch(waiting)
@@ -212,109 +206,31 @@ def _library() -> Any:
 
 
 def _cut(pieces: Iterable[str]) -> Iterator[str]:
-    """The text in pieces of at least CHARACTERS_IN_PIECE characters, cut where a word begins. The last may be shorter."""
-    held = ""
+    """The text in pieces of about CHARACTERS_IN_PIECE characters, cut where a word begins.
+
+    The last piece may be shorter. Text without a place for a cut stays in one piece.
+    """
+    held, searched = "", 0
     for piece in pieces:
         held += piece
-        while len(held) >= CHARACTERS_IN_PIECE and (at := _cut_near(held, CHARACTERS_IN_PIECE)):
-            yield held[:at]
-            held = held[at:]
+        start = 0
+        while len(held) - start >= CHARACTERS_IN_PIECE:
+            at = _cut_between(held, start, max(start + CHARACTERS_IN_PIECE, searched))
+            if not at:
+                searched = len(held)
+                break
+            yield held[start:at]
+            start = at
+        if start:
+            held, searched = held[start:], max(0, searched - start)
     if held:
         yield held
 
 
-def _cut_near(text: str, position: int) -> int:
-    """The last place for a cut up to `position`, else the first one after it, else 0."""
-    for start in (max(0, position - 256), 0):
-        found = [match.start() for match in CUT.finditer(text, start, position + 1) if 0 < match.start() <= position]
-        if found:
-            return found[-1]
+def _cut_between(text: str, start: int, position: int) -> int:
+    """The last place for a cut shortly before `position`, else the first one after it, else 0."""
+    near = [match.start() for match in CUT.finditer(text, max(start + 1, position - NEAR), position + 1)]
+    if near:
+        return near[-1]
     later = CUT.search(text, position)
-    # What follows a cut must be known: the next piece may go on with a letter.
     return later.start() if later else 0
-
-
-# ---------------------------------------------------------------- the description
-
-
-def _parsed(description: str) -> dict[str, Any]:
-    """The description, checked. Cutting off and filling up texts is removed from it."""
-    try:
-        parsed = json.loads(description)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"it is not JSON: {error}") from None
-    if not isinstance(parsed, dict) or not isinstance(parsed.get("model"), dict):
-        raise RequestError("it describes no tokenizer of the tokenizers library")
-    model = parsed["model"]
-    if (
-        model.get("type", "BPE") != "BPE"
-        or not isinstance(model.get("vocab"), dict)
-        or not isinstance(model.get("merges"), list)
-    ):
-        raise RequestError(f"expected a byte-level BPE, got a tokenizer of type {str(model.get('type'))[:40]}")
-    if not _is_byte_level(parsed.get("pre_tokenizer")) or not _is_byte_level(parsed.get("decoder")):
-        raise RequestError("expected a byte-level BPE; its pre-tokenizer or decoder is not ByteLevel")
-    for name, value in [("normalizer", parsed.get("normalizer")), *((n, model.get(n)) for n in LOSSY)]:
-        if value:
-            raise RequestError(f"its {name} changes texts in a way that cannot be undone; it must be empty")
-    if _adds_prefix_space(parsed["pre_tokenizer"]):
-        raise RequestError("its pre-tokenizer adds a space in front of every text; add_prefix_space must be false")
-    added = parsed.setdefault("added_tokens", [])
-    if not isinstance(added, list) or not all(map(_is_added_token, added)):
-        raise RequestError("its added_tokens cannot be used")
-    for token in added:
-        if not token["special"] and (token.get("lstrip") or token.get("rstrip") or CUT.search(token["content"])):
-            raise RequestError(f"its added token {token['content'][:40]!r} swallows or contains spaces between words")
-    return parsed | {"truncation": None, "padding": None}
-
-
-LOSSY = ("dropout", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
-
-
-def _steps(part: Any) -> list[Any]:
-    """The steps of a pre-tokenizer or decoder, which may be a sequence of steps."""
-    if not isinstance(part, dict):
-        return []
-    inner = part.get("pretokenizers") or part.get("decoders")
-    return inner if isinstance(inner, list) else [part]
-
-
-def _is_byte_level(part: Any) -> bool:
-    return any(isinstance(step, dict) and step.get("type") == "ByteLevel" for step in _steps(part))
-
-
-def _adds_prefix_space(part: Any) -> bool:
-    return any(isinstance(step, dict) and step.get("add_prefix_space", False) for step in _steps(part))
-
-
-def _is_added_token(token: Any) -> bool:
-    return (
-        isinstance(token, dict)
-        and isinstance(token.get("content"), str)
-        and isinstance(token.get("special"), bool)
-        and type(token.get("id")) is int
-    )
-
-
-def _bytes_of_tokens(parsed: dict[str, Any]) -> list[bytes]:
-    """The bytes of each token, in the order of the ids. Raises RequestError if they do not fit together."""
-    vocab, merges = parsed["model"]["vocab"], parsed["model"]["merges"]
-    added = {token["content"]: token["id"] for token in parsed["added_tokens"]}
-    ids = vocab | added
-    if any(type(i) is not int for i in ids.values()) or set(ids.values()) != set(range(len(ids))):
-        raise RequestError("its ids must be 0, 1, 2 and so on, each once")
-    for merge in merges:
-        pair = merge.split(" ") if isinstance(merge, str) else merge
-        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
-            raise RequestError(f"its merge {str(merge)[:40]!r} is not a pair of tokens")
-        if not (pair[0] in vocab and pair[1] in vocab and pair[0] + pair[1] in vocab):
-            raise RequestError(f"its merge {str(merge)[:40]!r} is of tokens that are not in the vocabulary")
-    table = [b""] * len(ids)
-    try:
-        for token, i in vocab.items():
-            table[i] = bytes([BYTE_OF[c] for c in token])
-    except KeyError as error:
-        raise RequestError(f"its token {token[:40]!r} is not byte-level: {error.args[0]!r} stands for no byte") from None
-    for content, i in added.items():
-        table[i] = content.encode(errors="surrogatepass")
-    return table

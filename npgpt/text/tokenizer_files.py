@@ -28,7 +28,7 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
     try:
         parsed = read_json(path)
         if isinstance(parsed, dict) and not isinstance(parsed.get("model"), dict):  # a vocabulary; "model" may be a token
-            parsed = _joined(parsed, _read_merges(path))
+            parsed = _gpt2_description(parsed, _read_merges(path))
         characters = _characters_in(parsed)
         return BPETokenizer(json.dumps(parsed, ensure_ascii=False)) if characters is None else CharTokenizer(characters)
     except RequestError as error:
@@ -93,14 +93,15 @@ def _file_in(folder: Path) -> Path:
 
 def _read_bytes(path: Path) -> bytes:
     try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise RequestError(f"{path.name} has {size:,} bytes, at most {MAX_BYTES:,} are read")
-        return path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise RequestError(f"there is no {path.name}") from None
     except OSError as error:
         raise RequestError(f"{path.name} cannot be read: {error.strerror}") from None
+    if len(data) > MAX_BYTES:
+        raise RequestError(f"{path.name} has more than {MAX_BYTES:,} bytes")
+    return data
 
 
 def _read_text(path: Path) -> str:
@@ -127,7 +128,7 @@ def _read_merges(vocabulary: Path) -> list[list[str]]:
     return [line.rstrip("\r").split(" ") for line in lines if line.strip()]
 
 
-def _joined(vocab: dict[str, Any], merges: list[list[str]]) -> dict[str, Any]:
+def _gpt2_description(vocab: dict[str, Any], merges: list[list[str]]) -> dict[str, Any]:
     """The description of GPT-2's kind of tokenizer, from a vocabulary and its merges."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     added = []

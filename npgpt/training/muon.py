@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from npgpt.config.settings import TrainConfig
 from npgpt.engine.tensor import Tensor
 from npgpt.kernels.reference import AdamWStep, Array
+from npgpt.model.gpt import GPT
 from npgpt.model.module import Parameters
 from npgpt.training.optim import ALONE, AdamW, Spread
 
@@ -157,3 +159,11 @@ def _ends(parameters: Parameters) -> list[int]:
         end += p.size
         ends.append(end)
     return ends
+
+
+def optimizer_for(model: GPT, config: TrainConfig) -> AdamW:
+    """The optimiser that the settings ask for."""
+    betas, decay = (config.beta1, config.beta2), config.weight_decay
+    if config.optimizer == "adamw":
+        return AdamW(model.parameters(), config.lr, betas, weight_decay=decay)
+    return Muon(model.flat, model.hidden_matrices(), config.lr, config.muon_lr, betas=betas, weight_decay=decay)

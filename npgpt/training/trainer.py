@@ -35,8 +35,8 @@ from npgpt.text.record import TextRecord
 from npgpt.text.tokenizer import Tokenizer, text_size
 from npgpt.training.advice import advice
 from npgpt.training.events import End, Evaluation, Events, Outcome, Step
-from npgpt.training.muon import Muon
-from npgpt.training.optim import AdamW, Update, learning_rate
+from npgpt.training.muon import optimizer_for
+from npgpt.training.optim import Update, learning_rate
 from npgpt.training.resumption import Changes, changes_since
 
 STEPS_BEFORE_PROCESSES = 10  # after these steps the time of a step is known
@@ -82,7 +82,7 @@ class Trainer:
         self.machine = describe_machine(model.backend.name + precision, self._workers.threads)
         dtype = bfloat16() if config.bf16 else None
         self._forward_backward = ParallelStep(model, self._workers, config.micro_batch, dtype, config.tf32)
-        self.optimizer = _optimizer(model, config)
+        self.optimizer = optimizer_for(model, config)
         self._update = Update(self.optimizer, config.grad_clip or math.inf)
 
     def _check_arguments(self) -> None:
@@ -183,13 +183,18 @@ class Trainer:
                 self._save(self.progress, is_best=True)  # the run may have been killed between the two files of a save
             if is_changed:
                 self._save(self.progress)  # a resumed run that is killed then goes on with its new settings
-            if step:
+            if self._is_continued:
                 self.files.cut_log(step)
         event: dict[str, Any] = {"step": step, "config": dataclasses.asdict(self.config)}
         if is_changed:
             event["changes"] = {name: [str(before), str(now)] for name, (before, now) in self.changes.settings.items()}
-        self._log("resume" if step else "start", event)
+        self._log("resume" if self._is_continued else "start", event)
         self._workers.__enter__()
+
+    @property
+    def _is_continued(self) -> bool:
+        """Whether there is something before this call of `run`: steps, or the judgement of the model it started from."""
+        return self.progress.step > 0 or self.progress.best_loss is not None
 
     def _close(self) -> None:
         """End the workers, if they were started."""
@@ -390,10 +395,3 @@ class Trainer:
         if self.files:
             elapsed = round(time.perf_counter() - self._started, 3)  # seconds since the start or the resumption
             self.files.append_to_log({"event": event} | values | {"elapsed": elapsed})
-
-
-def _optimizer(model: GPT, config: TrainConfig) -> AdamW:
-    betas, decay = (config.beta1, config.beta2), config.weight_decay
-    if config.optimizer == "adamw":
-        return AdamW(model.parameters(), config.lr, betas, weight_decay=decay)
-    return Muon(model.flat, model.hidden_matrices(), config.lr, config.muon_lr, betas=betas, weight_decay=decay)

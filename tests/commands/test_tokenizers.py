@@ -107,7 +107,12 @@ def test_compare_aligns_different_tokenizers(command):
     for row in rows[1:]:
         assert row["difference"] == pytest.approx(row["loss"] - rows[0]["loss"])
         assert 0 < row["difference_stderr"] < 0.2
-    assert re.search(r"b.npz  loss .* bits per byte, .* bits per character, [+-]", command("compare", "a.npz", "b.npz")[1])
+    status, out, err = command("compare", "a.npz", "b.npz")
+    assert re.search(r"b.npz  loss .* bits per byte, .* bits per character, [+-]", out)
+    assert err == ""
+    Path("text.txt").write_text(Path("text.txt").read_text(encoding="utf-8") + "a" * 9, encoding="utf-8")
+    assert command("train", "text.txt", *QUICK, *BPE, "--out", "d.npz")[0] == 0
+    assert "warning: d.npz was trained on another text than a.npz" in command("compare", "a.npz", "d.npz")[2]
 
 
 def test_a_tokenizer_of_another_program(command, text):
@@ -117,6 +122,26 @@ def test_a_tokenizer_of_another_program(command, text):
     assert npgpt.load("model.npz").tokenizer == tokenizer
     assert command("train", "text.txt", *QUICK, "--tokenizer", "char")[0] == 0
     assert npgpt.load("model.npz").tokenizer.is_characters
+
+
+def test_a_held_out_text_of_its_own_is_not_split(command, text):
+    """It may be longer than the training text."""
+    Path("val.txt").write_text(text[6000:14000], encoding="utf-8")
+    assert command("train", "text.txt", *QUICK, *BPE, "--val-text", "val.txt")[0] == 0
+    found = json.loads(command("evaluate", "--ckpt", "model.npz", "--json", "--sample-tokens", "0")[1])
+    assert found["tokens"] == len(npgpt.load("model.npz").tokenizer.encode(text[6000:14000])) - 1
+    logged = [e for e in map(json.loads, Path("model.jsonl").read_text().splitlines()) if e["event"] == "evaluation"]
+    assert found["loss"] == pytest.approx(logged[-1]["val_loss"], rel=1e-6)
+
+
+def test_a_judged_text_that_begins_no_character(command):
+    """Its only predicted token is the second half of a character, so there are no bits per character."""
+    assert command("train", "text.txt", *QUICK, "--tokenizer", "bpe", "--vocab-size", "256")[0] == 0
+    Path("short.txt").write_text("\u00e9", encoding="utf-8")
+    status, out, _ = command("evaluate", "--ckpt", "model.npz", "short.txt")
+    assert (status, "bits per character" in out, "1.0000 bits" in out) == (0, False, False)
+    Path("val.txt").write_text("\u00e9", encoding="utf-8")
+    assert command("train", "text.txt", *QUICK, "--tokenizer", "bpe", "--vocab-size", "256", "--val-text", "val.txt")[0] == 0
 
 
 # ---------------------------------------------------------------- fine-tuning
@@ -172,6 +197,7 @@ def test_fine_tuning_in_minutes(command):
         (["--from", "base.npz", "--resume"], "give --from or --resume, not both"),
         (["--from", "base.npz", "--preset", "quick"], "give --from or --preset, not both"),
         (["--from", "base.npz", "--tokenizer", "bpe"], "give --from or --tokenizer, not both"),
+        (["--from", "base.npz", "--vocab-size", "300"], "give --from or --vocab-size, not both"),
         (["--from", "base.npz", "--n-layer", "3"], "a trained model keeps its shape: n_layer was 1 and is now 3"),
         (["--from", "base.npz", "--block-size", "99"], "use at most 16"),
         (["--from", "none.npz"], "no such checkpoint"),

@@ -3,13 +3,15 @@
 `make interop` runs such files in llama.cpp.
 """
 
+import json
+
 import numpy as np
 import pytest
 
 import npgpt
 from npgpt import GPT, CharTokenizer, Checkpoint, GPTConfig, RequestError
 from npgpt.exchange.gguf import write_gguf
-from npgpt.text.bpe import BYTE_OF
+from npgpt.text.bpe_description import BYTE_OF
 
 gguf = pytest.importorskip("gguf")
 TOKENIZER = CharTokenizer("\n aébc中😀\u2019")
@@ -128,6 +130,25 @@ def test_tokens_of_a_bpe(tmp_path, text):
     tokens = fields["tokenizer.ggml.tokens"].contents()
     assert [bytes(BYTE_OF[c] for c in token) for token in tokens[:300]] == [tokenizer.token_bytes(i) for i in range(300)]
     assert fields["tokenizer.ggml.merges"].contents() == [" ".join(pair) for pair in tokenizer.merges()]
+
+
+def test_other_tokens_of_a_bpe(tmp_path, text):
+    """A token that was added is found before a text is split. A tokenizer that splits in another way is refused."""
+    pytest.importorskip("tokenizers")
+    parts = json.loads(npgpt.BPETokenizer.train([text], 300).json)
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    parts["added_tokens"] = [{"id": 300, "content": "<a>", "special": False} | flags]
+    parts["added_tokens"] += [{"id": 301, "content": "<|endoftext|>", "special": True} | flags]
+    model = GPT(GPTConfig(302, block_size=6, n_layer=1, n_head=2, n_embd=8), seed=1)
+    write_gguf(Checkpoint(model, npgpt.BPETokenizer(json.dumps(parts))), tmp_path / "m.gguf")
+    tensors, fields = read(tmp_path / "m.gguf")
+    assert fields["tokenizer.ggml.token_type"].contents() == [1] * 300 + [4, 3]
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == 301
+    assert len(tensors["output.weight"]) == 302  # it has a token that ends a text
+    digits = {"type": "Digits", "individual_digits": True}
+    parts["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, parts["pre_tokenizer"]]}
+    with pytest.raises(RequestError, match="its tokenizer splits texts in another way than GPT-2"):
+        write_gguf(Checkpoint(model, npgpt.BPETokenizer(json.dumps(parts))), tmp_path / "n.gguf")
 
 
 def test_half_precision(tmp_path):

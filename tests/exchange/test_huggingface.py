@@ -136,7 +136,8 @@ def test_cropping(folder):
 
 
 def test_attention_scales_are_in_the_weights_of_q(gpt2):
-    plain, scaled = (read_model(gpt2), change_settings(gpt2, scale_attn_weights=False, scale_attn_by_inverse_layer_idx=False))
+    plain = read_model(gpt2)
+    change_settings(gpt2, scale_attn_weights=False, scale_attn_by_inverse_layer_idx=False)
     scaled = read_model(gpt2)
     q = np.s_[..., :8]
     for layer in (0, 1):
@@ -152,14 +153,16 @@ def test_attention_scales_are_in_the_weights_of_q(gpt2):
     ("changes", "words"),
     [
         ({"model_type": "llama"}, "its model_type is 'llama', expected gpt2 or gpt_neox"),
+        ({"model_type": ["gpt2"]}, r"its model_type is .*, expected gpt2 or gpt_neox"),
+        ({"activation_function": []}, r"its activation_function is '\[\]'"),
         ({"activation_function": "gelu"}, "its activation_function is 'gelu', and npgpt has gelu_new"),
         ({"activation_function": "quick_gelu"}, "its activation_function is 'quick_gelu'"),
         ({"layer_norm_epsilon": 1e-6}, "its layer_norm_epsilon is 1e-06, and npgpt has 1e-05"),
         ({"add_cross_attention": True}, "its add_cross_attention is true, which npgpt cannot compute"),
         ({"n_embd": "8"}, "its n_embd is '8', expected a whole number above 0"),
-        ({"n_embd": 0}, "its n_embd is '0'|its n_embd is 0"),
+        ({"n_embd": 0}, "its n_embd is '0'"),
         ({"n_head": 3}, "n_embd must be a multiple of n_head"),
-        ({"tie_word_embeddings": 1}, "its tie_word_embeddings is 1|expected true or false"),
+        ({"tie_word_embeddings": 1}, "its tie_word_embeddings is '1', expected true or false"),
         ({"resid_pdrop": 2}, "its resid_pdrop is '2', expected a number from 0 to 1"),
         ({"n_layer": 3}, "describes .* parameters, but its tensors have"),
         ({"n_layer": 10**9}, "describes .* parameters, but its tensors have"),
@@ -203,6 +206,25 @@ def test_tensors_that_are_missing_or_wrong(gpt2):
     refused(lambda t: t.update(x=t.pop("transformer.h.0.ln_1.bias")), "its tensor 'x' is unknown")
     refused(lambda t: t.update({"transformer.wte.weight": t["transformer.wte.weight"].T}), r"has shape \(8, 13\), expected")
     refused(lambda t: t["transformer.ln_f.bias"].fill(np.inf), "ln_f.bias has a number that is not finite")
+
+
+def test_float64_beyond_float32(gpt2):
+    """It would become infinite."""
+    path = gpt2 / "model.safetensors"
+    file = SafetensorsFile(path)
+    arrays = {name: file.tensor(name).astype(np.float64) for name in file.shapes}
+    file.close()
+    arrays["transformer.ln_f.bias"][0] = 1e300
+    data = b"".join(array.tobytes() for array in arrays.values())
+    header, end = {}, 0
+    for name, array in arrays.items():
+        header[name] = {"dtype": "F64", "shape": list(array.shape), "data_offsets": [end, end + array.nbytes]}
+        end += array.nbytes
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    with pytest.raises(RequestError, match=r"ln_f.bias has numbers up to 1e\+300, too large for float32"):
+        read_model(gpt2)
+    assert np.isfinite(read_model(gpt2, dtype=np.float64).model.flat.data).all()
 
 
 def test_folders_that_are_not_complete(tmp_path, gpt2):
@@ -258,7 +280,7 @@ def test_half_precision(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["half"]  # nothing is half-written
 
 
-def test_nothing_is_overwritten(tmp_path):
+def test_nothing_is_overwritten(tmp_path, monkeypatch):
     checkpoint = Checkpoint(GPT(GPTConfig(9, block_size=6, n_layer=1, n_head=2, n_embd=8), seed=1), TOKENIZER)
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder").mkdir()
@@ -266,6 +288,12 @@ def test_nothing_is_overwritten(tmp_path):
     for name in ("file", "folder"):
         with pytest.raises(RequestError, match="exists already"):
             write_folder(checkpoint, tmp_path / name)
+    with pytest.raises(RequestError, match=r"there is no folder .*none; make it first"):
+        write_folder(checkpoint, tmp_path / "none" / "out")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    write_folder(checkpoint, ".")
+    assert (tmp_path / "here" / "config.json").exists()
 
 
 def test_a_tokenizer_with_too_many_tokens(gpt2):

@@ -2,8 +2,8 @@
 
     python tests/studies/mutation.py [NAME ...]
 
-Each bug is a small change to a backward pass or to code it relies on: a dropped sum, a wrong axis, a sign, a missing
-factor, a mask off by one, a forgotten term. A bug is caught if a test fails. The script prints the number of planted and
+Each bug is a small change to a backward pass, to code it relies on, to a tokenizer or to a file format: a dropped sum, a
+wrong axis, a sign, a missing factor, a mask off by one, a forgotten term. A bug is caught if a test fails. The script prints the number of planted and
 caught bugs and the names of the survivors. The exit status is 1 if a bug survives.
 """
 
@@ -28,14 +28,20 @@ NORM, ELEMENTWISE, SOFTMAX = "kernels/cuda/norm.cu", "kernels/cuda/elementwise.c
 EMBEDDING, COMMON = "kernels/cuda/embedding.cu", "kernels/cuda/common.cu"
 CUDA, PRODUCTS = "kernels/cuda/kernels.py", "kernels/cuda/products.py"
 
-BPE, READING, RECORD, RESIZE = "text/bpe.py", "text/reading.py", "text/record.py", "model/resize.py"
+BPE, DESCRIPTION, READING, RECORD, RESIZE = (
+    "text/bpe.py",
+    "text/bpe_description.py",
+    "text/reading.py",
+    "text/record.py",
+    "model/resize.py",
+)
 LOSS, COMPARISON, JUDGED = "evaluation/loss.py", "evaluation/comparison.py", "evaluation/judged_text.py"
 ARCHITECTURES, HUGGING_FACE = "exchange/architectures.py", "exchange/huggingface.py"
-SAFETENSORS, GGUF = "exchange/safetensors.py", "exchange/gguf.py"
+SAFETENSORS, WEIGHTS, GGUF = "exchange/safetensors.py", "exchange/weights.py", "exchange/gguf.py"
 TEXT_TESTS = ["text", "exchange", "evaluation", "model/test_resize.py", "commands/test_tokenizers.py"]
 
-OF_TEXTS = {BPE, READING, RECORD, RESIZE, LOSS, COMPARISON, JUDGED}  # TEXT_TESTS cover these files
-OF_TEXTS |= {ARCHITECTURES, HUGGING_FACE, SAFETENSORS, GGUF}
+OF_TEXTS = {BPE, DESCRIPTION, READING, RECORD, RESIZE, LOSS, COMPARISON, JUDGED}  # TEXT_TESTS cover these files
+OF_TEXTS |= {ARCHITECTURES, HUGGING_FACE, SAFETENSORS, WEIGHTS, GGUF}
 OF_A_GPU = {NORM, ELEMENTWISE, SOFTMAX, EMBEDDING, COMMON, CUDA, PRODUCTS}  # GPU_TESTS cover these files
 
 # (name, file, text that occurs once in the file, text that replaces it).
@@ -199,8 +205,8 @@ BUGS = [
     ("cuda: one random number for two elements", COMMON, "16 * (i % 2)", "0"),
     ("cuda: Philox with nine rounds", COMMON, "round < 10", "round < 9"),
     ("cuda: warps share a row", COMMON, "+ threadIdx.x / WARP; }", "; }"),
-    ("text: a cut between two spaces", BPE, r'(?<=\S)(?= )|', r'(?= )|'),
-    ("text: a cut in front of a letter", BPE, r'(?<=[^\W_])(?=[\s', r'(?<=[^\W_])(?=[\w\s'),
+    ("text: a cut between two spaces", DESCRIPTION, r'(?<=\S)(?= )|', r'(?= )|'),
+    ("text: a cut in front of a letter", DESCRIPTION, r'(?<=[^\W_])(?=[\s', r'(?<=[^\W_])(?=[\w\s'),
     ("text: the end of a stream is lost", BPE, 'return self._decoder.decode(b"", final=True)', 'return ""'),
     ("text: every byte counted as a character", BPE, "byte & 0xC0 != 0x80", "True"),
     ("text: special tokens in a text", BPE, "encode_special_tokens = True", "encode_special_tokens = False"),
@@ -218,7 +224,7 @@ BUGS = [
     ("exchange: q not scaled", HUGGING_FACE, ".q_scale(int", ".q_scale(0 * int"),
     ("exchange: an output layer of its own ignored", HUGGING_FACE, "if not np.array_equal(tensors.take(head), tensors.take(table)):", "if False:"),
     ("exchange: overwrites what is there", HUGGING_FACE, "or any(path.iterdir()))", "or False)"),
-    ("exchange: infinite in half precision", HUGGING_FACE, "if not np.isfinite(result).all():", "if False:"),
+    ("exchange: infinite in half precision", WEIGHTS, "if not np.isfinite(result).all():", "if False:"),
     ("exchange: rotary neighbours and halves mixed up", ARCHITECTURES, "np.arange(0, head_dim, 2), np.arange(1, head_dim, 2)", "np.arange(1, head_dim, 2), np.arange(0, head_dim, 2)"),
     ("exchange: heads and parts mixed up", ARCHITECTURES, "np.stack([turned[0], turned[1], columns[2]], axis=1)", "np.stack([turned[0], turned[1], columns[2]], axis=0)"),
     ("exchange: values are turned", ARCHITECTURES, "turned[1], columns[2]]", "turned[1], turned[2]]"),

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from npgpt import BPETokenizer, CharTokenizer, RequestError
 from npgpt.text import bpe as bpe_module
-from npgpt.text.bpe import BYTE_OF, NewBPE, _cut
+from npgpt.text.bpe import NewBPE, _cut
+from npgpt.text.bpe_description import BYTE_OF
 from npgpt.text.reading import read_texts
 from npgpt.text.sources import Sources
 from npgpt.text.tokenizer import text_size
@@ -139,8 +140,37 @@ def test_a_byte_without_a_token(description):
     tokenizer = BPETokenizer(json.dumps(changed(description, vocab=vocab, merges=merges)))
     assert tokenizer.unknown("aQbQ") == {"Q": 1}
     assert tokenizer.without_unknown("aQbQ", replace=True) == "ab"
-    with pytest.raises(RequestError, match="'Q', which the tokenizer has no tokens for"):
+    with pytest.raises(RequestError, match="'Q', and the tokenizer has no token for it"):
         tokenizer.encode("aQ")
+
+
+LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+GPT4 = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def split(behavior, pattern=GPT4):
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": False}
+
+
+def sequence(*steps):
+    return {"type": "Sequence", "pretokenizers": list(steps)}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        LEVEL,  # the whole text is one word
+        sequence(split("Isolated"), LEVEL),
+        sequence(split("Isolated", r"[a-z]+ [a-z]+"), LEVEL),  # words with a space in them
+        sequence({"type": "Digits", "individual_digits": True}, LEVEL | {"use_regex": True}),
+    ],
+)
+def test_other_ways_to_split_a_text(description, words, text, monkeypatch):
+    tokenizer = BPETokenizer(json.dumps(description | {"pre_tokenizer": words}))
+    whole = tokenizer._encoder.encode(text[:3000], add_special_tokens=False).ids
+    monkeypatch.setattr(bpe_module, "CHARACTERS_IN_PIECE", 50)
+    assert tokenizer.encode(text[:3000]) == whole
+    assert not tokenizer.splits_as_gpt2
 
 
 @pytest.mark.parametrize(
@@ -152,11 +182,16 @@ def test_a_byte_without_a_token(description):
         ({"pre_tokenizer": None}, "not ByteLevel"),
         ({"decoder": None}, "not ByteLevel"),
         ({"normalizer": {"type": "Lowercase"}}, "its normalizer changes texts"),
-        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "add_prefix_space must be false"),
+        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "'ByteLevel', with its settings, changes texts"),
+        ({"pre_tokenizer": sequence({"type": "WhitespaceSplit"}, LEVEL)}, "'WhitespaceSplit', with its settings, changes"),
+        ({"pre_tokenizer": sequence(split("Removed"), LEVEL)}, "'Split', with its settings, changes texts"),
+        ({"pre_tokenizer": sequence(LEVEL, split("Isolated"))}, "not ByteLevel"),
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": 3}}, "not ByteLevel"),
         ({"added_tokens": [{"id": 400}]}, "added_tokens cannot be used"),
         ({"added_tokens": [{"id": 400, "content": "two words", "special": False}]}, "spaces between words"),
         ({"added_tokens": [{"id": 500, "content": "x", "special": False}]}, "ids must be 0, 1, 2"),
         ({"added_tokens": [{"id": 0, "content": "<x>", "special": True}]}, "ids must be 0, 1, 2"),
+        ({"added_tokens": [{"id": 400, "content": "\ud800", "special": True}]}, "it has a lone surrogate"),
     ],
 )
 def test_tokenizers_that_cannot_be_used(description, change, words):
@@ -251,7 +286,7 @@ def test_files_that_cannot_be_used(tmp_path, description, monkeypatch):
     (tmp_path / "vocab.json").write_text("[" * 100_000, encoding="utf-8")
     refused("vocab.json is not JSON")
     monkeypatch.setattr("npgpt.text.tokenizer_files.MAX_BYTES", 10)
-    refused("has 100,000 bytes, at most 10 are read")
+    refused("has more than 10 bytes")
 
 
 def test_what_the_flags_ask_for(tmp_path, trained):
