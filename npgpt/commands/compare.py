@@ -86,8 +86,9 @@ def _differing_settings(runs: dict[str, Checkpoint]) -> dict[str, dict[str, Any]
         for name, run in runs.items()
     }
     all_keys = dict.fromkeys(key for own in settings.values() for key in own if key != "processes")
-    differing = [key for key in all_keys if len({repr(own.get(key)) for own in settings.values()}) > 1]
-    return {name: {key: own.get(key) for key in differing} for name, own in settings.items()}
+    # An imported model has no settings of a run.
+    differing = [key for key in all_keys if len({repr(own[key]) for own in settings.values() if key in own}) > 1]
+    return {name: {key: own[key] for key in differing if key in own} for name, own in settings.items()}
 
 
 def _texts_of(run: Checkpoint) -> dict[str, str | None]:

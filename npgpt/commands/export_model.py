@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 from pathlib import Path
 
+from npgpt.config.fields import RequestError
 from npgpt.console.terminal import command_parser, say
 from npgpt.exchange.gguf import write_gguf
 from npgpt.exchange.huggingface import write_folder
@@ -28,7 +30,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--format",
         choices=("hf", "gguf"),
-        help="hf: a folder for transformers; gguf: a file for llama.cpp (default: gguf if OUT ends in .gguf, else hf)",
+        help="hf: a folder for transformers; gguf: a file for llama.cpp (default: gguf if OUT ends in .gguf, hf if it has no "
+        "suffix)",
     )
     parser.add_argument("--dtype", choices=("f32", "f16"), default="f32", help="how weights are stored (default: f32)")
     return parser
@@ -37,11 +40,14 @@ def parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     checkpoint = load(args.ckpt)
     n = min(200, checkpoint.config.block_size // 2)  # so that prompt and text fit into the context
-    kind = args.format or ("gguf" if Path(args.out).suffix == ".gguf" else "hf")
+    suffix = Path(args.out).suffix.lower()
+    if args.format is None and suffix not in ("", ".gguf"):
+        raise RequestError(f"is {args.out} a folder or a file? say --format hf or --format gguf")
+    kind = args.format or ("gguf" if suffix else "hf")
     if kind == "hf":
         write_folder(checkpoint, args.out, args.dtype)
-        pipeline = f"pipeline('text-generation', {args.out!r})"
-        code = f"from transformers import pipeline; print({pipeline}('The', max_new_tokens={n})[0]['generated_text'])"
+        pipeline = f'pipeline("text-generation", {json.dumps(args.out)})'
+        code = f'from transformers import pipeline; print({pipeline}("The", max_new_tokens={n})[0]["generated_text"])'
         say(f"{args.out}: use it with: python -c {shlex.quote(code)}")
         return 0
     for note in write_gguf(checkpoint, args.out, args.dtype):

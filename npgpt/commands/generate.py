@@ -24,6 +24,7 @@ from npgpt.engine.backend import select
 from npgpt.generation.generate import Token, generate_texts
 from npgpt.storage.checkpoint import Checkpoint, load
 from npgpt.text.reading import decoded, read_text
+from npgpt.text.tokenizer import UnknownCharacterError
 
 ABOUT = "write text with a trained model"
 
@@ -43,7 +44,12 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--ckpt", required=True, metavar="FILE", help="a checkpoint written by train")
     prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue; - reads standard input (default: a line break)")
+    prompt.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help="the text to continue; - reads standard input (default: a line break, or "
+        "the token that ends a text, if there is one)",
+    )
     prompt.add_argument("--prompt-file", metavar="FILE", help="a file with the text to continue")
     parser.add_argument(
         "--escape",
@@ -138,7 +144,7 @@ def _known(checkpoint: Checkpoint, prompt: str, unknown: str) -> str:
         return checkpoint.tokenizer.without_unknown(prompt, replace=unknown == "replace")
     try:
         checkpoint.tokenizer.encode(prompt)
-    except RequestError as error:
+    except UnknownCharacterError as error:
         raise RequestError(f"{error}; --unknown skip leaves it out, --unknown replace takes the closest one") from None
     return prompt
 

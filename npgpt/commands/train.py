@@ -19,7 +19,7 @@ from npgpt.console.signals import StopRequest, interruptible
 from npgpt.console.terminal import command_parser, failed, progress_bar, say
 from npgpt.engine.backend import select
 from npgpt.model.gpt import GPT
-from npgpt.model.resize import resized
+from npgpt.model.resize import check_resizable, resized
 from npgpt.storage.archive import CheckpointError
 from npgpt.storage.checkpoint import Checkpoint, load
 from npgpt.storage.run import RunFiles
@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
         "--tokenizer",
         metavar="NAME",
         help="char: one token for each character (the default); bpe: a byte-level BPE, trained on DATA; or the file or folder "
-        "of such a BPE: tokenizer.json, or vocab.json and merges.txt",
+        "of a tokenizer: tokenizer.json (a byte-level BPE, or one of characters), or vocab.json and merges.txt",
     )
     parser.add_argument(
         "--vocab-size",
@@ -135,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
     last = base = None  # their memory can go
     try:
         with interruptible() as stop_requested:
-            trainer, end = _train(choice, files, corpus, stop_requested)
+            trainer, end = _train(args, choice, files, corpus, stop_requested)
     except MemoryError:
         if not select(choice.training.device).is_cpu:
             return failed("train", "out of GPU memory: lower --micro-batch or --batch-size, then --n-embd or --n-layer")
@@ -260,6 +260,7 @@ def _plan(args: argparse.Namespace, until: float, files: RunFiles, corpus: Corpu
         say(f"plan    timing what could be trained in {args.minutes:g} minutes")
     asked = _asked(args, GPTConfig) | _asked(args, TrainConfig)
     if base:
+        check_resizable(base.config, GPTConfig(**(vars(base.config) | _asked(args, GPTConfig))))
         shape = {name: value for name, value in vars(base.config).items() if name != "vocab_size"}
         asked = shape | {"optimizer": "adamw", "lr": FINE_TUNING_LR} | asked
     chosen = plan(until, corpus, backend, asked)
@@ -315,7 +316,9 @@ def _resumption(args: argparse.Namespace, last: Checkpoint, elsewhere: bool) -> 
 # ---------------------------------------------------------------- running
 
 
-def _train(choice: _Choice, files: RunFiles, corpus: Corpus, stop_requested: StopRequest) -> tuple[Trainer, End]:
+def _train(
+    args: argparse.Namespace, choice: _Choice, files: RunFiles, corpus: Corpus, stop_requested: StopRequest
+) -> tuple[Trainer, End]:
     model, training = choice.model, choice.training
     backend = select(training.device)
     dataset = corpus.dataset(model.block_size, training)
@@ -327,7 +330,7 @@ def _train(choice: _Choice, files: RunFiles, corpus: Corpus, stop_requested: Sto
     trainer = Trainer(gpt, corpus.tokenizer, dataset, training, files.best, sources, val_sources, pretrained)
     different = [] if choice.last is None else trainer.resume(choice.last, choice.elsewhere)
     choice.last = None  # its memory can go
-    print_banner(trainer, corpus, files)
+    print_banner(trainer, corpus, files, args.base)
     if different:
         say(f"warning: {'; '.join(different)}: the numbers will differ slightly from those of an uninterrupted run")
     return trainer, _show_run(trainer, stop_requested)

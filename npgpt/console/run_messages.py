@@ -20,7 +20,8 @@ from npgpt.training.trainer import Trainer
 MOST_FILES = 20  # files of a text that are listed one by one
 
 
-def print_banner(trainer: Trainer, corpus: Corpus, files: RunFiles) -> None:
+def print_banner(trainer: Trainer, corpus: Corpus, files: RunFiles, base: str | None = None) -> None:
+    """base: the checkpoint that the run starts from, if there is one."""
     dataset, config, model = trainer.dataset, trainer.config, trainer.model
     held_out = f"{len(dataset.val):,} held out" + (f": {corpus.val_sources}" if corpus.val_sources else "")
     say(f"text    {corpus.sources}: {_size_of_text(trainer)}; {len(dataset.train):,} to train on, {held_out}")
@@ -44,8 +45,8 @@ def print_banner(trainer: Trainer, corpus: Corpus, files: RunFiles) -> None:
         previous = files.previous_paths()[0]
         replaced = ", in place of the run there" if previous.exists() else ""
         say(f"        the run that is now in {files.best} is kept as {previous}{replaced}")
-    if trainer.pretrained:
-        say("        it starts with the weights of a trained model")
+    if base is not None:
+        say(f"        it starts with the weights of {base}")
     if trainer.progress.step:
         say(f"        resumed at step {trainer.progress.step}")
     if trainer.changes.settings:
@@ -56,7 +57,8 @@ def print_banner(trainer: Trainer, corpus: Corpus, files: RunFiles) -> None:
 def _size_of_text(trainer: Trainer) -> str:
     tokenizer, n = trainer.tokenizer, len(trainer.dataset.ids)
     if tokenizer.is_characters:
-        return f"{n:,} characters, {tokenizer.vocab_size} different"
+        is_new = not trainer.pretrained and not trainer.progress.step
+        return f"{n:,} characters, {tokenizer.vocab_size} {'different' if is_new else 'known to the model'}"
     n_characters, _ = text_size(tokenizer, trainer.dataset.ids)
     return f"{n_characters:,} characters, {n:,} tokens of a BPE with {tokenizer.vocab_size:,}"
 

@@ -59,8 +59,9 @@ def read_model(source: str | Path, block_size: int | None = None, dtype: Any = n
         raise RequestError(f"no such file or folder: {source}")
     with ExitStack() as stack:
         try:
+            paths = _shards(source)
             theirs = from_their_settings(read_json(folder / CONFIG))
-            tensors = _Tensors(_shards(source), stack)
+            tensors = _Tensors(paths, stack)
             return _model_of(theirs, tensors, block_size, dtype)
         except RequestError as error:
             raise RequestError(f"cannot import {source}: {error}") from None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import functools
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,8 @@ from npgpt.text.tokenizer import UnknownCharacterError
 END_OF_TEXT = "<|endoftext|>"
 N_BYTES = 256  # the smallest vocabulary: a token for each byte
 CHARACTERS_IN_PIECE, PIECES_AT_ONCE = 1 << 16, 16  # more would take more memory and hardly less time
+LONGEST_WORD = 512  # characters that the training of a tokenizer takes for one word
+LONG_WORD = re.compile(rf"\S{{{LONGEST_WORD}}}")
 NEAR = 256  # characters in which almost every text has a place for a cut
 
 
@@ -68,7 +71,7 @@ class BPETokenizer:
         tokenizer.decoder = library.decoders.ByteLevel()
         alphabet = library.pre_tokenizers.ByteLevel.alphabet()
         trainer = library.trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
-        tokenizer.train_from_iterator(_cut(pieces), trainer)
+        tokenizer.train_from_iterator(_with_short_words(_cut(pieces)), trainer)
         return cls(tokenizer.to_str())
 
     @property
@@ -161,11 +164,14 @@ class BPETokenizer:
         return _ByteStream(self)
 
     def unknown(self, text: str) -> dict[str, int]:
-        """The characters of `text` with a byte that has no token, each with the position of its first occurrence."""
-        if not self._missing:
-            return {}
-        characters = dict.fromkeys(text)
-        return {c: text.index(c) for c in characters if self._missing & set(c.encode(errors="surrogatepass"))}
+        """The characters of `text` with a byte that has no token, each with the position of its first occurrence.
+
+        Lone surrogates are among them, because they are in no text in UTF-8.
+        """
+        return {c: text.index(c) for c in dict.fromkeys(text) if "\ud800" <= c <= "\udfff" or self._lacks_a_byte_of(c)}
+
+    def _lacks_a_byte_of(self, character: str) -> bool:
+        return bool(self._missing) and bool(self._missing & set(character.encode()))
 
     def without_unknown(self, text: str, replace: bool) -> str:
         """`text` without its unknown characters. There are no close ones to replace them by."""
@@ -203,6 +209,15 @@ def _library() -> Any:
             "training or encoding with a BPE needs the tokenizers library: python -m pip install 'npgpt[bpe]'"
         ) from None
     return tokenizers
+
+
+def _with_short_words(pieces: Iterable[str]) -> Iterator[str]:
+    """Pieces of a text to learn from. Very long words are cut, because the time for a word grows with its square."""
+    for piece in pieces:
+        if LONG_WORD.search(piece):
+            yield from (piece[start : start + LONGEST_WORD] for start in range(0, len(piece), LONGEST_WORD))
+        else:
+            yield piece
 
 
 def _cut(pieces: Iterable[str]) -> Iterator[str]:

@@ -131,6 +131,10 @@ def _read_merges(vocabulary: Path) -> list[list[str]]:
 def _gpt2_description(vocab: dict[str, Any], merges: list[list[str]]) -> dict[str, Any]:
     """The description of GPT-2's kind of tokenizer, from a vocabulary and its merges."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    made = {"".join(pair) for pair in merges}
+    n_made = sum(token in made for token in vocab if len(token) > 1)
+    if n_made < 0.9 * sum(len(token) > 1 for token in vocab):  # the others may be special tokens
+        raise RequestError(f"its merges make only {n_made:,} of its {len(vocab):,} tokens, so they are not complete")
     added = []
     if END_OF_TEXT in vocab:
         end = {"id": vocab[END_OF_TEXT], "content": END_OF_TEXT, "special": True}

@@ -294,7 +294,7 @@ def _reasons(
     else:
         others = [f"{timed}: {loss:.2f}" for loss, timed in choices[1:2]]
         why += f": expected loss {choices[0][0]:.2f} on tiny Shakespeare" + (f" ({', '.join(others)})" if others else "")
-        why += "; another text has another loss"
+        why += "; another text or tokenizer has another loss"
     megabytes = estimate_memory(best.model, training) / 1e6
     return (
         why,

@@ -51,7 +51,7 @@ def changes_since(
     if last.optimizer_state is None or last.train_config is None:
         raise RequestError(
             "this checkpoint holds no training state to resume from; a run's NAME.last.npz does, if it is read by "
-            "load(path, with_optimizer=True)"
+            "load(path, with_optimizer=True); train --from starts a new run with its weights"
         )
     if last.tokenizer != tokenizer:
         raise RequestError(

@@ -32,7 +32,10 @@ def test_there_and_back(command, flags):
     assert command("train", "text.txt", *QUICK, *flags)[0] == 0
     status, out, err = command("export", "model.npz", "folder", "--format", "hf")
     assert (status, out) == (0, "")
-    assert "folder: use it with: python -c 'from transformers import pipeline; " in err
+    assert "folder: use it with: python -c 'from transformers import pipeline; print(pipeline(" in err
+    assert """("text-generation", "folder")("The", max_new_tokens=8)""" in err
+    asked = "npgpt export: is a.bin a folder or a file? say --format hf or --format gguf\n"
+    assert command("export", "model.npz", "a.bin") == (2, "", asked)
     status, out, err = command("import", "folder", "--out", "back.npz")
     assert (status, out) == (0, "")
     assert "56 characters" in err
@@ -72,6 +75,7 @@ def test_gguf(command):
     status, out, err = command("export", "model.npz", "model.gguf", "--dtype", "f16")
     assert (status, out) == (0, "")
     assert "so use -c 16, and no longer texts" in err
+    assert "-n 8 -p" in err
     assert "model.gguf: use it with: llama-completion -m model.gguf -no-cnv -c 16" in err
     assert Path("model.gguf").read_bytes().startswith(b"GGUF")
 
@@ -84,9 +88,10 @@ def test_gguf(command):
         (["import", str(GPT2), "--out", "no/a.npz"], "there is no folder no; make it first"),
         (["import", str(GPT2), "--out", "a.npz"], "has no tokenizer that npgpt can read"),
         (["import", "none", "--out", "a.npz"], "no such file or folder: none"),
-        (["import", "text.txt", "--out", "a.npz"], "cannot import text.txt: there is no config.json"),
+        (["import", "text.txt", "--out", "a.npz"], "cannot import text.txt: expected a folder or a .safetensors file"),
+        (["import", ".", "--out", "a.npz"], "cannot import .: it has no model.safetensors"),
         (["export", "none.npz", "out"], "no such checkpoint"),
-        (["export", "text.npz", "text.txt"], "is not a checkpoint"),
+        (["export", "text.npz", "out"], "is not a checkpoint"),
         (["import", str(GPT2), "--out", "a.npz", "--tokenizer", "none"], "there is no none"),
     ],
 )

@@ -158,7 +158,8 @@ def test_fine_tuning(command):
     assert not Path("model.npz").exists()
     status, _, err = command("train", "other.txt", *QUICK, "--from", "base.npz", "--add-characters", "--dropout", "0")
     assert status == 0
-    assert "it starts with the weights of a trained model" in err
+    assert "it starts with the weights of base.npz" in err
+    assert re.search(r"characters, \d+ known to the model;", err)
     assert re.search(r"step 0: val loss \d\.\d{4} ± \d\.\d{4} \(best\): the model it starts from\n", err)
     tuned = npgpt.load("model.npz")
     assert tuned.tokenizer.characters == base.tokenizer.characters + "☃"

@@ -234,12 +234,12 @@ def test_folders_that_are_not_complete(tmp_path, gpt2):
 
     refused("no such file or folder", tmp_path / "none")
     refused("expected a folder or a .safetensors file", gpt2 / "config.json")
+    (gpt2 / "config.json").unlink()
+    refused("there is no config.json")
     (gpt2 / "model.safetensors").unlink()
     refused("it has no model.safetensors")
     (gpt2 / "pytorch_model.bin").write_bytes(b"")
     refused(r"pytorch_model.bin alone.*unpickling can run any program; convert it by\n +python -c ")
-    (gpt2 / "config.json").unlink()
-    refused("there is no config.json")
 
 
 # ---------------------------------------------------------------- writing
