@@ -9,13 +9,14 @@ exact validation loss, its standard error, the milliseconds of a step. This is n
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
 
 import npgpt
 from npgpt.text.reading import read_ids
 from npgpt.training.events import Evaluation, Step
-from npgpt.training.plan import CANDIDATES
+from npgpt.training.plan import CANDIDATES, dropout_for
 
 
 def measure(text, settings, steps, seed):
@@ -25,12 +26,16 @@ def measure(text, settings, steps, seed):
     config = npgpt.GPTConfig(tokenizer.vocab_size, **({"dropout": 0.0} | of_model))
     shared = {"min_lr": 0.0, "patience": 0, "sample_tokens": 0, "seed": seed, "eval_tokens": 0}
     train_config = npgpt.TrainConfig(steps=steps, eval_interval=-(-steps // 8), **(shared | training))
+    if "dropout" not in of_model:
+        epochs = steps * train_config.batch_size * config.block_size / (len(ids) * (1 - train_config.val_fraction))
+        config = dataclasses.replace(config, dropout=dropout_for(epochs, config.num_parameters()))
     data = npgpt.Dataset(ids, config.block_size, train_config.batch_size, train_config.val_fraction, seed)
     events = list(npgpt.Trainer(npgpt.GPT(config, seed=seed), tokenizer, data, train_config).run())
     evaluations = [e for e in events if isinstance(e, Evaluation)]
     best = min(evaluations, key=lambda e: e.val_loss)
     return {
         **settings,
+        "dropout": config.dropout,
         "steps": steps,
         "loss": round(best.val_loss, 4),
         "stderr": round(best.val_stderr, 4),
@@ -45,7 +50,7 @@ def main():
     parser.add_argument("text")
     parser.add_argument("--settings", type=json.loads, help="settings of one configuration as JSON (default: the table's)")
     parser.add_argument("--steps", type=int, nargs="*", help="numbers of steps (default: the table's)")
-    parser.add_argument("--dropout", type=float, help="dropout (default: the configuration's)")
+    parser.add_argument("--dropout", type=float, help="dropout (default: the configuration's, or what --minutes takes)")
     parser.add_argument("--seed", type=int, default=1337)
     args = parser.parse_args()
     rows = [(c.settings, args.steps or [steps for steps, _ in c.reached]) for c in CANDIDATES[:-1]]
