@@ -21,6 +21,7 @@ from npgpt.config.settings import GenerateConfig
 from npgpt.console.flags import add_flags, add_unknown_flag, settings_from
 from npgpt.console.terminal import command_parser, say, visible
 from npgpt.engine.backend import select
+from npgpt.generation.decode import window_for
 from npgpt.generation.generate import Token, generate_texts
 from npgpt.storage.checkpoint import Checkpoint, load
 from npgpt.text.reading import decoded, read_text
@@ -29,6 +30,7 @@ from npgpt.text.tokenizer import UnknownCharacterError
 ABOUT = "write text with a trained model"
 
 ESCAPES = re.compile(r"\\(?:x([0-9a-fA-F]{2})|([ntr\\\"']))")
+SLOW = 5e10  # operations that take about a second on one core
 MEANING = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\", '"': '"', "'": "'"}
 
 
@@ -157,6 +159,7 @@ def _write_samples(
     On a terminal, control characters are made visible. Files and pipes get the text as it is.
     """
     shown_as = visible if sys.stdout.isatty() else str
+    _warn_if_slow(checkpoint, prompt, settings)
     started, shown = time.perf_counter(), 0
     tokens: list[Token] = []
     texts = dict.fromkeys(range(settings.num_samples), "")
@@ -195,6 +198,20 @@ def _write_samples(
     if sys.stderr.isatty():
         seconds = time.perf_counter() - started
         say(f"{len(tokens):,} tokens, {len(tokens) / max(seconds, 1e-9):,.0f} a second")
+
+
+def _warn_if_slow(checkpoint: Checkpoint, prompt: str, settings: GenerateConfig) -> None:
+    """Past its context, a large model with learned positions takes seconds for a token."""
+    config, tokenizer = checkpoint.config, checkpoint.tokenizer
+    operations = 2 * config.num_parameters() * config.block_size  # of one token past the context
+    if window_for(checkpoint.model, settings.window) != "exact" or operations < SLOW:
+        return
+    length = len(tokenizer.encode(prompt)) if prompt else len(tokenizer.start_ids)
+    if length + settings.max_new_tokens > config.block_size:
+        say(
+            f"warning: past {config.block_size} tokens, each token needs the whole context again, which is slow; --window half "
+            "is much faster"
+        )
 
 
 def _converse(checkpoint: Checkpoint, settings: GenerateConfig, args: argparse.Namespace, stops: list[str]) -> int:

@@ -215,3 +215,15 @@ def test_control_characters_reach_no_terminal(tmp_path):
     os.close(theirs)
     assert os.read(ours, 1000) == b"a\\x1bb\\x07\\x9b\r\n"
     os.close(ours)
+
+
+def test_a_slow_window_is_announced(workshop, capsys, monkeypatch):
+    monkeypatch.chdir(workshop)
+    long = ["generate", "--ckpt", "model.npz", "--prompt", "the bell", "--max-new-tokens", "9"]  # the context has 16 tokens
+    for flags, slow, expected in (([], 0, True), ([], 1e12, False), (["--window", "half"], 0, False)):
+        monkeypatch.setattr("npgpt.commands.generate.SLOW", slow)
+        assert npgpt.cli.main([*long, *flags]) == 0
+        assert ("warning: past 16 tokens, each token needs the whole context again" in capsys.readouterr().err) == expected
+    monkeypatch.setattr("npgpt.commands.generate.SLOW", 0)
+    assert npgpt.cli.main([*long[:-1], "8"]) == 0
+    assert "warning" not in capsys.readouterr().err
