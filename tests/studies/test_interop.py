@@ -194,19 +194,22 @@ def test_transformers_writes_the_same_text(trained):
     assert read_tokenizer_of(folder / "hf", checkpoint.config) == checkpoint.tokenizer
 
 
+def run_llama(folder, models, prompts, n, context):
+    """What llama.cpp writes after each prompt with each model: n tokens, always the likeliest."""
+    jobs = [{"model": str(model), "prompts": prompts, "context": context, "tokens": n} for model in models]
+    (folder / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
+    script = Path(__file__).parent / "llama.mjs"
+    subprocess.run(["node", script, folder / "jobs.json", folder / "results.json"], check=True, env=os.environ)
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
 @needs_llama
 def test_llama_writes_the_same_text(trained, tmp_path):
     """Up to the first token whose two likeliest candidates are closer than the error of llama.cpp's GELU."""
     checkpoint, folder = trained
     prompts = [*PROMPTS, "The \u2603 old \u03a9 man"]  # with unknown characters, for a tokenizer of characters
     n = 260  # to the 300th token
-    jobs = [
-        {"model": str(folder / name), "prompts": prompts, "context": 300, "tokens": n} for name in ("model.gguf", "half.gguf")
-    ]
-    (tmp_path / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
-    script = Path(__file__).parent / "llama.mjs"
-    subprocess.run(["node", script, tmp_path / "jobs.json", tmp_path / "results.json"], check=True, env=os.environ)
-    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    results = run_llama(tmp_path, [folder / "model.gguf", folder / "half.gguf"], prompts, n, 300)
     equal = 0
     for i, found in enumerate(results):
         known = checkpoint.tokenizer.without_unknown(prompts[i % len(prompts)], replace=False)
@@ -223,6 +226,22 @@ def test_llama_writes_the_same_text(trained, tmp_path):
         logits = checkpoint.model(seen, last_only=True)[0].numpy()[0, 0]
         assert logits[ours[differing[0]]] - logits[found["made"][differing[0]]] < 0.05
     assert equal >= len(results) - 2
+
+
+@needs_llama
+@pytest.mark.parametrize("position", ["learned", "rotary"])
+def test_llama_goes_on_past_the_context(tmp_path, position):
+    """Its context shifts, in another way than here. It must not stop, and never draw the token that ends a text."""
+    tokenizer = npgpt.CharTokenizer.build_vocab(text())
+    config = npgpt.GPTConfig(tokenizer.vocab_size, block_size=128, n_layer=2, n_head=2, n_embd=32, position=position)
+    model = npgpt.GPT(config, seed=1)
+    model.flat.data[...] *= 5  # so that the likeliest token is clear
+    write_gguf(npgpt.Checkpoint(model, tokenizer), tmp_path / "model.gguf")
+    (found,) = run_llama(tmp_path, [tmp_path / "model.gguf"], ["The old man"], 300, 128)
+    assert len(found["made"]) == 300
+    assert max(found["made"]) < tokenizer.vocab_size
+    ours = likeliest(model, tokenizer, tokenizer.encode("The old man"), 100)
+    assert found["made"][:20] == ours[:20]
 
 
 # ---------------------------------------------------------------- GPT-2's tokenizer
