@@ -82,7 +82,8 @@ SHAPES = {
 def gpt2(**changes):
     torch.manual_seed(0)
     config = transformers.GPT2Config(**SMALL | changes)
-    config._attn_implementation = "eager"  # in version 4.46, the usual one ignores how attention is scaled
+    if changes.keys() & {"scale_attn_weights", "scale_attn_by_inverse_layer_idx"}:
+        config._attn_implementation = "eager"  # in version 4.46, the usual one ignores these two
     model = transformers.GPT2LMHeadModel(config)
     with torch.no_grad():
         for p in model.parameters():
