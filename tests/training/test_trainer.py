@@ -437,3 +437,40 @@ def test_a_padded_vocabulary_trains_saves_and_writes(text, tokenizer, tmp_path):
     checkpoint.model.lm_head.weight.data[:, 63:] = 10.0  # the padding is by far the likeliest
     settings = npgpt.GenerateConfig(max_new_tokens=200, seed=1, temperature=2.0)
     assert len("".join(generate_text(checkpoint.model, tokenizer, "", settings))) == 200
+
+
+# ---------------------------------------------------------------- a model that was trained before
+
+
+def test_a_trained_model_is_judged_before_the_first_step(text, tokenizer, small_config, tmp_path):
+    """It is kept until an evaluation is better, also if the run stops before the first step and is resumed."""
+    config = quick(lr=1e-9, min_lr=0.0)
+    data = Dataset(tokenizer.encode_array(text[:4000]), 16, 4, seed=config.seed)
+    model = GPT(small_config, seed=9)
+    before = model.flat.data.copy()
+    trainer = Trainer(model, tokenizer, data, config, tmp_path / "m.npz", pretrained=True)
+    run = trainer.run()
+    first = next(run)
+    assert isinstance(first, Evaluation)
+    assert (first.step, first.train_loss, first.best) == (0, None, True)
+    assert first.val_loss == evaluate(model, data.val).loss == trainer.progress.best_loss
+    assert first.bits_per_character == pytest.approx(first.val_loss / math.log(2))
+    run.close()
+    np.testing.assert_array_equal(npgpt.load(tmp_path / "m.npz").model.flat.data, before)
+    resumed = Trainer(GPT(small_config, seed=1), tokenizer, data, config, tmp_path / "m.npz")
+    resumed.resume(npgpt.load(tmp_path / "m.last.npz", with_optimizer=True))
+    events = list(resumed.run())
+    assert [e.step for e in events if isinstance(e, Evaluation)] == [3, 6]
+    logged = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(e["event"], e["step"]) for e in logged[:3]] == [("start", 0), ("evaluation", 0), ("resume", 0)]
+    assert resumed.progress.best_step in (0, 3, 6)
+    best = npgpt.load(tmp_path / "m.npz")
+    assert best.step == resumed.progress.best_step
+    assert resumed.progress.best_loss <= first.val_loss
+
+
+def test_without_held_out_text_a_trained_model_is_not_judged(text, tokenizer, small_config):
+    config = quick(val_fraction=0.0)
+    data = Dataset(tokenizer.encode_array(text[:4000]), 16, 4, 0.0, config.seed)
+    events = list(Trainer(GPT(small_config), tokenizer, data, config, pretrained=True).run())
+    assert isinstance(events[0], Step)
