@@ -21,9 +21,6 @@ def estimate_memory(model: GPTConfig, config: TrainConfig) -> int:
     c, d_ff, v = model.n_embd, model.d_ff, model.vocab_size
     assert d_ff is not None  # GPTConfig fills it in
     rows, workers = _rows_at_once(model, config)
-    per_block = 12 * c + 2 * d_ff  # biases and norms
-    positions = model.block_size if model.position == "learned" else 0
-    parameters = (2 * v + positions) * c + model.n_layer * (c * (4 * c + 2 * d_ff) + per_block)
     masks = 1 if model.dropout > 0 else 0
     # For each token and block: the normalised x and the output of both layer norms, qkv, the output of attention, the residual
     # masks; the output of fc, and GELU's slope and output; the exponentials of attention up to the diagonal, with and without
@@ -32,7 +29,7 @@ def estimate_memory(model: GPTConfig, config: TrainConfig) -> int:
     turned = 2 * c if model.position == "rotary" else 0
     kept = model.n_layer * (8 * c + turned + 2 * masks * c + 3 * d_ff + attention) + (2 + masks) * c + 2 * v
     temporaries = max(3 * d_ff, 2 * model.n_head * model.block_size, 4 * v)
-    return int(4 * ((3 + workers) * parameters + workers * rows * model.block_size * (kept + temporaries)))
+    return int(4 * ((3 + workers) * model.num_parameters() + workers * rows * model.block_size * (kept + temporaries)))
 
 
 def check_memory(model: GPTConfig, config: TrainConfig) -> None:
