@@ -12,7 +12,7 @@ from npgpt.text.characters import CharTokenizer
 from npgpt.text.tokenizer import Tokenizer
 
 MAX_BYTES = 32 << 20  # of a file; GPT-2's tokenizer.json has 1.4 MB, those of large models 10 MB
-DEFAULT_VOCAB_SIZE = 1024
+DEFAULT_VOCAB_SIZE = 512
 DESCRIPTION = "tokenizer.json"
 VOCABULARIES = {"vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}  # the second pair are OpenAI's names
 
