@@ -92,7 +92,8 @@ def _differing_settings(runs: dict[str, Checkpoint]) -> dict[str, dict[str, Any]
 
 
 def _texts_of(run: Checkpoint) -> dict[str, str | None]:
-    return {name: str(text) if text else None for name, text in (("text", run.text), ("held-out text", run.val_text))}
+    of_run = {"text": str(run.text)} if run.text else {}
+    return of_run | {"held-out text": str(run.val_text) if run.val_text else None}
 
 
 def _warn_about_texts(runs: dict[str, Checkpoint], first: Checkpoint, first_name: str, on_held_out: bool) -> None:
@@ -100,7 +101,9 @@ def _warn_about_texts(runs: dict[str, Checkpoint], first: Checkpoint, first_name
         return run.train_config.val_fraction if run.train_config else 0.0
 
     for name, run in runs.items():
-        if not _same_text(run, first):
+        if run.text is None:
+            say(f"warning: it is not known which text {name} was trained on")
+        elif not _same_text(run, first):
             say(f"warning: {name} was trained on another text than {first_name}")
         elif on_held_out and run.train_config and held_out_fraction(run) < held_out_fraction(first):
             say(

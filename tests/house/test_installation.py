@@ -46,3 +46,17 @@ def test_import_needs_neither_cupy_nor_torch():
         [sys.executable, "-W", "error", "-c", program], env=environment, capture_output=True, encoding="utf-8", check=False
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_extras_are_imported_where_they_are_used():
+    """Not by `import npgpt`, and not by the command line before a command needs them."""
+    code = "import npgpt, npgpt.cli, sys; print(sorted({'tokenizers', 'gguf', 'cupy', 'zstandard'} & set(sys.modules)))"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+        check=True,
+    )
+    assert result.stdout == "[]\n"
