@@ -61,7 +61,7 @@ def checkpoint_to_write(path: str) -> Path:
 
 
 def positive(name: str) -> Callable[[str], int]:
-    """A function for argparse that reads a whole number above 0. name: what it is, for messages."""
+    """A function for argparse: it turns a flag's text into a whole number above 0. name: of the value, for messages."""
 
     def parse(text: str) -> int:
         if not text.isdecimal() or int(text) < 1:

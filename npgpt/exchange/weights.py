@@ -1,4 +1,4 @@
-"""Weights on their way out and in: biases that other formats need, and other dtypes. No names and no files."""
+"""What other formats need of weights: biases, and another dtype. This file knows no names and no files."""
 
 from __future__ import annotations
 

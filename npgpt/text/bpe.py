@@ -19,7 +19,7 @@ import numpy as np
 
 from npgpt.config.fields import RequestError
 from npgpt.text.bpe_description import CUT, bytes_of_tokens, may_be_cut, parse, splits_as_gpt2
-from npgpt.text.tokenizer import UnknownCharacterError
+from npgpt.text.tokenizer import Tokenizer, UnknownCharacterError
 
 END_OF_TEXT = "<|endoftext|>"
 N_BYTES = 256  # the smallest vocabulary: a token for each byte
@@ -36,7 +36,7 @@ class NewBPE:
     vocab_size: int
 
 
-class BPETokenizer:
+class BPETokenizer(Tokenizer):
     """A byte-level BPE. `json` describes it in the format of the `tokenizers` library, as a `tokenizer.json` does."""
 
     is_characters = False
@@ -79,11 +79,6 @@ class BPETokenizer:
         return len(self._bytes)
 
     @property
-    def id_dtype(self) -> np.dtype:
-        """The smallest unsigned dtype that holds every id."""
-        return np.min_scalar_type(self.vocab_size - 1)
-
-    @property
     def start_ids(self) -> list[int]:
         """The end of the text before, or a line break, or the first token."""
         if self.end_id is not None:
@@ -100,12 +95,8 @@ class BPETokenizer:
         """(vocab_size,): the number of characters that begin in each token. A byte 10xxxxxx continues a character."""
         return np.array([sum(byte & 0xC0 != 0x80 for byte in token) for token in self._bytes])
 
-    def encode(self, text: str) -> list[int]:
-        """Text -> ids. Needs the `tokenizers` library. Raises UnknownCharacterError for a byte without a token."""
-        return self.encode_array(text).tolist()
-
     def encode_array(self, text: str) -> np.ndarray:
-        """Like `encode`, but returns an array (n,) of `id_dtype`."""
+        """Text -> ids (n,). Needs the `tokenizers` library. Raises UnknownCharacterError for a byte without a token."""
         return np.concatenate([np.empty(0, self.id_dtype), *self.encode_pieces([text])])
 
     def encode_pieces(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:

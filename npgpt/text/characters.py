@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from npgpt.config.fields import RequestError
-from npgpt.text.tokenizer import UnknownCharacterError
+from npgpt.text.tokenizer import Tokenizer, UnknownCharacterError
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class MoreCharacters:
 CHARACTERS_AT_ONCE = 1 << 16  # few, so that encoding a large text needs little more memory than its ids
 
 
-class CharTokenizer:
+class CharTokenizer(Tokenizer):
     """A tokenizer with one token for each character (Unicode code point).
 
     `stoi` maps a character to its id, and `itos` maps an id to its character. The ids are 0 .. vocab_size - 1.
@@ -70,11 +70,6 @@ class CharTokenizer:
         return len(self.itos)
 
     @property
-    def id_dtype(self) -> np.dtype:
-        """The smallest unsigned dtype that holds every id."""
-        return np.min_scalar_type(self.vocab_size - 1)
-
-    @property
     def start_ids(self) -> list[int]:
         """A line break, or the first character if the vocabulary has no line break."""
         return [self.stoi.get("\n", 0)]
@@ -92,10 +87,6 @@ class CharTokenizer:
     def characters(self) -> str:
         """The vocabulary, in the order of the ids."""
         return "".join(self.itos.values())
-
-    def encode(self, text: str) -> list[int]:
-        """Text -> ids. Raises RequestError, naming the characters, if the text has characters outside the vocabulary."""
-        return self.encode_array(text).tolist()
 
     def encode_array(self, text: str, position: int = 0) -> np.ndarray:
         """Like `encode`, but returns an array (len(text),) of `id_dtype`, for whole corpora.

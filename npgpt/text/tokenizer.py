@@ -29,7 +29,7 @@ class TextStream(Protocol):
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back. The ids are 0 .. vocab_size - 1."""
+    """Text to ids and back. The ids are 0 .. vocab_size - 1. The tokenizers inherit from this class."""
 
     is_characters: bool  # whether every id is one character
     end_id: int | None  # the id that ends a text; None if there is none
@@ -40,7 +40,7 @@ class Tokenizer(Protocol):
     @property
     def id_dtype(self) -> np.dtype:
         """The smallest unsigned dtype that holds every id."""
-        ...
+        return np.min_scalar_type(self.vocab_size - 1)
 
     @property
     def start_ids(self) -> list[int]:
@@ -59,7 +59,7 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """Text -> ids. Raises UnknownCharacterError, naming the characters that it does not know."""
-        ...
+        return self.encode_array(text).tolist()
 
     def encode_array(self, text: str) -> np.ndarray:
         """Like `encode`, but returns an array of `id_dtype`."""

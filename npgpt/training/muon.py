@@ -1,4 +1,7 @@
-"""Muon: an optimiser for the matrices inside the blocks. Embeddings, output layer and vectors stay with AdamW (optim.py)."""
+"""Muon: an optimiser for the matrices inside the blocks. Embeddings, output layer and vectors stay with AdamW (optim.py).
+
+`optimizer_for` makes the optimiser that the settings ask for, AdamW or Muon.
+"""
 
 from __future__ import annotations
 
