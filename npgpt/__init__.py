@@ -17,6 +17,7 @@ from npgpt.evaluation.comparison import compare
 from npgpt.evaluation.loss import evaluate
 from npgpt.generation.generate import generate
 from npgpt.model.gpt import GPT
+from npgpt.model.inside import Inside, inside
 from npgpt.storage.archive import CheckpointError
 from npgpt.storage.checkpoint import Checkpoint, load, save
 from npgpt.text.bpe import BPETokenizer
@@ -43,6 +44,7 @@ __all__ = [
     "GPTConfig",
     "GenerateConfig",
     "GradientError",
+    "Inside",
     "Muon",
     "Outcome",
     "RequestError",
@@ -56,6 +58,7 @@ __all__ = [
     "evaluate",
     "generate",
     "gradcheck",
+    "inside",
     "learning_rate",
     "load",
     "no_grad",

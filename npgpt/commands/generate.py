@@ -22,7 +22,8 @@ from npgpt.console.flags import add_flags, add_unknown_flag, settings_from
 from npgpt.console.terminal import command_parser, say, visible
 from npgpt.engine.backend import select
 from npgpt.generation.decode import window_for
-from npgpt.generation.generate import Token, generate_texts
+from npgpt.generation.generate import generate_texts
+from npgpt.generation.side_by_side import Token
 from npgpt.storage.checkpoint import Checkpoint, load
 from npgpt.text.reading import decoded, read_text
 from npgpt.text.tokenizer import UnknownCharacterError

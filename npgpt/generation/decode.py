@@ -15,11 +15,12 @@ indirectly: with L blocks on up to L * (block_size - 1) tokens before it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from npgpt.config.fields import RequestError
 from npgpt.engine.graph import no_grad
-from npgpt.model.cache import KVCache
 from npgpt.model.gpt import GPT
 from npgpt.parallel.machine import blas_threads
 
@@ -33,7 +34,10 @@ def window_for(model: GPT, window: str | None) -> str:
 
 
 class NextLogits:
-    """The logits of the next token of each of some texts. Call it again each time all texts have grown by one token."""
+    """The logits of the next token of each of some texts. Call it again each time all texts have grown by one token.
+
+    From one call to the next, texts may join, and others may be left out.
+    """
 
     def __init__(self, model: GPT, window: str | None, threads: int) -> None:
         """window: "exact", "half", "slide" or None; see GenerateConfig. threads: the number of BLAS threads.
@@ -41,45 +45,72 @@ class NextLogits:
         Raises RequestError for "slide" with learned positions.
         """
         self._model, self._window, self._threads = model, window_for(model, window), threads
-        self._cache: KVCache | None = None
-
-    def select(self, rows: list[int]) -> None:
-        """Go on with these texts only, given by their numbers."""
-        if self._cache:
-            self._cache.select(rows)
+        self._cache = model.new_cache(0)
+        self._in_cache: list[int] = []  # the key of the text that each row of the cache belongs to
 
     @no_grad()
-    def __call__(self, texts: list[list[int]]) -> np.ndarray:
-        """texts: B lists of ids, all of the same length -> (B, V), float64.
+    def __call__(self, texts: Mapping[int, list[int]]) -> np.ndarray:
+        """texts: B lists of ids, each under a key that stays the same -> (B, V), float64.
 
-        Raises FloatingPointError if the logits are not finite.
+        On a GPU, all texts must have one length. Raises FloatingPointError if the logits are not finite.
         """
         model = self._model
+        logits = np.empty((len(texts), model.config.vocab_size))
+        row_of = {key: row for row, key in enumerate(texts)}
+        self._remove_from_cache(texts)
         with blas_threads(self._threads), np.errstate(over="ignore", invalid="ignore"):  # checked below
-            full = self._cache is not None and self._cache.length >= model.config.block_size and self._window != "slide"
-            if self._cache is None or full:
-                logits = self._start(texts)
-            elif model.backend.is_cpu:
-                logits = model.decode(np.array([ids[-1] for ids in texts]), self._cache, self._threads)
-            else:
-                logits = model(np.array([ids[-1:] for ids in texts]), cache=self._cache)[0].numpy()[:, 0]
-        logits = logits.astype(np.float64)
+            starting: dict[int, list[int]] = {}  # by the length of the window
+            for key, ids in texts.items():
+                if key not in self._in_cache:
+                    starting.setdefault(self._window_length(ids), []).append(key)
+            if self._in_cache:
+                newest = np.array([texts[key][-1:] for key in self._in_cache])
+                if model.backend.is_cpu:
+                    decoded = model.decode(newest[:, 0], self._cache, self._threads)
+                else:
+                    decoded = model(newest, cache=self._cache)[0].numpy()[:, 0]
+                logits[[row_of[key] for key in self._in_cache]] = decoded
+            for length, keys in starting.items():
+                logits[[row_of[key] for key in keys]] = self._start({key: texts[key] for key in keys}, length)
         if not np.isfinite(logits).all():
             raise FloatingPointError("the model's logits are not finite: its weights are damaged, or training diverged")
         return logits
 
-    def _start(self, texts: list[list[int]]) -> np.ndarray:
-        """Compute the logits from a whole window, and fill a new cache with it if a later token can use it."""
-        model, block_size = self._model, self._model.config.block_size
-        past_window = len(texts[0]) > block_size
-        length = max(1, block_size // 2) if past_window and self._window == "half" else block_size
-        windows = [ids[-length:] for ids in texts]
+    def forgets(self, n: int) -> bool:
+        """Whether the next token after `n` tokens is computed from the window alone, without what was computed before."""
+        return self._window == "exact" and n > self._model.config.block_size
+
+    def _remove_from_cache(self, texts: Mapping[int, list[int]]) -> None:
+        """Remove texts that are left out, and texts that fill their window, unless it slides."""
+        room = self._model.config.block_size
+        for row in reversed(range(len(self._in_cache))):
+            full = self._cache.lengths[row] >= room and self._window != "slide"
+            if full or self._in_cache[row] not in texts:
+                self._cache.remove(row)
+                self._in_cache[row] = self._in_cache[-1]
+                self._in_cache.pop()
+
+    def _window_length(self, ids: list[int]) -> int:
+        """How many of the last ids a text that is not in the cache is computed from."""
+        block_size = self._model.config.block_size
+        past_window = len(ids) > block_size
+        return max(1, block_size // 2) if past_window and self._window == "half" else min(len(ids), block_size)
+
+    def _start(self, texts: dict[int, list[int]], length: int) -> np.ndarray:
+        """Compute the logits from whole windows, and add them to the cache if a later token can use them."""
+        model = self._model
+        windows = [ids[-length:] for ids in texts.values()]
         same = all(ids == windows[0] for ids in windows)  # at first, when each text is the prompt
         if same:
             windows = windows[:1]
-        self._cache = None if past_window and self._window == "exact" else model.new_cache(len(windows))
-        logits, _ = model(np.array(windows), cache=self._cache, last_only=True)
         rows = [0] * len(texts) if same else list(range(len(texts)))
-        if self._cache and same:
-            self._cache.select(rows)
+        cache = None if self.forgets(max(map(len, texts.values()))) else model.new_cache(len(windows))
+        logits, _ = model(np.array(windows), cache=cache, last_only=True)
+        if cache:
+            cache.select(rows)
+            if self._in_cache:
+                self._cache.append(cache)
+            else:
+                self._cache = cache
+            self._in_cache += texts
         return logits.numpy()[rows, 0]

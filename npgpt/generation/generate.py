@@ -1,21 +1,17 @@
 """Generating ids and texts: several samples side by side, streamed piece by piece, ended by stop texts.
 
-The logits come from decode.py, and sampling.py draws ids from them.
+side_by_side.py draws the tokens: decode.py computes their logits, and sampling.py chooses an id.
 """
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import numpy as np
-
-from npgpt.config.fields import RequestError
 from npgpt.config.settings import GenerateConfig
-from npgpt.engine.streams import Stream, generator
-from npgpt.generation.decode import NextLogits, window_for
-from npgpt.generation.sampling import log_probabilities, sample_ids
+from npgpt.generation.decode import window_for
+from npgpt.generation.side_by_side import SideBySide, Token
 from npgpt.model.gpt import GPT
 from npgpt.text.tokenizer import TextStream, Tokenizer
 
@@ -39,23 +35,10 @@ def generate(
     return [int(i) for i in context_ids] + [token.id for token in TokenStream(model, context_ids, settings)]
 
 
-@dataclass(frozen=True)
-class Token:
-    """One new token of a sample.
-
-    `logprob` is the natural logarithm of its probability in the model, before temperature and all restrictions.
-    """
-
-    sample: int
-    id: int
-    logprob: float
-
-
 class TokenStream:
     """Samples of the same context, generated side by side. Iterating yields one Token after another.
 
-    With a seed, sample k does not depend on the other samples. There is one exception: a matrix product with more rows may
-    round differently, and then a draw very close to a boundary may give another token.
+    With a seed, sample k does not depend on the other samples.
     """
 
     def __init__(
@@ -71,39 +54,21 @@ class TokenStream:
         Raises RequestError for an empty context, an id outside the vocabulary, or a window that the model cannot have.
         Iterating raises FloatingPointError if the logits are not finite.
         """
-        context = [int(i) for i in context_ids]
-        if not context:
-            raise RequestError("the context must have at least one token, got none")
-        if not all(0 <= i < model.config.vocab_size for i in context):
-            raise RequestError(f"context ids must lie in 0..{model.config.vocab_size - 1}, got {min(context)}..{max(context)}")
         entropy = settings.seed if settings.seed is not None else secrets.randbits(64)
-        self.model, self.settings = model, settings
-        self._samples = {k: _Sample(list(context), generator(entropy, Stream.SAMPLE, k)) for k in samples}
-        self._next_logits, self._vocab_size = NextLogits(model, settings.window, settings.threads), vocab_size
+        self._max_new_tokens = settings.max_new_tokens
+        self._texts = SideBySide(model, settings.window, settings.threads, vocab_size)
+        for sample in samples:
+            self._texts.add(sample, list(context_ids), settings, entropy, sample)
 
     def stop(self, sample: int) -> None:
         """End this sample. The other samples continue."""
-        row = list(self._samples).index(sample)
-        del self._samples[sample]
-        self._next_logits.select([i for i in range(len(self._samples) + 1) if i != row])
+        self._texts.remove(sample)
 
     def __iter__(self) -> Iterator[Token]:
-        for _ in range(self.settings.max_new_tokens):
-            if not self._samples:
+        for _ in range(self._max_new_tokens):
+            if not len(self._texts):
                 return
-            texts = [sample.ids for sample in self._samples.values()]
-            logits = self._next_logits(texts)[:, : self._vocab_size]
-            ids = sample_ids(logits, self.settings, [sample.rng for sample in self._samples.values()], texts)
-            for text, new_id in zip(texts, ids.tolist(), strict=True):
-                text.append(new_id)
-            # A list, because the caller may stop a sample between two tokens.
-            yield from list(map(Token, self._samples, ids.tolist(), log_probabilities(logits, ids).tolist()))
-
-
-@dataclass
-class _Sample:
-    ids: list[int]
-    rng: np.random.Generator = field(repr=False)
+            yield from self._texts.step()
 
 
 @dataclass(frozen=True)

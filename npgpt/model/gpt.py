@@ -38,11 +38,17 @@ class MultiHeadSelfAttention(Module):
         self.out = Linear(c, c, config.bias, backend, dtype)
         self._scale = np.dtype(dtype).type(1 / math.sqrt(c // config.n_head))
 
-    def __call__(self, x: Tensor, rng: Any, cache: KVCache | None, last_only: bool) -> Tensor:
+    def project(self, x: Tensor, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, C), at the positions from `first` on -> queries, keys and values, each (B, n_head, T, head_dim)."""
         b, t, c = x.shape
         qkv = self.qkv(x).reshape(b, t, 3, self.n_head, c // self.n_head)
-        qk = self.rotary(qkv[:, :, :2], cache.length if cache else 0) if self.rotary else qkv
-        q, k, v = (part.transpose(0, 2, 1, 3) for part in (qk[:, :, 0], qk[:, :, 1], qkv[:, :, 2]))  # (B, n_head, T, head_dim)
+        qk = self.rotary(qkv[:, :, :2], first) if self.rotary else qkv
+        q, k, v = (part.transpose(0, 2, 1, 3) for part in (qk[:, :, 0], qk[:, :, 1], qkv[:, :, 2]))
+        return q, k, v
+
+    def __call__(self, x: Tensor, rng: Any, cache: KVCache | None, last_only: bool) -> Tensor:
+        b, _, c = x.shape
+        q, k, v = self.project(x, cache.length if cache else 0)
         if cache:
             k, v = map(Tensor, cache.extend(self.layer, k.data, v.data))
         if last_only:
@@ -54,9 +60,11 @@ class MultiHeadSelfAttention(Module):
     def decode(self, x: Array, cache: KVCache, blas_threads: int) -> Array:
         b, c = x.shape
         qkv = self.qkv.decode(x, blas_threads).reshape(b, 3, self.n_head, 1, c // self.n_head)
-        qk = self.rotary.decode(qkv[:, :2], cache.length) if self.rotary else qkv
+        qk = self.rotary.decode(qkv[:, :2], cache.positions) if self.rotary else qkv
         k, v = cache.extend(self.layer, qk[:, 1], qkv[:, 2])  # (B, n_head, tokens so far, head_dim) each
         e = k @ (qk[:, 0] * self._scale).swapaxes(2, 3)  # the scores, (B, n_head, tokens so far, 1)
+        if cache.absent is not None:
+            e += cache.absent
         e -= e.max(axis=2, keepdims=True)
         np.exp(e, out=e)
         total = e.sum(axis=2)
@@ -152,34 +160,42 @@ class GPT(Module):
         ids = ids.data if isinstance(ids, Tensor) else ids if hasattr(ids, "ndim") else np.asarray(ids)
         seen = cache.length if cache else 0
         self._check(ids, seen, dtype, cache is not None)
-        x = self.wte(ids)  # (B, T, C)
-        if self.config.position == "learned":
-            x = x + self.wpe(self.backend.xp.arange(seen, seen + ids.shape[1]))
-        x = self.dropout(x, rng)
+        x = self.dropout(self.embed(ids, seen), rng)
         x = x.astype(dtype or x.dtype)
         for layer, block in enumerate(self.blocks):
             # The last block needs all positions for its keys and values, but only the last one for its output.
             x = block(x, rng, cache, last_only and layer == len(self.blocks) - 1)
         if cache:
-            cache.length += ids.shape[1]
-        x = self.ln_f(x)
-        logits = ops.linear(x, self.wte.weight.T) if self.config.tie_weights else self.lm_head(x)
+            cache.advance(ids.shape[1])
+        logits = self.logits(x)
         if targets is None:
             return logits, None
         return logits, ops.cross_entropy(logits, targets)
 
+    def embed(self, ids: Array, first: int = 0) -> Tensor:
+        """ids (B, T), at the positions from `first` on -> what the first block reads, (B, T, C)."""
+        x = self.wte(ids)
+        if self.config.position == "learned":
+            x = x + self.wpe(self.backend.xp.arange(first, first + ids.shape[1]))
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        """What the last block wrote, (B, T, C) -> logits (B, T, V). For other blocks, see inside.py."""
+        x = self.ln_f(x)
+        return ops.linear(x, self.wte.weight.T) if self.config.tie_weights else self.lm_head(x)
+
     def decode(self, ids: Array, cache: KVCache, blas_threads: int = 1) -> Array:
-        """The logits after one more token of each sequence: ids (B,) -> (B, V).
+        """The logits after one more token of each sequence: ids (B,) -> (B, V). The sequences may differ in length.
 
         This works only on a CPU and records no graph. With learned positions, the cache must have room for one more token.
         blas_threads: how many threads the BLAS has; see `few_rows_product`.
         """
         x = self.wte.decode(ids)  # (B, C)
         if self.config.position == "learned":
-            x += self.wpe.decode(cache.length)
+            x += self.wpe.decode(cache.positions)
         for block in self.blocks:
             x = block.decode(x, cache, blas_threads)
-        cache.length += 1
+        cache.advance(1)
         x = self.ln_f.decode(x)
         return x @ self.wte.weight.data.T if self.config.tie_weights else self.lm_head.decode(x, blas_threads)
 

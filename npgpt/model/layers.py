@@ -92,9 +92,12 @@ class Rotary(Module):
         rotations = self._at(first, x.shape[1])
         return ops.rotary(x, rotations.reshape(x.shape[1], *[1] * (x.ndim - 3), self._head_dim))
 
-    def decode(self, x: Array, position: int) -> Array:
-        """x (..., head_dim), all at one position -> the same shape."""
-        return CPU.kernels.rotary_forward(x, self._at(position, 1))[0]
+    def decode(self, x: Array, position: int | Array) -> Array:
+        """x (B, ..., head_dim), at one position or each sequence at its own, (B,) -> the same shape."""
+        if isinstance(position, int):
+            return CPU.kernels.rotary_forward(x, self._at(position, 1))[0]
+        rotations = np.concatenate([self._at(at, 1) for at in position.tolist()])
+        return CPU.kernels.rotary_forward(x, rotations.reshape(len(x), *[1] * (x.ndim - 2), self._head_dim))[0]
 
 
 class LayerNorm(Module):

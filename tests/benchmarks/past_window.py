@@ -23,7 +23,7 @@ def losses_past_the_window(model, spans, window):
     first, n = model.config.block_size, spans.shape[1]
     next_logits, losses, started = NextLogits(model, window, threads=1), [], time.perf_counter()
     for at in range(first, n):
-        logits = next_logits([span[:at].tolist() for span in spans])
+        logits = next_logits({k: span[:at].tolist() for k, span in enumerate(spans)})
         logits -= logits.max(axis=1, keepdims=True)
         log_total = np.log(np.exp(logits).sum(axis=1))
         losses.append(log_total - logits[np.arange(len(spans)), spans[:, at]])

@@ -6,7 +6,8 @@ from support.models import model_with_clear_logits
 from threadpoolctl import threadpool_info
 
 from npgpt import GPT, CharTokenizer, GenerateConfig, RequestError, generate
-from npgpt.generation.generate import Token, TokenStream, generate_text, generate_texts
+from npgpt.generation.generate import TokenStream, generate_text, generate_texts
+from npgpt.generation.side_by_side import Token
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ def frequencies(logits, n=20_000, **settings):
     rng, ids = np.random.default_rng(0), settings.pop("ids", ())
     config = GenerateConfig(**({"temperature": 1.0} | settings))
     rows = np.vstack([logits, np.roll(logits, 1)])  # the second row must not change the first
-    drawn = [sample_ids(rows, config, [rng, rng], [ids, ids])[0] for _ in range(n)]
+    drawn = [sample_ids(rows, config, rng.random(2), [ids, ids])[0][0] for _ in range(n)]
     return np.bincount(drawn, minlength=len(logits)) / n
 
 

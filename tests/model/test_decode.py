@@ -46,6 +46,31 @@ def test_cached_and_uncached_logits_agree(options):
             model(ids[:, : 2 if "position" in options else 1], cache=cache)
 
 
+@pytest.mark.parametrize("position", ["learned", "rotary"])
+def test_sequences_of_different_lengths_are_decoded_side_by_side(position):
+    """Each has the logits that it has alone, after caches were joined, and after one sequence was removed."""
+    model = GPT(GPTConfig(11, block_size=12, n_layer=2, n_head=2, n_embd=8, position=position), seed=1)
+    model.parameters().data += 0.3 * np.random.default_rng(0).standard_normal(model.num_parameters(), dtype=np.float32)
+    ids = np.random.default_rng(1).integers(0, 11, (3, 12))
+    cache = model.new_cache(0)
+    with no_grad():
+        whole = model(ids)[0].data
+        for row, first in enumerate([5, 2, 7]):
+            own = model.new_cache()
+            model(ids[row : row + 1, :first], cache=own)
+            cache.append(own)
+    rows, at = np.arange(3), np.array([5, 2, 7])
+    assert np.array_equal(cache.lengths, at)
+    with pytest.raises(ValueError, match=r"differ in length: \[5, 2, 7\]"):
+        assert cache.length
+    for _ in range(5):
+        np.testing.assert_allclose(model.decode(ids[rows, at], cache), whole[rows, at], rtol=0, atol=1e-5)
+        at = at + 1
+        if at[0] == 7:
+            cache.remove(0)
+            rows, at = rows[[2, 1]], at[[2, 1]]
+
+
 def logits_by_definition(model, ids, window):
     """The logits at every position of a model with rotary positions, where each position attends to the last `window` ones.
 

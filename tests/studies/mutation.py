@@ -20,10 +20,12 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 TESTS = ["engine/test_gradients.py", "engine/test_properties.py", "engine/test_tensor.py", "kernels/test_cpu.py", "model"]
 TESTS += ["training/test_muon.py"]
+DRAWING_TESTS = ["model", "generation"]
 GPU_TESTS = ["kernels/test_cuda.py", "kernels/test_products.py", "engine/test_device.py", "training/test_device.py"]
 REFERENCE, CPU = "kernels/reference.py", "kernels/cpu.py"
 GRAPH, TENSOR, OPS = "engine/graph.py", "engine/tensor.py", "engine/ops.py"
 GPT, LAYERS, CACHE, MUON = "model/gpt.py", "model/layers.py", "model/cache.py", "training/muon.py"
+INSIDE, SIDE_BY_SIDE, SAMPLING = "model/inside.py", "generation/side_by_side.py", "generation/sampling.py"
 NORM, ELEMENTWISE, SOFTMAX = "kernels/cuda/norm.cu", "kernels/cuda/elementwise.cu", "kernels/cuda/softmax.cu"
 EMBEDDING, COMMON = "kernels/cuda/embedding.cu", "kernels/cuda/common.cu"
 CUDA, PRODUCTS = "kernels/cuda/kernels.py", "kernels/cuda/products.py"
@@ -42,6 +44,7 @@ TEXT_TESTS = ["text", "exchange", "evaluation", "model/test_resize.py", "command
 
 OF_TEXTS = {BPE, DESCRIPTION, READING, RECORD, RESIZE, LOSS, COMPARISON, JUDGED}  # TEXT_TESTS cover these files
 OF_TEXTS |= {ARCHITECTURES, HUGGING_FACE, SAFETENSORS, WEIGHTS, GGUF}
+OF_DRAWING = {CACHE, INSIDE, SIDE_BY_SIDE, SAMPLING}  # DRAWING_TESTS cover these files
 OF_A_GPU = {NORM, ELEMENTWISE, SOFTMAX, EMBEDDING, COMMON, CUDA, PRODUCTS}  # GPU_TESTS cover these files
 
 # (name, file, text that occurs once in the file, text that replaces it).
@@ -150,9 +153,24 @@ BUGS = [
     ("rotary: odd elements without their own cosine", REFERENCE, "sin * even + cos * odd", "sin * even + odd"),
     ("cpu rotary: the gradient is not turned back", CPU, "_as_complex(rotation).conj())", "_as_complex(rotation))"),
     ("rotary: keys are not turned", GPT, "qk[:, :, 1], qkv[:, :, 2])", "qkv[:, :, 1], qkv[:, :, 2])"),
-    ("rotary: decoding forgets the position", GPT, "self.rotary.decode(qkv[:, :2], cache.length)", "self.rotary.decode(qkv[:, :2], 0)"),
+    ("rotary: decoding forgets the position", GPT, "self.rotary.decode(qkv[:, :2], cache.positions)", "self.rotary.decode(qkv[:, :2], 0)"),
     ("rotary: all planes turn equally fast", LAYERS, "self.base ** (-np.arange(0, self._head_dim, 2) / self._head_dim)", "np.ones(self._head_dim // 2)"),
-    ("cache: the newest token replaces the wrong one", CACHE, "self.length % room if n == 1", "room - 1 - self.length % room if n == 1"),
+    ("cache: the newest token replaces the wrong one", CACHE, "self.positions % self._room if n == 1", "self._room - 1 - self.positions % self._room if n == 1"),
+    ("cache: a shorter sequence sees what is not there", CACHE, "np.arange(present.max()) >= present[:, None]", "np.arange(present.max()) > present[:, None]"),
+    ("cache: a sequence of its own length is stored in the wrong place", CACHE, "rows, at = np.arange(len(self)), self.positions % self._room", "rows, at = np.arange(len(self)), (self.positions - 1) % self._room"),
+    ("cache: a removed sequence stays", CACHE, "lengths[row] = lengths[last]", "pass"),
+    ("cache: the sequence that takes a place loses its last token", CACHE, "longest = min(int(lengths[last]), self._room)", "longest = min(int(lengths[last]), self._room) - 1"),
+    ("rotary: every sequence at the first one's position", LAYERS, "for at in position.tolist()", "for at in [position.tolist()[0]] * len(position)"),
+    ("inside: attention not scaled", INSIDE, "q.dtype.type(1 / math.sqrt(head_dim))", "q.dtype.type(1)"),
+    ("inside: attention sees the next token", INSIDE, "dtype=bool), 1)", "dtype=bool), 2)"),
+    ("inside: queries of a residual without its norm", INSIDE, "project(block.ln_1(x))", "project(x)"),
+    ("side by side: a close draw is not decided again", SIDE_BY_SIDE, "np.flatnonzero(is_close).tolist()", "[]"),
+    ("side by side: samples share a stream", SIDE_BY_SIDE, "Stream.SAMPLE, sample)", "Stream.SAMPLE, 0)"),
+    ("sampling: a draw close to the upper bound counts as clear", SAMPLING, ", upper):\n", "):\n"),
+    ("sampling: equal likeliest ids count as clear", SAMPLING, "<= 2 * tolerance\n", "< 0\n"),
+    ("sampling: ids close to the k-th count as clear", SAMPLING, "kth - 2 * tolerance[:, None]", "kth"),
+    ("sampling: neighbours at the limit of top-p count as clear", SAMPLING, "only_just[:, 1:] |= ", "_ = "),
+    ("sampling: ids at the limit of min-p count as clear", SAMPLING, "<= error * least", "< 0"),
     ("muon: no momentum", MUON, "mean *= mu\n", "mean *= 0\n"),
     ("muon: no look ahead", MUON, "orthogonalised((1 - mu) * gradient + mu * mean)", "orthogonalised(mean)"),
     ("muon: the shape of a matrix forgotten", MUON, "weight -= (self.muon_lr * shape_scale) * update", "weight -= self.muon_lr * update"),
@@ -262,7 +280,8 @@ def caught(bug):
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         plant(bug, folder)
-        files = GPU_TESTS if bug[1] in OF_A_GPU else TEXT_TESTS if bug[1] in OF_TEXTS else TESTS
+        covering = [(OF_A_GPU, GPU_TESTS), (OF_TEXTS, TEXT_TESTS), (OF_DRAWING, DRAWING_TESTS)]
+        files = next((tests for bugs, tests in covering if bug[1] in bugs), TESTS)
         tests = [f"tests/{file}" for file in files]
         pytest = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--timeout", "300"]
         result = subprocess.run(
