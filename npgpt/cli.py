@@ -18,7 +18,19 @@ from types import ModuleType
 import numpy as np
 
 import npgpt
-from npgpt.commands import compare, evaluate, export_model, generate, gradcheck, import_model, inspect, replay, train
+from npgpt.commands import (
+    compare,
+    evaluate,
+    export_model,
+    generate,
+    gradcheck,
+    import_model,
+    inside,
+    inspect,
+    replay,
+    report,
+    train,
+)
 from npgpt.config.fields import RequestError
 from npgpt.console.terminal import BreakableStream, failed, say, silence
 from npgpt.engine.backend import DeviceError
@@ -31,6 +43,8 @@ COMMANDS: dict[str, ModuleType] = {
     "generate": generate,
     "evaluate": evaluate,
     "compare": compare,
+    "report": report,
+    "inside": inside,
     "import": import_model,
     "export": export_model,
     "gradcheck": gradcheck,

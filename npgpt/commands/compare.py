@@ -16,7 +16,7 @@ from npgpt.evaluation.comparison import compare
 from npgpt.evaluation.judged_text import judged_text
 from npgpt.parallel.workers import Workers
 from npgpt.storage.checkpoint import Checkpoint, load
-from npgpt.storage.run import log_path, read_log
+from npgpt.storage.run import log_path, read_log, seconds_of
 
 ABOUT = "what differs between runs, and whether it matters"
 
@@ -151,9 +151,4 @@ def _verdict(row: dict[str, Any]) -> str:
 
 def _seconds_of(path: Path) -> float | None:
     """How long a run has taken, from its log; None if there is no log, or the log does not say."""
-    parts = [0.0]
-    for event in read_log(log_path(path)):
-        if event["event"] in ("start", "resume"):
-            parts.append(0.0)
-        parts[-1] = event.get("elapsed", parts[-1])
-    return sum(parts) or None
+    return max(seconds_of(read_log(log_path(path))), default=0.0) or None

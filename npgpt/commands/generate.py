@@ -7,32 +7,27 @@ import contextlib
 import dataclasses
 import json
 import os
-import re
 import secrets
 import select as select_module
 import stat
 import sys
 import time
-import unicodedata
 from typing import Any
 
 from npgpt.config.fields import RequestError
 from npgpt.config.settings import GenerateConfig
-from npgpt.console.flags import add_flags, add_unknown_flag, settings_from
+from npgpt.console.flags import add_flags, settings_from
+from npgpt.console.prompts import add_prompt_flags, from_stdin, given_prompt, known, typed
 from npgpt.console.terminal import command_parser, say, visible
 from npgpt.engine.backend import select
 from npgpt.generation.decode import window_for
 from npgpt.generation.generate import generate_texts
 from npgpt.generation.side_by_side import Token
 from npgpt.storage.checkpoint import Checkpoint, load
-from npgpt.text.reading import decoded, read_text
-from npgpt.text.tokenizer import UnknownCharacterError
 
 ABOUT = "write text with a trained model"
 
-ESCAPES = re.compile(r"\\(?:x([0-9a-fA-F]{2})|([ntr\\\"']))")
 SLOW = 5e10  # operations that take about a second on one core
-MEANING = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\", '"': '"', "'": "'"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,21 +41,7 @@ def parser() -> argparse.ArgumentParser:
         ],
     )
     parser.add_argument("--ckpt", required=True, metavar="FILE", help="a checkpoint written by train")
-    prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument(
-        "--prompt",
-        metavar="TEXT",
-        help="the text to continue; - reads standard input (default: a line break, or "
-        "the token that ends a text, if there is one)",
-    )
-    prompt.add_argument("--prompt-file", metavar="FILE", help="a file with the text to continue")
-    parser.add_argument(
-        "--escape",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help=r"read \n, \t, \r, \\, \", \' and \xHH in --prompt and --stop as in a Python string (default: yes)",
-    )
-    add_unknown_flag(parser, " of the prompt")
+    add_prompt_flags(parser, "the text to continue", "a line break, or the token that ends a text, if there is one")
     parser.add_argument(
         "--stop",
         action="append",
@@ -82,32 +63,20 @@ def run(args: argparse.Namespace) -> int:
     settings = GenerateConfig(**settings_from(args, GenerateConfig))
     if settings.seed is None and args.json:  # the output names the seed, so that the same text can be generated again
         settings = dataclasses.replace(settings, seed=secrets.randbits(32))
-    stops = [_typed(text, args.escape) for text in args.stop]
+    stops = [typed(text, args.escape) for text in args.stop]
     if "" in stops:
         raise RequestError("--stop must be a text of at least one character, got an empty one")
     checkpoint = load(args.ckpt, select(settings.device))
     for stop in stops:
         if unknown := checkpoint.tokenizer.unknown(stop):
             raise RequestError(f"--stop {stop!r} can never occur: the model does not know {', '.join(map(repr, unknown))}")
-    if args.prompt_file is not None:
-        prompt = read_text(args.prompt_file)
-    elif args.prompt == "-":
-        prompt = _from_stdin()
-    elif args.prompt is None and sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty() and not args.json:
+    prompt = given_prompt(args)
+    if prompt is None and sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty() and not args.json:
         return _converse(checkpoint, settings, args, stops)
-    elif args.prompt is None:
+    if prompt is None:
         prompt = _piped()
-    else:
-        prompt = _typed(args.prompt, args.escape)
-    _write_samples(checkpoint, _known(checkpoint, prompt, args.unknown), settings, args, stops)
+    _write_samples(checkpoint, known(checkpoint.tokenizer, prompt, args.unknown), settings, args, stops)
     return 0
-
-
-def _typed(text: str, escape: bool) -> str:
-    """A text from the command line: with its escapes resolved, and with line ends as files have them after reading."""
-    if escape:
-        text = ESCAPES.sub(lambda match: chr(int(match[1], 16)) if match[1] else MEANING[match[2]], text)
-    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _piped() -> str:
@@ -122,34 +91,10 @@ def _piped() -> str:
     except OSError:  # not a file of the system
         return ""
     if stat.S_ISREG(kind) or (stat.S_ISFIFO(kind) and select_module.select([sys.stdin], [], [], 0)[0]):
-        return _from_stdin()
+        return from_stdin()
     if stat.S_ISFIFO(kind):
         say("standard input has no text yet and is not waited for; --prompt - waits for it")
     return ""
-
-
-def _from_stdin() -> str:
-    """The text on standard input, decoded as a text file is. It may be empty."""
-    if sys.stdin is None:
-        raise RequestError("--prompt - reads standard input, which is closed")
-    raw = sys.stdin.buffer.read()
-    return "".join(decoded([raw], "the prompt on standard input")) if raw else ""
-
-
-def _known(checkpoint: Checkpoint, prompt: str, unknown: str) -> str:
-    """The prompt with only known characters. unknown: "error", "skip" or "replace"; see --unknown.
-
-    Raises RequestError for an unknown character if `unknown` is "error".
-    """
-    if checkpoint.tokenizer.unknown(prompt):  # a letter and its accent as two characters may be known as one
-        prompt = unicodedata.normalize("NFC", prompt)
-    if unknown != "error":
-        return checkpoint.tokenizer.without_unknown(prompt, replace=unknown == "replace")
-    try:
-        checkpoint.tokenizer.encode(prompt)
-    except UnknownCharacterError as error:
-        raise RequestError(f"{error}; --unknown skip leaves it out, --unknown replace takes the closest one") from None
-    return prompt
 
 
 def _write_samples(
@@ -230,8 +175,8 @@ def _converse(checkpoint: Checkpoint, settings: GenerateConfig, args: argparse.N
             say("")
             continue
         try:
-            prompt = _typed(prompt, args.escape)
-            _write_samples(checkpoint, _known(checkpoint, prompt, args.unknown), settings, args, stops)
+            prompt = known(checkpoint.tokenizer, typed(prompt, args.escape), args.unknown)
+            _write_samples(checkpoint, prompt, settings, args, stops)
         except RequestError as error:
             say(str(error))
         except KeyboardInterrupt:

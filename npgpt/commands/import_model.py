@@ -7,7 +7,7 @@ import shlex
 
 from npgpt.config.fields import RequestError
 from npgpt.config.settings import GenerateConfig
-from npgpt.console.flags import checkpoint_to_write, positive
+from npgpt.console.flags import file_to_write, positive
 from npgpt.console.terminal import command, command_parser, say
 from npgpt.exchange.huggingface import check_vocabulary, read_model, read_tokenizer_of
 from npgpt.generation.generate import generate_text
@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    out = checkpoint_to_write(args.out)
+    out = file_to_write(args.out, ".npz")
     if out.exists():
         raise RequestError(f"{out} exists already; choose another --out")
     imported = read_model(args.source, args.block_size)

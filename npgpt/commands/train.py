@@ -13,7 +13,7 @@ from typing import Any
 
 from npgpt.config.fields import RequestError
 from npgpt.config.settings import PRESETS, GPTConfig, TrainConfig
-from npgpt.console.flags import add_flags, checkpoint_to_write, positive, settings_from
+from npgpt.console.flags import add_flags, file_to_write, positive, settings_from
 from npgpt.console.run_messages import evaluation_line, print_banner, report_end, write_error
 from npgpt.console.signals import StopRequest, interruptible
 from npgpt.console.terminal import command_parser, failed, progress_bar, say
@@ -164,9 +164,9 @@ class _Choice:
 
 def _files_to_write(path: str) -> RunFiles:
     """The files of the run with `--out path`. Raises RequestError if they could not be written."""
-    out = checkpoint_to_write(path)
+    out = file_to_write(path, ".npz")
     if out.is_symlink():  # replace the file that the link names, not the link
-        out = checkpoint_to_write(str(out.resolve()))
+        out = file_to_write(str(out.resolve()), ".npz")
     if out.stem.endswith((".last", ".crash", ".previous")):
         raise RequestError(f"--out must not end in .last, .crash or .previous, because a run's other files do, got {path}")
     return RunFiles(out)

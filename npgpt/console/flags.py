@@ -46,11 +46,11 @@ def add_unknown_flag(parser: argparse.ArgumentParser, where: str = "") -> None:
     )
 
 
-def checkpoint_to_write(path: str) -> Path:
-    """The path of `--out`. Raises RequestError if a checkpoint could not be written there."""
+def file_to_write(path: str, suffix: str) -> Path:
+    """The path of `--out`. Raises RequestError if it does not end in `suffix`, or a file could not be written there."""
     out = Path(path)
-    if out.suffix != ".npz":
-        raise RequestError(f"--out must end in .npz, got {path}")
+    if out.suffix != suffix:
+        raise RequestError(f"--out must end in {suffix}, got {path}")
     if out.is_dir():
         raise RequestError(f"--out must be a file, got a folder: {path}")
     if not out.parent.is_dir():

@@ -52,6 +52,24 @@ def likeness(samples: Sequence[str], training: str) -> Likeness:
     )
 
 
+def copied_spans(sample: str, training: str, shortest: int) -> list[tuple[int, int]]:
+    """The (start, end) of spans of the sample that occur in the training text, from left to right, none over another.
+
+    A span begins as early and ends as late as it can, and has `shortest` characters or more.
+    """
+    spans, start = [], 0
+    while start + shortest <= len(sample):
+        end = start + shortest
+        if sample[start:end] not in training:
+            start += 1
+            continue
+        while end < len(sample) and sample[start : end + 1] in training:
+            end += 1
+        spans.append((start, end))
+        start = end
+    return spans
+
+
 def _rates(text: str) -> dict[str, float]:
     n = max(1, len(text))
     return {

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from npgpt.config.settings import GenerateConfig
 from npgpt.generation.decode import window_for
 from npgpt.generation.side_by_side import SideBySide, Token
+from npgpt.generation.stops import StopFinder
 from npgpt.model.gpt import GPT
-from npgpt.text.tokenizer import TextStream, Tokenizer
+from npgpt.text.tokenizer import Tokenizer
 
 SIDE_BY_SIDE = 32  # samples generated together; more would need more memory and hardly less time for each
 
@@ -58,7 +59,7 @@ class TokenStream:
         self._max_new_tokens = settings.max_new_tokens
         self._texts = SideBySide(model, settings.window, settings.threads, vocab_size)
         for sample in samples:
-            self._texts.add(sample, list(context_ids), settings, entropy, sample)
+            self._texts.add(sample, context_ids, settings, entropy, sample)
 
     def stop(self, sample: int) -> None:
         """End this sample. The other samples continue."""
@@ -118,7 +119,7 @@ def generate_texts(
 def _text_pieces(
     stream: TokenStream, tokenizer: Tokenizer, samples: Sequence[int], stop: Sequence[str], tokens: list[Token] | None
 ) -> Iterator[TextPiece]:
-    finders = {k: _StopFinder(stop, tokenizer.stream()) for k in samples}
+    finders = {k: StopFinder(stop, tokenizer.stream()) for k in samples}
     for token in stream:
         if tokens is not None:
             tokens.append(token)
@@ -143,32 +144,3 @@ def generate_text(
 ) -> Iterator[str]:
     """Like `generate_texts` for one sample: yields the pieces of its text."""
     return (piece.text for piece in generate_texts(model, tokenizer, prompt, settings, stop, [sample]))
-
-
-class _StopFinder:
-    """Looks for stop texts in the growing text of one sample.
-
-    A stop text may begin in one token and end in another. So the finder holds back as many characters as could be the
-    beginning of the longest stop text.
-    """
-
-    def __init__(self, stop: Sequence[str], stream: TextStream) -> None:
-        self._stop, self._stream, self._held = stop, stream, ""
-        self._longest = max(map(len, stop), default=1)
-
-    def add(self, i: int) -> tuple[str, bool]:
-        """Add the text of an id. Returns (text that is safe to show, whether a stop text was found after it)."""
-        text, found = self._search(self._stream.add(i))
-        if not found:
-            safe = max(0, len(text) - (self._longest - 1))
-            text, self._held = text[:safe], text[safe:]
-        return text, found
-
-    def end(self) -> tuple[str, bool]:
-        """The text that was held back, up to a stop text; and True, because the sample ends here."""
-        return self._search(self._stream.end())[0], True
-
-    def _search(self, text: str) -> tuple[str, bool]:
-        text = self._held + text
-        positions = [at for s in self._stop if (at := text.find(s)) >= 0]
-        return (text[: min(positions)], True) if positions else (text, False)

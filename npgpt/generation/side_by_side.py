@@ -9,6 +9,7 @@ about once in ten thousand tokens.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,6 +35,16 @@ class Token:
     sample: int
     id: int
     logprob: float
+    likeliest: tuple[tuple[int, float], ...] = ()  # (id, logprob) of the likeliest tokens, if the text asked for them
+
+
+def _likeliest(logits: np.ndarray, n: int) -> tuple[tuple[int, float], ...]:
+    """logits (V,) -> the n likeliest ids, each with its log-probability."""
+    if not n:
+        return ()
+    ids = np.argsort(-logits, kind="stable")[:n]
+    logprobs = log_probabilities(np.broadcast_to(logits, (len(ids), len(logits))), ids)
+    return tuple(zip(ids.tolist(), logprobs.tolist(), strict=True))
 
 
 @dataclass
@@ -42,6 +53,7 @@ class _Text:
     n_context: int
     settings: GenerateConfig  # without what has no influence on the choice of an id
     rng: np.random.Generator = field(repr=False)
+    n_likeliest: int
     was_among_others: bool = False
 
 
@@ -60,8 +72,19 @@ class SideBySide:
     def __len__(self) -> int:
         return len(self._texts)
 
-    def add(self, key: int, context_ids: list[int], settings: GenerateConfig, entropy: int, sample: int) -> None:
-        """Add a text under a new key. entropy: the seed. sample: its number among the samples with this seed.
+    def add(
+        self,
+        key: int,
+        context_ids: Sequence[int],
+        settings: GenerateConfig,
+        entropy: int,
+        sample: int = 0,
+        n_likeliest: int = 0,
+    ) -> None:
+        """Add a text under a new key.
+
+        entropy: the seed. sample: its number among the samples with this seed. n_likeliest: how many of the likeliest tokens
+        each of its tokens tells.
 
         Raises RequestError for an empty context, or an id outside the vocabulary.
         """
@@ -73,7 +96,7 @@ class SideBySide:
             raise RequestError(f"context ids must lie in 0..{vocab_size - 1}, got {min(context)}..{max(context)}")
         # Texts with equal settings are sampled in one call.
         settings = dataclasses.replace(settings, seed=None, max_new_tokens=0, num_samples=1)
-        self._texts[key] = _Text(context, len(context), settings, generator(entropy, Stream.SAMPLE, sample))
+        self._texts[key] = _Text(context, len(context), settings, generator(entropy, Stream.SAMPLE, sample), n_likeliest)
 
     def remove(self, key: int) -> None:
         """Remove a text. The others go on as if it had never been there."""
@@ -104,7 +127,9 @@ class SideBySide:
                 ids[rows[i]] = sample_ids(alone, settings, draws[i : i + 1], [text.ids])[0][0]
         for text, new_id in zip(texts, ids.tolist(), strict=True):
             text.ids.append(new_id)
-        return list(map(Token, self._texts, ids.tolist(), log_probabilities(logits, ids).tolist()))
+        logprobs = log_probabilities(logits, ids)
+        likeliest = [_likeliest(row, text.n_likeliest) for row, text in zip(logits, texts, strict=True)]
+        return list(map(Token, self._texts, ids.tolist(), logprobs.tolist(), likeliest))
 
     def _logits_alone(self, text: _Text) -> np.ndarray:
         """(V,): the logits of the next token as they would be if this text had been alone from its first token on."""

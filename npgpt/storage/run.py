@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,20 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             if isinstance(event, dict) and isinstance(event.get("event"), str) and isinstance(event.get("step"), int):
                 events.append(event)
     return events
+
+
+def seconds_of(events: list[dict[str, Any]]) -> list[float]:
+    """For each event of a log, how long the run had taken until then. A log counts from each start or resumption."""
+    before = seconds = 0.0
+    found = []
+    for event in events:
+        elapsed = event.get("elapsed", 0.0)
+        elapsed = float(elapsed) if isinstance(elapsed, (int, float)) and math.isfinite(elapsed) else 0.0
+        if event["event"] in ("start", "resume"):
+            before = seconds
+        seconds = before + elapsed
+        found.append(seconds)
+    return found
 
 
 def _line(event: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ TESTS = ROOT / "tests"
 
 # The rooms from left to right, in stages. A file may import from its own room and from rooms of earlier stages.
 STAGES = "config kernels | engine | model text | storage parallel | exchange generation evaluation | "
-STAGES += "training | console | commands | cli"
+STAGES += "training | report | serving | console | commands | cli"
 
 
 STAGE_OF = {room: i for i, stage in enumerate(STAGES.split("|")) for room in stage.split()}
@@ -26,6 +26,11 @@ OF_EXTRAS = {
     "zstandard": {"text/sources.py"},
     "tokenizers": {"text/bpe.py"},
     "gguf": {"exchange/gguf.py"},
+    "matplotlib": {"report/curves.py"},
+    "starlette": {"serving/app.py", "serving/live.py"},
+    "uvicorn": {"serving/server.py"},
+    "prometheus_client": {"serving/metrics.py"},
+    "tensorboardX": {"console/tensorboard.py"},
 }
 CORE = {"numpy", "threadpoolctl", "tqdm"}
 

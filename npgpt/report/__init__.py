@@ -1,0 +1,1 @@
+"""Pictures of runs and models: HTML pages that need nothing else. Nothing is trained here, and nothing is served."""

@@ -1,0 +1,125 @@
+"""The inside of a model on one page: how it reads one text. What is shown is computed in model/inside.py.
+
+`inside_data` packs the numbers for the browser; assets/inside.js draws them, here and on the server's page. Attention has
+one byte for each weight, and logits are sent for the likeliest ids; so a page stays below a few megabytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from typing import Any
+
+import numpy as np
+
+from npgpt.config.fields import RequestError
+from npgpt.generation.sampling import log_probabilities
+from npgpt.model.gpt import GPT
+from npgpt.model.inside import inside
+from npgpt.report.page import data_script, document, tag, visible_controls
+from npgpt.text.tokenizer import Tokenizer
+
+SCRIPTS = ("inside.js", "inside_start.js")
+MOST_WEIGHTS = 1_500_000  # of attention on a page; with more, only the last tokens are shown
+MOST_LOGITS = 256  # of each position, the largest; the page knows of the others how many have about which logit
+TAIL_STEP = 0.25  # the others are counted in steps of this size
+IN_LENS = 5  # likeliest tokens of each layer
+LONGEST_TOKEN = 60  # characters of a token that are shown
+
+
+def inside_page(name: str, model: GPT, tokenizer: Tokenizer, prompt: str) -> str:
+    """The page as HTML. name: of the checkpoint. Raises RequestError for a prompt that the tokenizer does not know."""
+    data = inside_data(model, tokenizer, prompt)
+    body = tag(
+        "main",
+        tag("h1", f"Inside {name}"),
+        tag("div", id="inside"),
+        tag("noscript", tag("p", "This page needs JavaScript.")),
+        data_script("inside-data", data),
+    )
+    return document(f"Inside {name}", [body], SCRIPTS)
+
+
+def inside_data(model: GPT, tokenizer: Tokenizer, prompt: str) -> dict[str, Any]:
+    """What assets/inside.js draws, as values for JSON. It is about the last block_size tokens of the prompt at most.
+
+    Raises RequestError for a prompt that the tokenizer does not know, and FloatingPointError if the logits are not finite.
+    """
+    ids = np.asarray(tokenizer.encode(prompt) if prompt else tokenizer.start_ids)
+    n_given, config = len(ids), model.config
+    if any(not 0 <= i < config.vocab_size for i in ids.tolist()):
+        raise RequestError("the tokenizer's ids do not fit the model's vocabulary")
+    ids = ids[-config.block_size :]
+    found = inside(model, ids)
+    if not np.isfinite(found.layer_logits).all():
+        raise FloatingPointError("the model's logits are not finite: its weights are damaged, or training diverged")
+    heads = config.n_layer * config.n_head
+    first = max(0, len(ids) - max(8, math.isqrt(2 * MOST_WEIGHTS // heads)))  # the first token that is shown
+    shown = slice(first, None)
+    logits = found.layer_logits[:, shown, : tokenizer.vocab_size].astype(np.float64)
+    surprisal = [None] * (1 if first == 0 else 0)
+    before, predicted = found.logits[:-1, : tokenizer.vocab_size].astype(np.float64), ids[1:]
+    bits = (-log_probabilities(before, predicted) / math.log(2))[max(0, first - 1) :] if len(predicted) else np.zeros(0)
+    top_ids, top_logits, tails = _largest(logits[-1])
+    lens_ids, lens_p = _lens(logits)
+    used = sorted({*ids[shown].tolist(), *np.unique(top_ids).tolist(), *np.unique(lens_ids).tolist()})
+    return {
+        "tokens": ids[shown].tolist(),
+        "text": {i: shown_token(tokenizer, i) for i in used},
+        "surprisal": [*surprisal, *np.round(bits, 3).tolist()],
+        "nGiven": n_given,
+        "nRead": len(ids),
+        "nLayer": config.n_layer,
+        "nHead": config.n_head,
+        "vocabSize": tokenizer.vocab_size,
+        "topIds": _packed(top_ids.astype("<u4")),
+        "topLogits": _packed(top_logits.astype("<f4")),
+        "nTop": top_ids.shape[1],
+        "tails": tails,
+        "lensIds": _packed(lens_ids.astype("<u4")),
+        "lensP": _packed(np.rint(lens_p * 255).astype(np.uint8)),
+        "nLens": lens_ids.shape[2],
+        "attention": _packed(_triangles(found.attention[:, :, shown, shown])),
+    }
+
+
+def shown_token(tokenizer: Tokenizer, i: int) -> str:
+    """A token as text that can be read: bytes that are no whole character as hexadecimal numbers, long tokens cut off."""
+    raw = tokenizer.token_bytes(i)
+    try:
+        text = visible_controls(raw.decode("utf-8"))
+    except UnicodeDecodeError:
+        text = "".join(f"<{byte:02X}>" for byte in raw)
+    return text if len(text) <= LONGEST_TOKEN else text[:LONGEST_TOKEN] + "…"
+
+
+def _largest(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[list[tuple[float, int]]]]:
+    """logits (T, V) -> the ids and values of the largest, (T, n) each, in descending order; and for each position, of the
+    others, (logit, how many have about this one)."""
+    n = min(MOST_LOGITS, logits.shape[1])
+    order = np.argsort(-logits, axis=1, kind="stable")
+    rest = np.take_along_axis(logits, order[:, n:], axis=1)
+    tails = []
+    for row in rest:
+        steps, counts = np.unique(np.rint(row / TAIL_STEP), return_counts=True)
+        tails.append(list(zip((steps * TAIL_STEP).tolist(), counts.tolist(), strict=True)))
+    return order[:, :n], np.take_along_axis(logits, order[:, :n], axis=1), tails
+
+
+def _lens(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """layer logits (L + 1, T, V) -> the likeliest ids and their probabilities, (L + 1, T, n) each."""
+    p = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    p /= p.sum(axis=-1, keepdims=True)
+    ids = np.argsort(-p, axis=-1, kind="stable")[..., :IN_LENS]
+    return ids, np.take_along_axis(p, ids, axis=-1)
+
+
+def _triangles(attention: np.ndarray) -> np.ndarray:
+    """(L, H, T, T) -> the lower triangles, row by row, as bytes. A byte b stands for the weight (b / 255)^2, so that small
+    weights are told apart."""
+    rows, columns = np.tril_indices(attention.shape[-1])
+    return np.rint(255 * np.sqrt(attention[:, :, rows, columns])).astype(np.uint8)
+
+
+def _packed(array: np.ndarray) -> str:
+    return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
