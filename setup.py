@@ -12,7 +12,12 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "npgpt" / "__init__.py").re
 WITH_NVRTC = "platform_system != 'Darwin' and platform_machine in 'x86_64 AMD64 aarch64'"
 BPE = ["tokenizers>=0.20"]
 GGUF = ["gguf>=0.17"]
+PLOT = ["matplotlib>=3.7"]
+SERVE = ["starlette>=0.40", "uvicorn>=0.30", "prometheus-client>=0.20"]
+TENSORBOARD = ["tensorboardX>=2.6"]
+BROWSER = ["openai>=1.40", "playwright>=1.45"]
 TEST = ["pytest>=8", "hypothesis>=6", "pytest-timeout>=2", "pytest-xdist>=3", "ml_dtypes>=0.5", "zstandard>=0.19", *BPE, *GGUF]
+TEST += [*PLOT, *SERVE, *TENSORBOARD, *BROWSER]
 
 # `make oldest` runs the tests with exactly these versions. threadpoolctl 3.4 does not find the BLAS of NumPy's own packages.
 CORE = ["numpy>=2.0", "threadpoolctl>=3.5", "tqdm>=4.60"]
@@ -26,7 +31,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["npgpt", "npgpt.*"]),
-    package_data={"npgpt": ["py.typed", "kernels/cuda/*.cu"]},
+    package_data={"npgpt": ["py.typed", "kernels/cuda/*.cu", "report/assets/*"]},
     install_requires=CORE,
     extras_require={
         "cuda12": ["cupy-cuda12x[ctk]>=14", "ml_dtypes>=0.5", "numpy>=2.1.2"],
@@ -34,7 +39,9 @@ setup(
         "nvrtc": [f"nvidia-cuda-nvrtc>=13; {WITH_NVRTC}"],
         "bpe": BPE,
         "gguf": GGUF,
-        "plot": ["matplotlib>=3.7"],
+        "plot": PLOT,
+        "serve": SERVE,
+        "tensorboard": TENSORBOARD,
         "zstd": ["zstandard>=0.19; python_version < '3.14'"],
         "test": TEST,
         "dev": [*TEST, "ruff>=0.9", "mypy>=1.13"],

@@ -29,6 +29,7 @@ from npgpt.commands import (
     inspect,
     replay,
     report,
+    serve,
     train,
 )
 from npgpt.config.fields import RequestError
@@ -45,6 +46,7 @@ COMMANDS: dict[str, ModuleType] = {
     "compare": compare,
     "report": report,
     "inside": inside,
+    "serve": serve,
     "import": import_model,
     "export": export_model,
     "gradcheck": gradcheck,

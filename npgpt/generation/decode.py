@@ -104,13 +104,9 @@ class NextLogits:
         if same:
             windows = windows[:1]
         rows = [0] * len(texts) if same else list(range(len(texts)))
-        cache = None if self.forgets(max(map(len, texts.values()))) else model.new_cache(len(windows))
+        cache = None if self.forgets(max(map(len, texts.values()))) else model.new_cache(len(windows), length)
         logits, _ = model(np.array(windows), cache=cache, last_only=True)
         if cache:
-            cache.select(rows)
-            if self._in_cache:
-                self._cache.append(cache)
-            else:
-                self._cache = cache
+            self._cache.append(cache, rows)
             self._in_cache += texts
         return logits.numpy()[rows, 0]

@@ -49,6 +49,15 @@ def log_probabilities(logits: np.ndarray, ids: np.ndarray) -> np.ndarray:
     return logits[np.arange(len(ids)), ids] - top - np.log(np.exp(logits - top[:, None]).sum(axis=1))
 
 
+def likeliest_ids(logits: np.ndarray, n: int) -> tuple[tuple[int, float], ...]:
+    """logits (V,) -> the n likeliest ids, each with its log-probability."""
+    if not n:
+        return ()
+    ids = np.argsort(-logits, kind="stable")[:n]
+    logprobs = log_probabilities(np.broadcast_to(logits, (len(ids), len(logits))), ids)
+    return tuple(zip(ids.tolist(), logprobs.tolist(), strict=True))
+
+
 def _relative_error(tolerance: np.ndarray, settings: GenerateConfig) -> np.ndarray:
     """(B,): a bound on the relative error of each probability if each logit may be wrong by the tolerance."""
     with np.errstate(over="ignore"):  # a temperature near 0 makes every draw close

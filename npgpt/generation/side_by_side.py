@@ -18,7 +18,7 @@ from npgpt.config.fields import RequestError
 from npgpt.config.settings import GenerateConfig
 from npgpt.engine.streams import Stream, generator
 from npgpt.generation.decode import NextLogits
-from npgpt.generation.sampling import log_probabilities, sample_ids
+from npgpt.generation.sampling import likeliest_ids, log_probabilities, sample_ids
 from npgpt.model.gpt import GPT
 
 # The largest measured difference of a logit, alone and among others, is 5 roundings of the largest logit.
@@ -36,15 +36,6 @@ class Token:
     id: int
     logprob: float
     likeliest: tuple[tuple[int, float], ...] = ()  # (id, logprob) of the likeliest tokens, if the text asked for them
-
-
-def _likeliest(logits: np.ndarray, n: int) -> tuple[tuple[int, float], ...]:
-    """logits (V,) -> the n likeliest ids, each with its log-probability."""
-    if not n:
-        return ()
-    ids = np.argsort(-logits, kind="stable")[:n]
-    logprobs = log_probabilities(np.broadcast_to(logits, (len(ids), len(logits))), ids)
-    return tuple(zip(ids.tolist(), logprobs.tolist(), strict=True))
 
 
 @dataclass
@@ -128,7 +119,7 @@ class SideBySide:
         for text, new_id in zip(texts, ids.tolist(), strict=True):
             text.ids.append(new_id)
         logprobs = log_probabilities(logits, ids)
-        likeliest = [_likeliest(row, text.n_likeliest) for row, text in zip(logits, texts, strict=True)]
+        likeliest = [likeliest_ids(row, text.n_likeliest) for row, text in zip(logits, texts, strict=True)]
         return list(map(Token, self._texts, ids.tolist(), logprobs.tolist(), likeliest))
 
     def _logits_alone(self, text: _Text) -> np.ndarray:

@@ -23,9 +23,12 @@ class KVCache:
     longer ones have one: `absent` says where.
     """
 
-    def __init__(self, config: GPTConfig, batch: int, backend: Backend, dtype: np.dtype) -> None:
+    def __init__(
+        self, config: GPTConfig, batch: int, backend: Backend, dtype: np.dtype, most_tokens: int | None = None
+    ) -> None:
+        """most_tokens: room for this many tokens of each sequence, if there will not be more; by default block_size."""
         head_dim = config.n_embd // config.n_head
-        self._room, self._xp, self._dtype = config.block_size, backend.xp, dtype
+        self._room, self._xp, self._dtype = most_tokens or config.block_size, backend.xp, dtype
         # For each block: keys and values, each (batch, n_head, block_size, head_dim). Only the first len(self) rows are used.
         # It starts as zeros, because what is `absent` must still be finite.
         self._memory: Array = backend.xp.zeros((config.n_layer, 2, batch, config.n_head, self._room, head_dim), dtype=dtype)
@@ -90,21 +93,16 @@ class KVCache:
         else:
             self._set_lengths(self.lengths)
 
-    def select(self, rows: Sequence[int]) -> None:
-        """Keep only these sequences, in this order. A row may occur more than once."""
-        self._memory = self._memory[:, :, rows]
-        self._set_lengths(self.lengths[list(rows)])
-
-    def append(self, other: KVCache) -> None:
-        """Add the sequences of another cache of the same model after the own ones."""
-        n, m = len(self), len(other)
+    def append(self, other: KVCache, rows: Sequence[int]) -> None:
+        """Add sequences of another cache of the same model after the own ones. A row of the other may occur more than once."""
+        n, m = len(self), len(rows)
         if n + m > self._memory.shape[2]:  # as a list grows: by at least its own size, so that a sequence is rarely copied
             grown = self._xp.zeros((*self._memory.shape[:2], max(2 * n, n + m), *self._memory.shape[3:]), dtype=self._dtype)
             grown[:, :, :n] = self._memory[:, :, :n]
             self._memory = grown
         longest = min(int(other.lengths.max(initial=0)), self._room)
-        self._memory[:, :, n : n + m, :, :longest] = other._memory[:, :, :m, :, :longest]
-        self._set_lengths(np.append(self.lengths, other.lengths))
+        self._memory[:, :, n : n + m, :, :longest] = other._memory[:, :, rows, :, :longest]
+        self._set_lengths(np.append(self.lengths, other.lengths[list(rows)]))
 
     def remove(self, row: int) -> None:
         """Remove one sequence. The last one takes its place."""

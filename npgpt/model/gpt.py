@@ -214,9 +214,9 @@ class GPT(Module):
             found += [(block.mlp.fc.weight, 1), (block.mlp.proj.weight, 1)]
         return found
 
-    def new_cache(self, batch: int = 1) -> KVCache:
-        """An empty KV cache for `batch` sequences."""
-        return KVCache(self.config, batch, self.backend, self.wte.weight.dtype)
+    def new_cache(self, batch: int = 1, most_tokens: int | None = None) -> KVCache:
+        """An empty KV cache for `batch` sequences, with room for block_size tokens of each, or for `most_tokens`."""
+        return KVCache(self.config, batch, self.backend, self.wte.weight.dtype, most_tokens)
 
     def _check(self, ids: Array, seen: int, dtype: Any, cached: bool) -> None:
         own = self.wte.weight.dtype

@@ -58,7 +58,7 @@ def test_sequences_of_different_lengths_are_decoded_side_by_side(position):
         for row, first in enumerate([5, 2, 7]):
             own = model.new_cache()
             model(ids[row : row + 1, :first], cache=own)
-            cache.append(own)
+            cache.append(own, [0])
     rows, at = np.arange(3), np.array([5, 2, 7])
     assert np.array_equal(cache.lengths, at)
     with pytest.raises(ValueError, match=r"differ in length: \[5, 2, 7\]"):
@@ -137,8 +137,8 @@ def test_a_sliding_window_of_several_sequences(rng):
     ids, cache = rng.integers(0, 11, (3, 20)), model.new_cache(3)
     for at in range(20):
         if at == 13:
-            cache.select([2, 0])
-            ids = ids[[2, 0]]
+            cache.remove(0)
+            ids = ids[[2, 1]]
         logits = model.decode(ids[:, at], cache)
     for row, text in zip(logits, ids, strict=True):
         np.testing.assert_allclose(row, logits_by_definition(model, text, window=6)[-1], rtol=0, atol=1e-4)

@@ -1,0 +1,124 @@
+"""`npgpt serve`: serve a model over HTTP. The application is in serving/."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+from npgpt.config.fields import RequestError, fields_of
+from npgpt.config.settings import GenerateConfig
+from npgpt.console.flags import positive
+from npgpt.console.terminal import command_parser, say
+from npgpt.generation.decode import window_for
+from npgpt.parallel.limits import available_cores
+from npgpt.storage.checkpoint import load
+
+ABOUT = "serve a model: a page, and the interface that OpenAI's clients know"
+KEY_VARIABLE = "NPGPT_API_KEY"
+PACKAGES = ("starlette", "uvicorn", "prometheus_client")
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = command_parser(
+        "serve",
+        "Serve a model over HTTP: a page at /, and /v1/models and /v1/completions as OpenAI's clients expect them. Requests\n"
+        "that arrive together are drawn side by side. By default only this computer can reach the server. Needs the extra\n"
+        "[serve].",
+        ["--ckpt model.npz", "--ckpt model.npz --port 9000 --host 0.0.0.0 --api-key SECRET"],
+    )
+    parser.add_argument("--ckpt", required=True, metavar="FILE", help="a checkpoint written by train")
+    parser.add_argument("--port", type=_port, default=8000, metavar="N", help="0: any free one (default: 8000)")
+    parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="the address to listen on (default: 127.0.0.1)")
+    key = parser.add_mutually_exclusive_group()
+    key.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help=f"clients must send this key; the environment variable {KEY_VARIABLE} is safer, because other users of this "
+        "computer can see the arguments of a command",
+    )
+    key.add_argument("--no-api-key", action="store_true", help="with --host: let everybody in who can reach the address")
+    parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name under which clients reach this server; may be given several times (default: this computer's own names)",
+    )
+    window = next(f for f in fields_of(GenerateConfig) if f.name == "window")
+    parser.add_argument("--window", choices=window.choices, help=window.help)
+    parser.add_argument(
+        "--threads", type=positive("threads"), metavar="N", help="threads that draw (default: one for each core)"
+    )
+    for flag, default, what in (
+        ("--side-by-side", 32, "texts that a thread draws together"),
+        ("--queue", 64, "texts that may wait while all places are taken"),
+    ):
+        name = flag.removeprefix("--").replace("-", "_")
+        parser.add_argument(flag, type=positive(name), default=default, metavar="N", help=f"{what} (default: {default})")
+    parser.add_argument(
+        "--max-tokens", type=positive("max_tokens"), default=4096, metavar="N", help="the longest text (default: 4096)"
+    )
+    return parser
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"port must be a whole number from 0 to 65535, got {text!r}")
+    return int(text)
+
+
+def run(args: argparse.Namespace) -> int:
+    check_installed()
+    from npgpt.serving.app import ServerSettings, application
+    from npgpt.serving.protection import LOCAL_HOSTS
+    from npgpt.serving.server import address, listen
+    from npgpt.serving.server import run as serve
+
+    key = args.api_key or os.environ.get(KEY_VARIABLE) or None
+    if args.host not in LOCAL_HOSTS and key is None and not args.no_api_key:
+        raise RequestError(
+            f"--host {args.host} lets other computers in; give a key with --api-key or {KEY_VARIABLE}, or --no-api-key to let "
+            "everybody in"
+        )
+    if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
+        raise RequestError("the API key must be of printable ASCII characters without blanks")
+    checkpoint = load(args.ckpt)
+    window_for(checkpoint.model, args.window)
+    settings = ServerSettings(
+        Path(args.ckpt).stem,
+        (*LOCAL_HOSTS, *_own_names(args.host), *args.allow_host),
+        None if args.no_api_key else key,
+        args.window,
+        args.threads or available_cores(),
+        args.side_by_side,
+        args.queue,
+        args.max_tokens,
+    )
+    listening = listen(args.host, args.port)
+    app = application(checkpoint.model, checkpoint.tokenizer, settings)
+    say(f"{args.ckpt}: {address(listening)} in a browser, {address(listening)}v1 for OpenAI's clients; Ctrl-C stops")
+    serve(app, listening)
+    return 0
+
+
+def check_installed() -> None:
+    """Raise RequestError, saying how to install it, if a package of the extra [serve] is missing."""
+    from importlib.util import find_spec
+
+    missing = [name for name in PACKAGES if find_spec(name) is None]
+    if missing:
+        raise RequestError(f"serving needs {', '.join(missing)}; install it with: pip install 'npgpt[serve]'")
+
+
+def _own_names(host: str) -> Sequence[str]:
+    """The names under which this computer can be reached if it listens on `host`."""
+    if host not in ("0.0.0.0", "::"):
+        return (host,)
+    names = {socket.gethostname(), socket.getfqdn()}
+    with contextlib.suppress(OSError):  # its own name cannot be looked up
+        names |= {str(found[4][0]) for found in socket.getaddrinfo(socket.gethostname(), None)}
+    return tuple(names)

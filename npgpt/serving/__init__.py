@@ -1,0 +1,1 @@
+"""A model, and reports of runs, over HTTP. Answers what it is asked; never trains."""

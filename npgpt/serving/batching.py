@@ -1,0 +1,286 @@
+"""Draws the texts of many requests side by side, in threads of its own. Knows no HTTP and no asyncio.
+
+A text joins between two tokens of the others and leaves when it ends. While all places are taken, texts wait in a queue with a
+bound. What a text becomes does not depend on the others (generation/side_by_side.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from npgpt.config.settings import GenerateConfig
+from npgpt.generation.side_by_side import SideBySide, Token
+from npgpt.generation.stops import StopFinder
+from npgpt.model.gpt import GPT
+from npgpt.text.tokenizer import Tokenizer
+
+
+class QueueFullError(Exception):
+    """Too many texts are waiting already."""
+
+
+class ClosedError(Exception):
+    """The batcher draws nothing any more. The message says why."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one text of a job has grown by. finish_reason: "stop" or "length" with the last piece, else None."""
+
+    text_number: int
+    text: str
+    tokens: tuple[Token, ...]
+    finish_reason: str | None = None
+
+    def with_next(self, piece: Piece) -> Piece:
+        """This piece and the next one of the same text, as one."""
+        return Piece(self.text_number, self.text + piece.text, self.tokens + piece.tokens, piece.finish_reason)
+
+
+@dataclass
+class Job:
+    """Some texts that continue one context. `pieces` grows until `is_done`; `error` says why it ended without its texts."""
+
+    context: list[int]
+    settings: GenerateConfig
+    stop: Sequence[str] = ()
+    n_texts: int = 1
+    n_likeliest: int = 0
+    pieces: deque[Piece] = field(default_factory=deque)
+    error: Exception | None = None
+    n_left: int = 0  # texts that have not ended
+    is_cancelled: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @property
+    def is_done(self) -> bool:
+        return self.n_left == 0 or self.error is not None
+
+    def text_has_ended(self) -> None:
+        """Count one text less. Several threads may draw the texts of one job."""
+        with self._lock:
+            self.n_left -= 1
+
+
+@dataclass
+class _Place:
+    """One text that is being drawn."""
+
+    job: Job
+    text_number: int
+    finder: StopFinder
+    n_tokens: int = 0
+    held: list[Token] = field(default_factory=list)  # tokens whose text has not been shown yet
+
+
+class Batcher:
+    """Draws texts of one model. `notify` is called, in one of the batcher's threads, with the jobs that have news."""
+
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        notify: Callable[[list[Job]], None],
+        window: str | None = None,
+        threads: int = 1,
+        side_by_side: int = 32,
+        longest_queue: int = 64,
+    ) -> None:
+        """threads: how many draw. side_by_side: texts that each thread draws together. longest_queue: texts that may wait
+        beyond these.
+
+        Raises RequestError for a window that the model cannot have.
+        """
+        self._notify, self._longest_queue = notify, longest_queue
+        self._drawers = [_Drawer(model, tokenizer, window, side_by_side) for _ in range(threads)]
+        self._waiting: deque[tuple[Job, int]] = deque()
+        self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        self._changed = threading.Condition()
+        self._closed: ClosedError | None = None
+        self._threads = [
+            threading.Thread(target=self._run, args=(drawer,), name="drawer", daemon=True) for drawer in self._drawers
+        ]
+
+    def start(self) -> None:
+        """Begin to draw."""
+        for thread in self._threads:
+            thread.start()
+
+    def close(self) -> None:
+        """End all jobs with ClosedError, and the threads."""
+        self._close(ClosedError("the server is shutting down"))
+        for thread in self._threads:
+            thread.join()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it takes jobs."""
+        return self._closed is None
+
+    @property
+    def n_drawn(self) -> int:
+        """The number of texts that are being drawn."""
+        return sum(map(len, self._drawers))
+
+    @property
+    def n_waiting(self) -> int:
+        """The number of texts that wait for a place."""
+        return len(self._waiting)
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Put the texts of some jobs into the queue, all or none. Raises QueueFullError, or ClosedError."""
+        with self._changed:
+            if self._closed:
+                raise self._closed
+            free = sum(drawer.n_free for drawer in self._drawers)
+            if len(self._waiting) + sum(job.n_texts for job in jobs) > self._longest_queue + free:
+                raise QueueFullError(f"{len(self._waiting)} texts are waiting already; try again later")
+            for job in jobs:
+                if job.settings.seed is None:
+                    job.settings = dataclasses.replace(job.settings, seed=secrets.randbits(64))
+                job.n_left = job.n_texts
+                self._waiting += [(job, number) for number in range(job.n_texts)]
+            self._changed.notify_all()
+
+    def cancel(self, job: Job) -> None:
+        """End a job before its texts have ended. Its places are free before the next token."""
+        with self._changed:
+            job.is_cancelled = True
+            self._waiting = deque(waiting for waiting in self._waiting if waiting[0] is not job)
+
+    def call(self, function: Callable[[], Any]) -> Future[Any]:
+        """Call a function between two tokens, so that a model has no more users than there are threads. Raises ClosedError."""
+        with self._changed:
+            if self._closed:
+                raise self._closed
+            future: Future[Any] = Future()
+            self._calls.append((future, function))
+            self._changed.notify_all()
+            return future
+
+    # ---------------------------------------------------------------- the threads
+
+    def _run(self, drawer: _Drawer) -> None:
+        try:
+            while self._next_step(drawer):
+                pass
+        finally:  # whatever ended the thread, nobody waits for it
+            self._close(ClosedError("drawing texts failed; the server must be started again"))
+
+    def _close(self, why: ClosedError) -> None:
+        with self._changed:
+            if self._closed:
+                return
+            self._closed = why
+            self._changed.notify_all()
+            jobs = [job for job, _ in self._waiting] + [job for drawer in self._drawers for job in drawer.jobs()]
+            for future, _ in self._calls:
+                future.set_exception(why)
+            self._waiting.clear()
+            self._calls.clear()
+        self._fail(jobs, why)
+
+    def _next_step(self, drawer: _Drawer) -> bool:
+        """Wait for something to do, and do it. Returns False when the batcher is closed."""
+        with self._changed:
+            while not (self._closed or self._waiting or len(drawer) or self._calls):
+                self._changed.wait()
+            if self._closed:
+                return False
+            drawer.remove_cancelled()
+            while self._waiting and drawer.n_free and len(drawer) <= min(map(len, self._drawers)):
+                drawer.admit(*self._waiting.popleft())
+            call = self._calls.popleft() if self._calls else None
+        if call:
+            future, function = call
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function())
+                except (ValueError, FloatingPointError, MemoryError) as error:  # the caller's request is at fault
+                    future.set_exception(error)
+        if len(drawer):
+            try:
+                news = drawer.step()
+            except FloatingPointError as error:
+                failed = drawer.jobs()
+                drawer.clear()
+                self._fail(failed, error)
+                return True
+            if news:
+                self._notify(news)
+        return True
+
+    def _fail(self, jobs: list[Job], error: Exception) -> None:
+        for job in jobs:
+            job.error = error
+        if jobs:
+            self._notify(jobs)
+
+
+class _Drawer:
+    """The texts that one thread draws side by side."""
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer, window: str | None, side_by_side: int) -> None:
+        self._tokenizer, self._side_by_side = tokenizer, side_by_side
+        self._texts = SideBySide(model, window, threads=1, vocab_size=tokenizer.vocab_size)
+        self._places: dict[int, _Place] = {}
+        self._keys = 0
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @property
+    def n_free(self) -> int:
+        """How many more texts it could draw."""
+        return self._side_by_side - len(self._places)
+
+    def jobs(self) -> list[Job]:
+        """The jobs whose texts it draws; a job may occur more than once."""
+        return [place.job for place in list(self._places.values())]
+
+    def admit(self, job: Job, number: int) -> None:
+        assert job.settings.seed is not None  # `submit` has drawn one
+        self._keys += 1
+        self._texts.add(self._keys, job.context, job.settings, job.settings.seed, number, job.n_likeliest)
+        self._places[self._keys] = _Place(job, number, StopFinder(job.stop, self._tokenizer.stream()))
+
+    def remove_cancelled(self) -> None:
+        for key in [key for key, place in self._places.items() if place.job.is_cancelled or place.job.error]:
+            self._remove(key)
+
+    def clear(self) -> None:
+        for key in list(self._places):
+            self._remove(key)
+
+    def _remove(self, key: int) -> None:
+        self._texts.remove(key)
+        del self._places[key]
+
+    def step(self) -> list[Job]:
+        """Draw one token for each text; returns the jobs that have news. Raises FloatingPointError."""
+        news: dict[int, Job] = {}
+        for token in self._texts.step():
+            place = self._places[token.sample]
+            place.n_tokens += 1
+            is_end = token.id == self._tokenizer.end_id
+            text, is_stopped = place.finder.end() if is_end else place.finder.add(token.id)
+            reason = "stop" if is_stopped else None
+            if reason is None and place.n_tokens == place.job.settings.max_new_tokens:
+                text, reason = text + place.finder.end()[0], "length"
+            if not is_end:
+                place.held.append(token)
+            if text or reason:
+                shown, place.held = tuple(place.held), []
+                place.job.pieces.append(Piece(place.text_number, text, shown, reason))
+                news[id(place.job)] = place.job
+            if reason:
+                self._remove(token.sample)
+                place.job.text_has_ended()
+        return list(news.values())
