@@ -11,7 +11,8 @@ from pathlib import Path
 
 from npgpt.config.fields import RequestError, fields_of
 from npgpt.config.settings import GenerateConfig
-from npgpt.console.flags import positive
+from npgpt.console.flags import port, positive
+from npgpt.console.observers import check_installed
 from npgpt.console.terminal import command_parser, say
 from npgpt.generation.decode import window_for
 from npgpt.parallel.limits import available_cores
@@ -19,7 +20,6 @@ from npgpt.storage.checkpoint import load
 
 ABOUT = "serve a model: a page, and the interface that OpenAI's clients know"
 KEY_VARIABLE = "NPGPT_API_KEY"
-PACKAGES = ("starlette", "uvicorn", "prometheus_client")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
         ["--ckpt model.npz", "--ckpt model.npz --port 9000 --host 0.0.0.0 --api-key SECRET"],
     )
     parser.add_argument("--ckpt", required=True, metavar="FILE", help="a checkpoint written by train")
-    parser.add_argument("--port", type=_port, default=8000, metavar="N", help="0: any free one (default: 8000)")
+    parser.add_argument("--port", type=port, default=8000, metavar="N", help="0: any free one (default: 8000)")
     parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="the address to listen on (default: 127.0.0.1)")
     key = parser.add_mutually_exclusive_group()
     key.add_argument(
@@ -65,14 +65,8 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _port(text: str) -> int:
-    if not text.isdecimal() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"port must be a whole number from 0 to 65535, got {text!r}")
-    return int(text)
-
-
 def run(args: argparse.Namespace) -> int:
-    check_installed()
+    check_installed("starlette", "uvicorn", "prometheus_client")
     from npgpt.serving.app import ServerSettings, application
     from npgpt.serving.protection import LOCAL_HOSTS
     from npgpt.serving.server import address, listen
@@ -103,15 +97,6 @@ def run(args: argparse.Namespace) -> int:
     say(f"{args.ckpt}: {address(listening)} in a browser, {address(listening)}v1 for OpenAI's clients; Ctrl-C stops")
     serve(app, listening)
     return 0
-
-
-def check_installed() -> None:
-    """Raise RequestError, saying how to install it, if a package of the extra [serve] is missing."""
-    from importlib.util import find_spec
-
-    missing = [name for name in PACKAGES if find_spec(name) is None]
-    if missing:
-        raise RequestError(f"serving needs {', '.join(missing)}; install it with: pip install 'npgpt[serve]'")
 
 
 def _own_names(host: str) -> Sequence[str]:

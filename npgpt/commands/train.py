@@ -13,7 +13,8 @@ from typing import Any
 
 from npgpt.config.fields import RequestError
 from npgpt.config.settings import PRESETS, GPTConfig, TrainConfig
-from npgpt.console.flags import add_flags, file_to_write, positive, settings_from
+from npgpt.console.flags import add_flags, file_to_write, port, positive, settings_from
+from npgpt.console.observers import WATCH_PORT, Observer, Observers
 from npgpt.console.run_messages import evaluation_line, print_banner, report_end, write_error
 from npgpt.console.signals import StopRequest, interruptible
 from npgpt.console.terminal import command_parser, failed, progress_bar, say
@@ -101,6 +102,18 @@ def parser() -> argparse.ArgumentParser:
         help="choose the model, batch, learning rate and steps that learn most in about X minutes in all (more than "
         "half a minute is best); other settings you give are kept; not with --steps, --preset or --resume",
     )
+    parser.add_argument(
+        "--watch",
+        nargs="?",
+        const=WATCH_PORT,
+        type=port,
+        metavar="PORT",
+        help=f"show the curves and samples while they grow, on a page for a browser of this computer, at port {WATCH_PORT} or "
+        "the one given; needs the extras [serve] and [plot]",
+    )
+    parser.add_argument(
+        "--tensorboard", metavar="DIR", help="also write what TensorBoard shows into this folder; needs the extra [tensorboard]"
+    )
     add_flags(parser, TrainConfig)
     add_flags(parser, GPTConfig, skip=("vocab_size",))
     return parser
@@ -120,6 +133,7 @@ def run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     files = _files_to_write(args.out)
     _check_flags(args)
+    observers = Observers(args.watch, args.tensorboard)
     last = None if args.resume is None else _state_to_resume(args, files)
     base = None if args.base is None else load(args.base)
     corpus = _read(args, files, last, base)
@@ -135,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
     last = base = None  # their memory can go
     try:
         with interruptible() as stop_requested:
-            trainer, end = _train(args, choice, files, corpus, stop_requested)
+            trainer, end = _train(args, choice, files, corpus, stop_requested, observers)
     except MemoryError:
         if not select(choice.training.device).is_cpu:
             return failed("train", "out of GPU memory: lower --micro-batch or --batch-size, then --n-embd or --n-layer")
@@ -317,7 +331,12 @@ def _resumption(args: argparse.Namespace, last: Checkpoint, elsewhere: bool) -> 
 
 
 def _train(
-    args: argparse.Namespace, choice: _Choice, files: RunFiles, corpus: Corpus, stop_requested: StopRequest
+    args: argparse.Namespace,
+    choice: _Choice,
+    files: RunFiles,
+    corpus: Corpus,
+    stop_requested: StopRequest,
+    observers: Observers,
 ) -> tuple[Trainer, End]:
     model, training = choice.model, choice.training
     backend = select(training.device)
@@ -333,10 +352,11 @@ def _train(
     print_banner(trainer, corpus, files, args.base)
     if different:
         say(f"warning: {'; '.join(different)}: the numbers will differ slightly from those of an uninterrupted run")
-    return trainer, _show_run(trainer, stop_requested)
+    with observers.of(trainer) as tell:
+        return trainer, _show_run(trainer, stop_requested, tell)
 
 
-def _show_run(trainer: Trainer, stop_requested: Callable[[], bool]) -> End:
+def _show_run(trainer: Trainer, stop_requested: Callable[[], bool], tell: Observer) -> End:
     """Run the trainer. Show a progress bar on a terminal, and a line for each evaluation everywhere."""
     from tqdm import tqdm
 
@@ -348,6 +368,7 @@ def _show_run(trainer: Trainer, stop_requested: Callable[[], bool]) -> End:
     )
     with bar:
         for event in trainer.run(stop_requested):
+            tell(event)
             if isinstance(event, Step):
                 tokens += event.tokens
                 bar.update(event.step - bar.n)

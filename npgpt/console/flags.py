@@ -71,6 +71,13 @@ def positive(name: str) -> Callable[[str], int]:
     return parse
 
 
+def port(text: str) -> int:
+    """The number of a port, for argparse; 0 stands for any free one."""
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"port must be a whole number from 0 to 65535, got {text!r}")
+    return int(text)
+
+
 def settings_from(namespace: argparse.Namespace, cls: type[Settings]) -> dict[str, Any]:
     """The settings of `cls` that were given on the command line, by name."""
     return {f.name: getattr(namespace, f.name) for f in fields_of(cls) if hasattr(namespace, f.name)}

@@ -73,6 +73,16 @@ class Run:
         """How many steps the run was asked for; None if nobody knows."""
         return self.checkpoint.train_config.steps if self.checkpoint.train_config else None
 
+    @property
+    def time_left(self) -> str:
+        """How long the run will still take, in words. Judged by the steps since it was started or resumed last."""
+        begun = max((i for i, event in enumerate(self.events) if event["event"] in ("start", "resume")), default=None)
+        if begun is None or self.total_steps is None or self.step <= self.events[begun]["step"]:
+            return "unknown"
+        done = self.step - self.events[begun]["step"]
+        minutes = (self.seconds[-1] - self.seconds[begun]) / done * (self.total_steps - self.step) / 60
+        return f"{minutes:.0f} min" if minutes >= 9.5 else f"{minutes:.1f} min"
+
     def settings(self) -> dict[str, str]:
         """Every setting of the model and of its training, as a text."""
         training = vars(self.checkpoint.train_config) if self.checkpoint.train_config else {}

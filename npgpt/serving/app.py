@@ -37,7 +37,7 @@ from npgpt.serving.completions import (
     parse_json,
 )
 from npgpt.serving.metrics import MEDIA_TYPE, Metrics
-from npgpt.serving.protection import LOCAL_HOSTS, App, Protection, error_body
+from npgpt.serving.protection import LOCAL_HOSTS, App, Protection
 from npgpt.text.tokenizer import Tokenizer
 
 BETWEEN_PARTS = 0.1  # seconds between two parts of a stream; the first part is sent at once
@@ -83,6 +83,7 @@ class _Server:
             Route("/v1/completions", self._completions, methods=["POST"]),
         ]
         handlers: Any = {ApiError: _api_error, HTTPException: _http_error, ClientDisconnect: self._client_gone}
+        handlers[Exception] = _unforeseen
         starlette = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
         self.app = Protection(starlette, settings.hosts, settings.api_key, self._count)
 
@@ -178,7 +179,7 @@ class _Server:
         self._metrics.prompt_tokens.inc(sum(len(ids) for _, ids in asked.prompts))
         parts = self._parts(asked, jobs, news, responses, first, started)
         if asked.stream:
-            return _Stream(parts, asked, responses, lambda: self._end(jobs, responses))
+            return _Stream(parts, asked, responses, self._metrics.cancelled.inc, lambda: self._end(jobs, responses))
         try:
             return _json(await _unless_gone(request.receive, _whole(parts, responses)))
         finally:
@@ -314,14 +315,19 @@ class _Stream(Response):
         parts: AsyncIterator[list[dict[str, Any]]],
         asked: CompletionRequest,
         responses: Responses,
+        when_gone: Callable[[], None],
         at_end: Callable[[], None],
     ) -> None:
+        """when_gone: is called if the client goes away. at_end: is called in any case."""
         super().__init__()
-        self._parts, self._asked, self._responses, self._at_end = parts, asked, responses, at_end
+        self._parts, self._asked, self._responses = parts, asked, responses
+        self._when_gone, self._at_end = when_gone, at_end
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
             await _unless_gone(receive, self._send(send))
+        except ClientDisconnect:
+            self._when_gone()
         finally:
             self._at_end()
 
@@ -340,7 +346,7 @@ class _Stream(Response):
                 await events(_dumped(self._responses.completion([])))
             await events(b"[DONE]")
         except ApiError as error:  # the status has been sent already
-            await events(error_body(str(error), "server_error", error.param, error.code))
+            await events(error.body)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
@@ -361,13 +367,17 @@ def _json(value: Any, status: int = 200) -> Response:
 
 async def _api_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    kind = "invalid_request_error" if error.status < 429 else "rate_limit_error" if error.status == 429 else "server_error"
-    headers = {"Retry-After": "1"} if error.status == 429 else None
-    body = error_body(str(error), kind, error.param, error.code)
-    return Response(body, error.status, headers, media_type="application/json")
+    return Response(error.body, error.status, error.headers)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
+    """There is no such path, or it has other methods."""
     assert isinstance(error, HTTPException)
-    message = f"{request.method} {request.url.path[:100]}: {error.detail}"
-    return Response(error_body(message), error.status_code, error.headers, media_type="application/json")
+    found = ApiError(f"{request.method} {request.url.path[:100]}: {error.detail}", status=error.status_code)
+    return Response(found.body, found.status, found.headers | dict(error.headers or {}))
+
+
+async def _unforeseen(_: Request, __: Exception) -> Response:
+    """An error in this program. Starlette raises it again, and so its traceback is printed."""
+    found = ApiError("the server has made a mistake; its own messages say which", status=500)
+    return Response(found.body, found.status, found.headers)

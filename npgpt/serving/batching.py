@@ -205,6 +205,9 @@ class Batcher:
                     future.set_result(function())
                 except (ValueError, FloatingPointError, MemoryError) as error:  # the caller's request is at fault
                     future.set_exception(error)
+                except BaseException as error:  # the code is at fault, and the caller must not wait for ever
+                    future.set_exception(error)
+                    raise
         if len(drawer):
             try:
                 news = drawer.step()

@@ -38,7 +38,16 @@ class ApiError(Exception):
 
     def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None) -> None:
         super().__init__(message)
-        self.param, self.status, self.code = param, status, code
+        self.status = status
+        kinds = {401: "authentication_error", 429: "rate_limit_error"}
+        kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
+        error = {"message": message, "type": kind, "param": param, "code": code}
+        self.body = json.dumps({"error": error}).encode()
+        self.headers = {"Content-Type": "application/json", "Content-Length": str(len(self.body))}
+        if status == 429:
+            self.headers["Retry-After"] = "1"
+        if status in (408, 413):  # the rest of the request is not read
+            self.headers["Connection"] = "close"
 
 
 @dataclass

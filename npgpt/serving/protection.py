@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
+
+from npgpt.serving.completions import ApiError
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -23,8 +24,9 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 LARGEST_BODY = 1 << 20  # bytes
+LARGEST_DISCARDED = 1 << 24  # bytes of a larger body that are read, so that its client hears why it is refused
 SLOWEST_BODY = 30.0  # seconds
-OPEN_PATHS = {"/", "/health"}  # they need no key: they tell nothing about the model or the text
+OPEN_PATHS = {"/", "/health"}  # they need no key; the page asks a person for it
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 HEADERS = [
     (b"x-content-type-options", b"nosniff"),
@@ -33,17 +35,6 @@ HEADERS = [
     (b"cross-origin-resource-policy", b"same-origin"),
     (b"cache-control", b"no-store"),
 ]
-
-
-def error_body(message: str, kind: str = "invalid_request_error", param: str | None = None, code: str | None = None) -> bytes:
-    """An error as OpenAI's clients expect it."""
-    return json.dumps({"error": {"message": message, "type": kind, "param": param, "code": code}}).encode()
-
-
-class _RefusedError(Exception):
-    def __init__(self, status: int, message: str, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.code = status, code
 
 
 class Protection:
@@ -58,29 +49,21 @@ class Protection:
         if scope["type"] != "http":  # "lifespan"; websockets are refused by the application
             await self._app(scope, receive, send)
             return
-        started = False
 
         async def sending(message: Message) -> None:
-            nonlocal started
             if message["type"] == "http.response.start":
-                started = True
                 self._count(message["status"])
                 message = {**message, "headers": [*message.get("headers", []), *HEADERS]}
             await send(message)
 
         try:
             self._check(scope)
-            await self._app(scope, _Limited(receive, scope), sending)
-        except _RefusedError as error:
-            if started:  # the answer has begun, so the connection just ends
-                raise
-            kind = "authentication_error" if error.status == 401 else "invalid_request_error"
-            body = error_body(str(error), kind, code=error.code)
-            headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-            if error.status in (408, 413):
-                headers.append((b"connection", b"close"))
+        except ApiError as error:
+            headers = [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
             await sending({"type": "http.response.start", "status": error.status, "headers": headers})
-            await sending({"type": "http.response.body", "body": body})
+            await sending({"type": "http.response.body", "body": error.body})
+            return
+        await self._app(scope, _Limited(receive), sending)
 
     def _check(self, scope: Scope) -> None:
         headers: dict[bytes, list[bytes]] = {}
@@ -88,48 +71,50 @@ class Protection:
             headers.setdefault(name.lower(), []).append(value)
         host = headers.get(b"host", [])
         if len(host) != 1 or _name_of(host[0]) not in self._hosts:
-            raise _RefusedError(403, "this server does not answer to that Host; --allow-host NAME adds one")
+            raise ApiError("this server does not answer to that Host; --allow-host NAME adds one", status=403)
         for origin in headers.get(b"origin", []):
             if origin.partition(b"://")[2].lower() != host[0].lower():
-                raise _RefusedError(403, "this server does not answer pages of other servers")
+                raise ApiError("this server does not answer pages of other servers", status=403)
         if self._api_key is not None and scope["path"] not in OPEN_PATHS:
             given = headers.get(b"authorization", [b""])[0]
             scheme, _, key = given.partition(b" ")
             if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self._api_key):
-                raise _RefusedError(
-                    401, "expected the header Authorization: Bearer KEY with the key of this server", "invalid_api_key"
-                )
+                message = "expected the header Authorization: Bearer KEY, with the key of this server"
+                raise ApiError(message, status=401, code="invalid_api_key")
 
 
 def _name_of(host: bytes) -> str:
     """The name in a Host header, without its port: 127.0.0.1:8000, [::1]:8000, localhost."""
     text = host.decode("latin-1").strip().lower()
     if text.startswith("["):
-        return text[1:].partition("]")[0]
+        name, closed, _ = text[1:].partition("]")
+        return name if closed else ""
     return text.partition(":")[0]
 
 
 class _Limited:
     """Receives a body of bounded size within bounded time."""
 
-    def __init__(self, receive: Receive, scope: Scope) -> None:
+    def __init__(self, receive: Receive) -> None:
         self._receive, self._n, self._complete = receive, 0, False
-        lengths = [value for name, value in scope["headers"] if name.lower() == b"content-length"]
-        self._too_long = any(value.isdigit() and int(value[:20]) > LARGEST_BODY for value in lengths)
         self._deadline = asyncio.get_running_loop().time() + SLOWEST_BODY
 
     async def __call__(self) -> Message:
         if self._complete:  # from here on, the message is that the client has gone
             return await self._receive()
-        if self._too_long:
-            raise _RefusedError(413, f"a request body may have at most {LARGEST_BODY:,} bytes")
+        message = await self._next()
+        if self._n > LARGEST_BODY:
+            while message.get("more_body") and self._n <= LARGEST_DISCARDED:
+                message = await self._next()
+            raise ApiError(f"a request body may have at most {LARGEST_BODY:,} bytes", status=413)
+        self._complete = not message.get("more_body", False)
+        return message
+
+    async def _next(self) -> Message:
         left = self._deadline - asyncio.get_running_loop().time()
         try:
             message = await asyncio.wait_for(self._receive(), max(0.0, left))
         except asyncio.TimeoutError:  # on Python 3.10 not yet the built-in one
-            raise _RefusedError(408, f"the request body did not arrive within {SLOWEST_BODY:.0f} seconds") from None
+            raise ApiError(f"the request body did not arrive within {SLOWEST_BODY:.0f} seconds", status=408) from None
         self._n += len(message.get("body", b""))
-        if self._n > LARGEST_BODY:
-            raise _RefusedError(413, f"a request body may have at most {LARGEST_BODY:,} bytes")
-        self._complete = not message.get("more_body", False)
         return message

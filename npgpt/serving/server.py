@@ -6,7 +6,7 @@ import contextlib
 import socket
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import uvicorn
 
@@ -36,10 +36,11 @@ def address(listening: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
 
 
-def _server(app: Any) -> uvicorn.Server:
+def _server(app: Any, lifespan: Literal["on", "off"], seconds_to_finish: int) -> uvicorn.Server:
     return uvicorn.Server(
         uvicorn.Config(
             app,
+            lifespan=lifespan,
             loop="asyncio",
             http="h11",
             ws="none",
@@ -48,25 +49,24 @@ def _server(app: Any) -> uvicorn.Server:
             server_header=False,
             proxy_headers=False,
             limit_concurrency=MOST_CONNECTIONS,
-            timeout_graceful_shutdown=SECONDS_TO_FINISH,
+            timeout_graceful_shutdown=seconds_to_finish,
         )
     )
 
 
 def run(app: Any, listening: socket.socket) -> None:
     """Serve until SIGINT or SIGTERM. Requests that are under way may finish first. Then the signal has its usual effect."""
-    _server(app).run(sockets=[listening])
+    _server(app, "on", SECONDS_TO_FINISH).run(sockets=[listening])
 
 
 @contextlib.contextmanager
-def running(app: Any, listening: socket.socket) -> Iterator[None]:
-    """Inside `with`, an application is served by a thread."""
-    server = _server(app)
+def running(app: Any, listening: socket.socket, lifespan: Literal["on", "off"] = "off") -> Iterator[None]:
+    """Inside `with`, an application is served by a thread. lifespan: whether it has something to start and to end."""
+    server = _server(app, lifespan, 1)  # a browser that looks at the page must not keep the command from ending
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="server", daemon=True)
     thread.start()
     try:
         yield
     finally:
         server.should_exit = True
-        server.force_exit = True  # a browser that looks at the page must not keep the command from ending
         thread.join()

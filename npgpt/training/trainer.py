@@ -260,7 +260,7 @@ class Trainer:
             return "the validation loss or the logits of a sample are not finite"
         if self.files:
             try:
-                save(self.files.crash, dataclasses.replace(self._checkpoint(self.progress), crash=reason, batch=(x, y)))
+                save(self.files.crash, dataclasses.replace(self.checkpoint(), crash=reason, batch=(x, y)))
             except OSError as error:  # the reason must still be reported
                 return f"{reason} (and {self.files.crash} could not be written: {error.strerror})"
         return reason
@@ -363,12 +363,13 @@ class Trainer:
 
     # ---------------------------------------------------------------- files
 
-    def _checkpoint(self, progress: Progress) -> Checkpoint:
+    def checkpoint(self, progress: Progress | None = None) -> Checkpoint:
+        """The state of the run, with this progress or its own. It holds the arrays themselves, which the next step changes."""
         return Checkpoint(
             self.model,
             self.tokenizer,
             train_config=self.config,
-            progress=progress,
+            progress=progress or self.progress,
             text=self._text,
             val_text=self._val_text,
             optimizer_state=self.optimizer.state_dict(copy=False),
@@ -382,14 +383,14 @@ class Trainer:
         """
         if self.files:
             try:
-                self.files.try_to_save(self._checkpoint(self.progress))
+                self.files.try_to_save(self.checkpoint())
             except ValueError as error:
                 raise RequestError(f"this run could not be saved: {error}") from None
 
     def _save(self, progress: Progress, is_best: bool = False) -> None:
         """Write the state of the run, with this progress, and the checkpoint if it is the best so far."""
         if self.files:
-            self.files.save(self._checkpoint(progress), is_best)
+            self.files.save(self.checkpoint(progress), is_best)
 
     def _log(self, event: str, values: dict[str, Any]) -> None:
         if self.files:

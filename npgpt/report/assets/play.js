@@ -43,7 +43,7 @@ function request() {
 function startSample(index, prompt) {
   const place = element("div", { class: "text", "data-sample": String(index) });
   const inside = element("button", { type: "button", disabled: "disabled", onclick: () => lookInside(index) }, "Look inside");
-  const given = element("span", { class: "note" });
+  const given = element("span", { class: "given" });
   given.textContent = prompt;
   place.append(given);
   const box = element("div", {}, place, inside);
