@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     check_installed("starlette", "uvicorn", "prometheus_client")
-    from npgpt.serving.app import ServerSettings, application
+    from npgpt.serving.app import Application, ServerSettings
     from npgpt.serving.protection import LOCAL_HOSTS
     from npgpt.serving.server import address, listen
     from npgpt.serving.server import run as serve
@@ -93,9 +93,9 @@ def run(args: argparse.Namespace) -> int:
         args.max_tokens,
     )
     listening = listen(args.host, args.port)
-    app = application(checkpoint.model, checkpoint.tokenizer, settings)
+    served = Application(checkpoint.model, checkpoint.tokenizer, settings)
     say(f"{args.ckpt}: {address(listening)} in a browser, {address(listening)}v1 for OpenAI's clients; Ctrl-C stops")
-    serve(app, listening)
+    serve(served, listening)
     return 0
 
 

@@ -74,7 +74,7 @@ class Observers:
             nonlocal live
             if live is None:  # now the log at this path is that of this run
                 live = LiveReport(files.best.name, trainer.checkpoint(), files.log)
-                stack.enter_context(running(live.app, listening))
+                stack.enter_context(running(live, listening))
             if isinstance(event, End):
                 live.finish()
 

@@ -20,7 +20,7 @@ from npgpt.report.page import Markup, tag
 from npgpt.report.runs import Run
 
 MOST_POINTS = 1000  # of a line; a longer one keeps the smallest and the largest value of each part
-MARKERS = "os^DvPX*"  # one for each run, beside its colour
+MARKERS, SIGNS = "os^DvPX*", "●■▲◆▼✚✖★"  # one for each run, beside its colour, in matplotlib and in a text
 # These stand for variables of style.css, as #000001 to #000008 do for the colours of runs. (An SVG without a colour is black.)
 INK, GRID = "#000010", "#000011"
 N_COLOURS = 8
@@ -40,10 +40,10 @@ class Curve:
 
 @dataclass(frozen=True)
 class Look:
-    """How a figure is drawn. log and from_zero are about its y axis."""
+    """How a figure is drawn. keys: with the names of its curves. log and from_zero are about its y axis."""
 
     wide: bool = False
-    legend: bool = False
+    keys: bool = False
     log: bool = False
     from_zero: bool = False
 
@@ -69,12 +69,12 @@ def figures(runs: Sequence[Run]) -> list[Markup]:
     norms, speeds = of_steps(lambda run: run.steps.grad_norm), of_steps(lambda run: run.steps.tokens_per_second)
     several = len(runs) > 1
     drawn = [
-        _figure("loss", "Loss over steps", losses, "step", "nats per token", Look(wide=True, legend=True)),
-        _figure("time", "Loss over time", in_time, "minutes", "nats per token", Look(legend=several)),
-        _figure("bits", "Bits per character", bits, "step", "bits", Look(legend=several)),
-        _figure("lr", "Learning rate", of_steps(lambda run: run.steps.lr), "step", "", Look(legend=several)),
-        _figure("norm", "Gradient norm, before clipping", norms, "step", "", Look(legend=several, log=True)),
-        _figure("speed", "Tokens a second", speeds, "step", "", Look(legend=several, from_zero=True)),
+        _figure("loss", "Loss over steps", losses, "step", "nats per token", Look(wide=True, keys=True)),
+        _figure("time", "Loss over time", in_time, "minutes", "nats per token", Look(keys=several)),
+        _figure("bits", "Bits per character", bits, "step", "bits", Look(keys=several)),
+        _figure("lr", "Learning rate", of_steps(lambda run: run.steps.lr), "step", "", Look(keys=several)),
+        _figure("norm", "Gradient norm, before clipping", norms, "step", "", Look(keys=several, log=True)),
+        _figure("speed", "Tokens a second", speeds, "step", "", Look(keys=several, from_zero=True)),
     ]
     return [figure for figure in drawn if figure is not None]
 
@@ -103,7 +103,17 @@ def _figure(name: str, title: str, curves: list[Curve], x_label: str, y_label: s
     words = tag("title", title, id=f"{name}-title") + tag("desc", alternative, id=f"{name}-words")
     svg = svg.replace("<svg ", f'<svg role="img" aria-labelledby="{name}-title" aria-describedby="{name}-words" ', 1)
     svg = svg.replace(">", f">{words}", 1)
-    return tag("figure", tag("figcaption", title), Markup(svg), class_="wide" if look.wide else None)
+    keys = _keys(curves) if look.keys else None
+    return tag("figure", tag("figcaption", title), keys, Markup(svg), class_="wide" if look.wide else None)
+
+
+def _keys(curves: list[Curve]) -> Markup:
+    """Which curve is which. As HTML, because matplotlib would need a font for every name."""
+    named = []
+    for curve in curves:
+        sign = SIGNS[curve.run % len(SIGNS)] if curve.is_main else "—"
+        named.append(tag("span", tag("b", sign, style=f"color: var(--c{curve.run % N_COLOURS})"), " ", curve.name))
+    return tag("p", *named, class_="keys")
 
 
 def _described(curve: Curve, x_label: str) -> str:
@@ -137,11 +147,9 @@ def _svg(name: str, curves: list[Curve], x_label: str, y_label: str, look: Look)
             if curve.is_main:
                 error = None if curve.error is None else np.nan_to_num(curve.error)
                 marker = MARKERS[curve.run % len(MARKERS)]
-                axes.errorbar(
-                    x, y, error, color=colour, marker=marker, markersize=4, linewidth=1.6, capsize=2, label=_label(curve)
-                )
+                axes.errorbar(x, y, error, color=colour, marker=marker, markersize=4, linewidth=1.6, capsize=2)
             else:
-                axes.plot(x, y, color=colour, linewidth=1, alpha=0.6, label=_label(curve))
+                axes.plot(x, y, color=colour, linewidth=1, alpha=0.6)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         if look.log:
@@ -152,8 +160,6 @@ def _svg(name: str, curves: list[Curve], x_label: str, y_label: str, look: Look)
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["bottom", "left"]].set_color(GRID)
         axes.tick_params(color=GRID)
-        if look.legend:
-            axes.legend(frameon=False, fontsize=9)
         figure.patch.set_visible(False)
         axes.patch.set_visible(False)
         written = io.StringIO()
@@ -163,11 +169,6 @@ def _svg(name: str, curves: list[Curve], x_label: str, y_label: str, look: Look)
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
     svg = svg.replace(INK, "var(--ink)").replace(GRID, "var(--line)")
     return re.sub(r"#00000([1-8])\b", lambda match: f"var(--c{int(match[1]) - 1})", svg)
-
-
-def _label(curve: Curve) -> str:
-    # matplotlib leaves out labels that begin with _, and reads a pair of $ as mathematics.
-    return curve.name.lstrip("_").replace("$", r"\$")
 
 
 def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

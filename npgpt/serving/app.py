@@ -60,13 +60,11 @@ class ServerSettings:
     longest_completion: int = 4096
 
 
-def application(model: GPT, tokenizer: Tokenizer, settings: ServerSettings) -> App:
-    """The ASGI application that serves a model. Raises RequestError for a window that the model cannot have."""
-    return _Server(model, tokenizer, settings).app
+class Application:
+    """Serves a model. `app` is the ASGI application."""
 
-
-class _Server:
     def __init__(self, model: GPT, tokenizer: Tokenizer, settings: ServerSettings) -> None:
+        """Raises RequestError for a window that the model cannot have."""
         self._model, self._tokenizer, self._settings = model, tokenizer, settings
         limits = settings.threads, settings.side_by_side, settings.longest_queue
         self._batcher = Batcher(model, tokenizer, self._notify, settings.window, *limits)
@@ -85,7 +83,11 @@ class _Server:
         handlers: Any = {ApiError: _api_error, HTTPException: _http_error, ClientDisconnect: self._client_gone}
         handlers[Exception] = _unforeseen
         starlette = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
-        self.app = Protection(starlette, settings.hosts, settings.api_key, self._count)
+        self.app: App = Protection(starlette, settings.hosts, settings.api_key, self._count)
+
+    def stop(self) -> None:
+        """End all texts that are being drawn. Their clients hear that the server is shutting down."""
+        self._batcher.stop()
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
@@ -144,10 +146,7 @@ class _Server:
         if not isinstance(prompt, str) or len(prompt) > LONGEST_INSIDE:
             raise ApiError(f"prompt must be a text of at most {LONGEST_INSIDE:,} characters", "prompt")
         try:
-            prompt.encode()
             return _json(await self._call(lambda: inside_data(self._model, self._tokenizer, prompt)))
-        except UnicodeEncodeError:
-            raise ApiError("the prompt has half of a surrogate pair, which is no character", "prompt") from None
         except RequestError as error:
             raise ApiError(str(error), "prompt") from None
 

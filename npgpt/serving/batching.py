@@ -77,7 +77,22 @@ class _Place:
     text_number: int
     finder: StopFinder
     n_tokens: int = 0
-    held: list[Token] = field(default_factory=list)  # tokens whose text has not been shown yet
+    n_characters: int = 0  # that begin in its tokens
+    n_shown: int = 0  # characters
+    held: deque[tuple[Token, int]] = field(default_factory=deque)  # tokens not shown yet, each with where it ends
+
+    def add(self, token: Token, n_characters: int) -> None:
+        """Add a token in which this many characters begin."""
+        self.n_characters += n_characters
+        self.held.append((token, self.n_characters))
+
+    def show(self, text: str, is_all: bool) -> tuple[Token, ...]:
+        """Count `text` as shown; returns the tokens that are shown with it. is_all: no token is held back any more."""
+        self.n_shown += len(text)
+        shown = []
+        while self.held and (is_all or self.held[0][1] <= self.n_shown):
+            shown.append(self.held.popleft()[0])
+        return tuple(shown)
 
 
 class Batcher:
@@ -113,9 +128,13 @@ class Batcher:
         for thread in self._threads:
             thread.start()
 
-    def close(self) -> None:
-        """End all jobs with ClosedError, and the threads."""
+    def stop(self) -> None:
+        """End all jobs with ClosedError. The threads end after the token that they are drawing."""
         self._close(ClosedError("the server is shutting down"))
+
+    def close(self) -> None:
+        """Stop, and wait for the threads to end."""
+        self.stop()
         for thread in self._threads:
             thread.join()
 
@@ -232,6 +251,7 @@ class _Drawer:
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, window: str | None, side_by_side: int) -> None:
         self._tokenizer, self._side_by_side = tokenizer, side_by_side
+        self._lengths = tokenizer.character_lengths
         self._texts = SideBySide(model, window, threads=1, vocab_size=tokenizer.vocab_size)
         self._places: dict[int, _Place] = {}
         self._keys = 0
@@ -278,9 +298,9 @@ class _Drawer:
             if reason is None and place.n_tokens == place.job.settings.max_new_tokens:
                 text, reason = text + place.finder.end()[0], "length"
             if not is_end:
-                place.held.append(token)
+                place.add(token, int(self._lengths[token.id]))
             if text or reason:
-                shown, place.held = tuple(place.held), []
+                shown = place.show(text, is_all=reason == "length")
                 place.job.pieces.append(Piece(place.text_number, text, shown, reason))
                 news[id(place.job)] = place.job
             if reason:

@@ -150,12 +150,9 @@ def _prompts(value: Any, tokenizer: Tokenizer) -> list[tuple[str, list[int]]]:
 def _prompt(value: Any, tokenizer: Tokenizer) -> tuple[str, list[int]]:
     try:
         if isinstance(value, str):
-            value.encode()  # JSON may hold half of a surrogate pair
             return value, tokenizer.encode(value) if value else list(tokenizer.start_ids)
         if isinstance(value, list) and value and all(map(_is_id, value)):
             return tokenizer.decode(value), value
-    except UnicodeEncodeError:
-        raise ApiError("the prompt has half of a surrogate pair, which is no character", "prompt") from None
     except RequestError as error:
         raise ApiError(str(error), "prompt") from None
     raise ApiError("each prompt must be a text or a list of at least one token id", "prompt")
@@ -182,7 +179,7 @@ class Responses:
     """Makes the objects that answer one request."""
 
     def __init__(self, model: str, request: CompletionRequest, tokenizer: Tokenizer) -> None:
-        self._request, self._tokenizer = request, tokenizer
+        self._request, self._tokenizer, self._lengths = request, tokenizer, tokenizer.character_lengths
         self._head = {
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
@@ -224,7 +221,7 @@ class Responses:
             top = {self._token_text(other): round(value, 6) for other, value in likeliest}
             parts["top_logprobs"].append(None if logprob is None else top)
             parts["text_offset"].append(offset)
-            offset += int(self._tokenizer.character_lengths[i])
+            offset += int(self._lengths[i])
         self._offsets[index] = offset
         return parts
 

@@ -39,6 +39,9 @@ class LiveReport:
         starlette = Starlette(routes=[Route("/", self._whole), Route("/report", self._news)])
         self.app: App = Protection(starlette, LOCAL_HOSTS, None, lambda _: None)
 
+    def stop(self) -> None:
+        """There is nothing to end: every request is answered at once."""
+
     def finish(self) -> None:
         """After the end of the run: wait a moment, if a browser is there, until it has got the last report."""
         if time.monotonic() - self._last_asked < RECENTLY:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 import threading
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Protocol
 
 import uvicorn
 
 from npgpt.config.fields import RequestError
+from npgpt.serving.protection import App
 
-SECONDS_TO_FINISH = 20  # after SIGTERM, for requests that are under way
+SECONDS_TO_FINISH = 10  # after SIGTERM, for requests that are under way
 MOST_CONNECTIONS = 1000  # beyond this, uvicorn answers 503
 
 
@@ -36,33 +38,49 @@ def address(listening: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
 
 
-def _server(app: Any, lifespan: Literal["on", "off"], seconds_to_finish: int) -> uvicorn.Server:
-    return uvicorn.Server(
-        uvicorn.Config(
-            app,
-            lifespan=lifespan,
-            loop="asyncio",
-            http="h11",
-            ws="none",
-            log_level="error",
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            limit_concurrency=MOST_CONNECTIONS,
-            timeout_graceful_shutdown=seconds_to_finish,
+class Servable(Protocol):
+    """What can be served: an ASGI application, and a function that ends the requests that are under way."""
+
+    app: App
+
+    def stop(self) -> None: ...
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which lets requests finish for a while before it ends them."""
+
+    def __init__(self, served: Servable, seconds_to_finish: float) -> None:
+        super().__init__(
+            uvicorn.Config(
+                served.app,
+                loop="asyncio",
+                http="h11",
+                ws="none",
+                lifespan="on",
+                log_level="error",
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                limit_concurrency=MOST_CONNECTIONS,
+                timeout_graceful_shutdown=round(seconds_to_finish) + 5,  # after that, connections are cut
+            )
         )
-    )
+        self._served, self._seconds_to_finish = served, seconds_to_finish
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().call_later(self._seconds_to_finish, self._served.stop)
+        await super().shutdown(sockets)
 
 
-def run(app: Any, listening: socket.socket) -> None:
+def run(served: Servable, listening: socket.socket) -> None:
     """Serve until SIGINT or SIGTERM. Requests that are under way may finish first. Then the signal has its usual effect."""
-    _server(app, "on", SECONDS_TO_FINISH).run(sockets=[listening])
+    _Server(served, SECONDS_TO_FINISH).run(sockets=[listening])
 
 
 @contextlib.contextmanager
-def running(app: Any, listening: socket.socket, lifespan: Literal["on", "off"] = "off") -> Iterator[None]:
-    """Inside `with`, an application is served by a thread. lifespan: whether it has something to start and to end."""
-    server = _server(app, lifespan, 1)  # a browser that looks at the page must not keep the command from ending
+def running(served: Servable, listening: socket.socket) -> Iterator[None]:
+    """Inside `with`, an application is served by a thread. At the end, requests that are under way end at once."""
+    server = _Server(served, 0.0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="server", daemon=True)
     thread.start()
     try:

@@ -4,7 +4,7 @@ import contextlib
 import http.client
 import json
 
-from npgpt.serving.app import ServerSettings, application
+from npgpt.serving.app import Application, ServerSettings
 from npgpt.serving.server import listen, running
 
 
@@ -45,7 +45,7 @@ class Client:
 @contextlib.contextmanager
 def server(model, tokenizer, **settings):
     """A Client of a server for this model."""
-    app = application(model, tokenizer, ServerSettings(**({"name": "small"} | settings)))
+    served = Application(model, tokenizer, ServerSettings(**({"name": "small"} | settings)))
     listening = listen("127.0.0.1", 0)
-    with running(app, listening, lifespan="on"):
+    with running(served, listening):
         yield Client(listening.getsockname()[1])
