@@ -90,7 +90,7 @@ def parse_completion(body: dict[str, Any], tokenizer: Tokenizer, longest: int, m
     if options is not None and not isinstance(options, dict):
         raise ApiError("stream_options must be an object", "stream_options")
     given: dict[str, Any] = {name: default if body.get(name) is None else body[name] for name, default in SETTINGS.items()}
-    if isinstance(given["top_p"], (int, float)) and given["top_p"] == 1:
+    if given["top_p"] == 1 and not isinstance(given["top_p"], bool):
         given["top_p"] = None  # the same, but faster
     try:
         assert max_tokens is not None

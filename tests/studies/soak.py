@@ -17,7 +17,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy reads this when it i
 sys.path[:0] = [str(Path(__file__).parent.parent.parent), str(Path(__file__).parent.parent)]
 
 import numpy as np
-from studies import reliability
+from studies import hostile_clients, reliability
 
 import npgpt
 
@@ -50,6 +50,7 @@ def programme(scale):
         ("R3 each operation of a save failing", reliability.faults),
         ("R6 hostile files", hostile),
         ("R9 NaN and infinities", reliability.not_finite, setattr),
+        ("R16 hostile requests to the server", hostile_clients.hostile_requests, times(20_000)),
         ("R10 KeyboardInterrupt, and on in the same process", reliability.interruptions, times(2000)),
     ]
 
