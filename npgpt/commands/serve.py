@@ -92,10 +92,10 @@ def run(args: argparse.Namespace) -> int:
         args.queue,
         args.max_tokens,
     )
-    listening = listen(args.host, args.port)
     served = Application(checkpoint.model, checkpoint.tokenizer, settings)
-    say(f"{args.ckpt}: {address(listening)} in a browser, {address(listening)}v1 for OpenAI's clients; Ctrl-C stops")
-    serve(served, listening)
+    with listen(args.host, args.port) as listening:
+        say(f"{args.ckpt}: {address(listening)} in a browser, {address(listening)}v1 for OpenAI's clients; Ctrl-C stops")
+        serve(served, listening)
     return 0
 
 

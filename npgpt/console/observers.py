@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,46 +15,53 @@ from npgpt.training.trainer import Trainer
 
 Observer = Callable[[Step | Evaluation | End], None]
 WATCH_PORT = 8001  # beside the 8000 of `serve`
-PACKAGES = {"starlette": "serve", "uvicorn": "serve", "prometheus_client": "serve", "matplotlib": "plot"}  # with their extras
+# Packages that not everybody needs, and the extras that bring them.
+EXTRAS = {"starlette": "serve", "uvicorn": "serve", "prometheus_client": "serve", "matplotlib": "plot"}
+EXTRAS |= {"tensorboardX": "tensorboard"}
 
 
 def check_installed(*packages: str) -> None:
     """Raise RequestError, saying how to install them, if packages are missing."""
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
-        extras = ",".join(sorted({PACKAGES[name] for name in missing}))
+        extras = ",".join(sorted({EXTRAS[name] for name in missing}))
         raise RequestError(f"this needs {', '.join(missing)}; install with: pip install 'npgpt[{extras}]'")
 
 
 class Observers:
-    """What the flags --watch and --tensorboard ask for. Making it checks what could fail later."""
+    """What the flags --watch and --tensorboard ask for. Making it finds what is missing, and writes nothing."""
 
     def __init__(self, watch_port: int | None, tensorboard: str | None) -> None:
         """Raises RequestError if a package is missing, the port is taken, or the folder cannot be written to."""
-        self._listening = self._writer = None
+        self._listening, self._folder = None, None if tensorboard is None else Path(tensorboard)
+        if self._folder is not None:
+            check_installed("tensorboardX")
+            existing = next(path for path in (self._folder, *self._folder.absolute().parents) if path.exists())
+            if not existing.is_dir() or not os.access(existing, os.W_OK):
+                raise RequestError(f"--tensorboard: {self._folder} cannot be written to; name another folder")
         if watch_port is not None:
-            check_installed(*PACKAGES)
+            check_installed("starlette", "uvicorn", "prometheus_client", "matplotlib")
             from npgpt.serving.server import address, listen
 
             self._listening = listen("127.0.0.1", watch_port)
             self._address = address(self._listening)
-        if tensorboard is not None:
-            from npgpt.report.tensorboard import TensorBoardWriter
-
-            self._writer = TensorBoardWriter(Path(tensorboard))
 
     @contextlib.contextmanager
     def of(self, trainer: Trainer) -> Iterator[Observer]:
         """Inside `with`, a function to be told every event of the run. The page is there from the first event on."""
         with contextlib.ExitStack() as stack:
             observers: list[Observer] = []
+            if self._folder is not None:
+                from npgpt.report.tensorboard import TensorBoardWriter
+
+                writer = TensorBoardWriter(self._folder)
+                stack.callback(writer.close)
+                writer.begin(trainer.checkpoint())
+                observers.append(writer.write)
             if self._listening is not None:
+                stack.enter_context(self._listening)
                 say(f"        watch it in a browser: {self._address}")
                 observers.append(self._page(trainer, stack))
-            if self._writer is not None:
-                self._writer.begin(trainer.checkpoint())
-                stack.callback(self._writer.close)
-                observers.append(self._writer.write)
 
             def tell(event: Step | Evaluation | End) -> None:
                 for observer in observers:

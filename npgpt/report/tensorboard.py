@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from npgpt.config.fields import RequestError
 from npgpt.storage.checkpoint import Checkpoint
 from npgpt.training.events import End, Evaluation, Step
 
@@ -16,16 +15,11 @@ class TensorBoardWriter:
     """Writes scalars and samples into files that TensorBoard reads."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises RequestError if tensorboardX is missing or the folder cannot be written to."""
-        try:
-            from tensorboardX import SummaryWriter
-        except ModuleNotFoundError:
-            raise RequestError("--tensorboard needs tensorboardX; install it with: pip install 'npgpt[tensorboard]'") from None
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._writer: Any = SummaryWriter(str(folder))
-        except OSError as error:
-            raise RequestError(f"--tensorboard: {folder} cannot be written to ({error.strerror})") from None
+        """Raises OSError if the folder cannot be written to."""
+        from tensorboardX import SummaryWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._writer: Any = SummaryWriter(str(folder))
 
     def begin(self, checkpoint: Checkpoint) -> None:
         """Write the settings of the run that begins or goes on."""

@@ -12,7 +12,7 @@ import npgpt
 import npgpt.cli
 
 
-@pytest.mark.parametrize("name", ["train", "generate", "evaluate", "gradcheck", "inspect"])
+@pytest.mark.parametrize("name", ["train", "generate", "evaluate", "gradcheck", "inspect", "report", "inside", "serve"])
 def test_help(name, tmp_path):
     result = npgpt_command(name, "--help", cwd=tmp_path)
     assert result.returncode == 0

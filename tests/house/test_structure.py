@@ -30,7 +30,7 @@ OF_EXTRAS = {
     "starlette": {"serving/app.py", "serving/live.py"},
     "uvicorn": {"serving/server.py"},
     "prometheus_client": {"serving/metrics.py"},
-    "tensorboardX": {"console/tensorboard.py"},
+    "tensorboardX": {"report/tensorboard.py"},
 }
 CORE = {"numpy", "threadpoolctl", "tqdm"}
 
