@@ -2,8 +2,8 @@
 
 Each folder is a room with one subject. From the bottom up: config (settings), kernels (arithmetic on arrays), engine
 (Tensors and gradients), model (the GPT), text (ids and batches), storage (checkpoints), parallel (workers), exchange
-(other formats), generation, evaluation, training, console and commands. A file imports from its own room and from
-earlier rooms. The names that users need are imported here.
+(other formats), generation, evaluation, training, report (pages), serving (HTTP), console and commands. A file imports from
+its own room and from earlier rooms. The names that users need are imported here.
 """
 
 from npgpt.config.fields import RequestError
