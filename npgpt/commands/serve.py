@@ -10,16 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from npgpt.config.fields import RequestError, fields_of
-from npgpt.config.settings import GenerateConfig
+from npgpt.config.settings import GenerateConfig, GPTConfig
 from npgpt.console.flags import port, positive
 from npgpt.console.observers import check_installed
 from npgpt.console.terminal import command_parser, say
 from npgpt.generation.decode import window_for
-from npgpt.parallel.limits import available_cores
+from npgpt.parallel.limits import available_cores, memory_limit
 from npgpt.storage.checkpoint import load
 
 ABOUT = "serve a model: a page, and the interface that OpenAI's clients know"
 KEY_VARIABLE = "NPGPT_API_KEY"
+MOST_SIDE_BY_SIDE = 32
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,12 +54,19 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--threads", type=positive("threads"), metavar="N", help="threads that draw (default: one for each core)"
     )
-    for flag, default, what in (
-        ("--side-by-side", 32, "texts that a thread draws together"),
-        ("--queue", 64, "texts that may wait while all places are taken"),
-    ):
-        name = flag.removeprefix("--").replace("-", "_")
-        parser.add_argument(flag, type=positive(name), default=default, metavar="N", help=f"{what} (default: {default})")
+    parser.add_argument(
+        "--side-by-side",
+        type=positive("side_by_side"),
+        metavar="N",
+        help=f"texts that a thread draws together (default: {MOST_SIDE_BY_SIDE}, or fewer if memory is short)",
+    )
+    parser.add_argument(
+        "--queue",
+        type=positive("queue"),
+        default=64,
+        metavar="N",
+        help="texts that may wait while all places are taken (default: 64)",
+    )
     parser.add_argument(
         "--max-tokens", type=positive("max_tokens"), default=4096, metavar="N", help="the longest text (default: 4096)"
     )
@@ -82,13 +90,14 @@ def run(args: argparse.Namespace) -> int:
         raise RequestError("the API key must be of printable ASCII characters without blanks")
     checkpoint = load(args.ckpt)
     window_for(checkpoint.model, args.window)
+    threads = args.threads or available_cores()
     settings = ServerSettings(
         Path(args.ckpt).stem,
         (*LOCAL_HOSTS, *_own_names(args.host), *args.allow_host),
         None if args.no_api_key else key,
         args.window,
-        args.threads or available_cores(),
-        args.side_by_side,
+        threads,
+        _side_by_side(args.side_by_side, threads, checkpoint.config),
         args.queue,
         args.max_tokens,
     )
@@ -97,6 +106,18 @@ def run(args: argparse.Namespace) -> int:
         say(f"{args.ckpt}: {address(listening)} in a browser, {address(listening)}v1 for OpenAI's clients; Ctrl-C stops")
         serve(served, listening)
     return 0
+
+
+def _side_by_side(asked: int | None, threads: int, config: GPTConfig) -> int:
+    """How many texts each thread draws together. Raises RequestError if the memory for their keys and values is missing."""
+    limit = memory_limit()
+    of_one = 2 * 4 * config.n_layer * config.block_size * config.n_embd  # bytes: keys and values in float32
+    if asked is None:
+        return MOST_SIDE_BY_SIDE if limit is None else max(1, min(MOST_SIDE_BY_SIDE, limit.value // 4 // (threads * of_one)))
+    if limit is not None and threads * asked * of_one > limit.value:
+        needed = f"{threads} x {asked} texts need {threads * asked * of_one / 2**30:.1f} GiB for their keys and values"
+        raise RequestError(f"{needed}, but {limit.source}; lower --side-by-side or --threads")
+    return asked
 
 
 def _own_names(host: str) -> Sequence[str]:

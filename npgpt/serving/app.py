@@ -159,7 +159,7 @@ class Application:
 
         try:
             return await asyncio.wrap_future(self._batcher.call(limited))
-        except (ClosedError, FloatingPointError, MemoryError) as error:
+        except (QueueFullError, ClosedError, FloatingPointError, MemoryError) as error:
             raise _failed(error) from None
 
     # ---------------------------------------------------------------- completions

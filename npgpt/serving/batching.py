@@ -175,10 +175,15 @@ class Batcher:
             self._waiting = deque(waiting for waiting in self._waiting if waiting[0] is not job)
 
     def call(self, function: Callable[[], Any]) -> Future[Any]:
-        """Call a function between two tokens, so that a model has no more users than there are threads. Raises ClosedError."""
+        """Call a function between two tokens, so that a model has no more users than there are threads.
+
+        Raises QueueFullError, or ClosedError.
+        """
         with self._changed:
             if self._closed:
                 raise self._closed
+            if len(self._calls) >= self._longest_queue:
+                raise QueueFullError("too many requests are waiting already; try again later")
             future: Future[Any] = Future()
             self._calls.append((future, function))
             self._changed.notify_all()

@@ -204,6 +204,7 @@ WRONG = {
         ("--ckpt model.npz --api-key é", "printable ASCII"),
         ("--ckpt model.npz --window slide", "window slide needs a model with rotary positions"),
         ("--ckpt model.npz --side-by-side 0", "side_by_side must be"),
+        ("--ckpt model.npz --side-by-side 999999999 --threads 2", "2 x 999999999 texts need .* GiB .*lower --side-by-side"),
         ("--ckpt model.npz --queue none", "queue must be"),
         ("--ckpt model.npz --max-tokens 0", "max_tokens must be"),
         ("--ckpt model.npz --threads 0", "threads must be"),

@@ -21,10 +21,13 @@ ROOT = Path(__file__).parent.parent.parent
 TESTS = ["engine/test_gradients.py", "engine/test_properties.py", "engine/test_tensor.py", "kernels/test_cpu.py", "model"]
 TESTS += ["training/test_muon.py"]
 DRAWING_TESTS = ["model", "generation"]
+PAGE_TESTS = ["report", "serving"]
 GPU_TESTS = ["kernels/test_cuda.py", "kernels/test_products.py", "engine/test_device.py", "training/test_device.py"]
 REFERENCE, CPU = "kernels/reference.py", "kernels/cpu.py"
 GRAPH, TENSOR, OPS = "engine/graph.py", "engine/tensor.py", "engine/ops.py"
 GPT, LAYERS, CACHE, MUON = "model/gpt.py", "model/layers.py", "model/cache.py", "training/muon.py"
+PAGE, INSIDE_PAGE, INSIDE_JS = "report/page.py", "report/inside_page.py", "report/assets/inside.js"
+PROTECTION, BATCHING, APP, RUN = "serving/protection.py", "serving/batching.py", "serving/app.py", "storage/run.py"
 INSIDE, SIDE_BY_SIDE, SAMPLING = "model/inside.py", "generation/side_by_side.py", "generation/sampling.py"
 NORM, ELEMENTWISE, SOFTMAX = "kernels/cuda/norm.cu", "kernels/cuda/elementwise.cu", "kernels/cuda/softmax.cu"
 EMBEDDING, COMMON = "kernels/cuda/embedding.cu", "kernels/cuda/common.cu"
@@ -45,6 +48,7 @@ TEXT_TESTS = ["text", "exchange", "evaluation", "model/test_resize.py", "command
 OF_TEXTS = {BPE, DESCRIPTION, READING, RECORD, RESIZE, LOSS, COMPARISON, JUDGED}  # TEXT_TESTS cover these files
 OF_TEXTS |= {ARCHITECTURES, HUGGING_FACE, SAFETENSORS, WEIGHTS, GGUF}
 OF_DRAWING = {CACHE, INSIDE, SIDE_BY_SIDE, SAMPLING}  # DRAWING_TESTS cover these files
+OF_PAGES = {PAGE, INSIDE_PAGE, INSIDE_JS, PROTECTION, BATCHING, APP, RUN}  # PAGE_TESTS cover these files
 OF_A_GPU = {NORM, ELEMENTWISE, SOFTMAX, EMBEDDING, COMMON, CUDA, PRODUCTS}  # GPU_TESTS cover these files
 
 # (name, file, text that occurs once in the file, text that replaces it).
@@ -171,6 +175,24 @@ BUGS = [
     ("sampling: ids close to the k-th count as clear", SAMPLING, "kth - 2 * tolerance[:, None]", "kth"),
     ("sampling: neighbours at the limit of top-p count as clear", SAMPLING, "only_just[:, 1:] |= ", "_ = "),
     ("sampling: ids at the limit of min-p count as clear", SAMPLING, "<= error * least", "< 0"),
+    ("pages: text is not escaped", PAGE, "html.escape(SURROGATE", "str(SURROGATE"),
+    ("pages: data can end its element", PAGE, 'for sign in "<>&":', 'for sign in "&":'),
+    ("pages: every script may run", PAGE, "script-src {hashes}", "script-src 'unsafe-inline'"),
+    ("pages: surprisal of the wrong position", INSIDE_PAGE, "found.logits[:-1,", "found.logits[1:,"),
+    ("pages: small weights of attention vanish", INSIDE_PAGE, "255 * np.sqrt(attention[", "255 * (attention["),
+    ("pages: what top-p drops still counts", INSIDE_JS, "if (kept) keptTotal += p;", "keptTotal += p;"),
+    ("pages: the temperature acts before top-k and not after", INSIDE_JS, "Math.exp((logit - largest) / t)", "Math.exp(logit - largest)"),
+    ("pages: a resumed run begins at time 0", RUN, "before = seconds\n", "before = 0.0\n"),
+    ("server: a host that begins like an allowed one", PROTECTION, "_name_of(host[0]) not in self._hosts", "not _name_of(host[0]).startswith(tuple(self._hosts))"),
+    ("server: pages of other servers are let in", PROTECTION, "!= host[0].lower()", "== b'?'"),
+    ("server: the beginning of a key is enough", PROTECTION, "hmac.compare_digest(key.strip(), self._api_key)", "self._api_key.startswith(key.strip()[:3])"),
+    ("server: a body of any size", PROTECTION, "if self._n > LARGEST_BODY:", "if self._n > 50 * LARGEST_BODY:"),
+    ("server: a cancelled text is drawn to its end", BATCHING, "place.job.is_cancelled or place.job.error", "place.job.error"),
+    ("server: the queue has no bound", BATCHING, "> self._longest_queue + free", "> 10**9"),
+    ("server: stop texts are forgotten", BATCHING, "StopFinder(job.stop,", "StopFinder((),"),
+    ("server: tokens of a stop text are shown", BATCHING, "self.held[0][1] <= self.n_shown", "True"),
+    ("server: the second text of a request is the first", BATCHING, "job.settings.seed, number, job", "job.settings.seed, 0, job"),
+    ("server: echo forgets the first token", APP, "[(ids[0], None, ()), *rows]", "rows"),
     ("muon: no momentum", MUON, "mean *= mu\n", "mean *= 0\n"),
     ("muon: no look ahead", MUON, "orthogonalised((1 - mu) * gradient + mu * mean)", "orthogonalised(mean)"),
     ("muon: the shape of a matrix forgotten", MUON, "weight -= (self.muon_lr * shape_scale) * update", "weight -= self.muon_lr * update"),
@@ -280,7 +302,7 @@ def caught(bug):
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         plant(bug, folder)
-        covering = [(OF_A_GPU, GPU_TESTS), (OF_TEXTS, TEXT_TESTS), (OF_DRAWING, DRAWING_TESTS)]
+        covering = [(OF_A_GPU, GPU_TESTS), (OF_TEXTS, TEXT_TESTS), (OF_DRAWING, DRAWING_TESTS), (OF_PAGES, PAGE_TESTS)]
         files = next((tests for bugs, tests in covering if bug[1] in bugs), TESTS)
         tests = [f"tests/{file}" for file in files]
         pytest = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--timeout", "300"]
