@@ -33,6 +33,12 @@ def window_for(model: GPT, window: str | None) -> str:
     return window or ("slide" if rotary else "exact")
 
 
+def check_finite(logits: np.ndarray) -> None:
+    """Raise FloatingPointError if a logit is not finite."""
+    if not np.isfinite(logits).all():
+        raise FloatingPointError("the model's logits are not finite: its weights are damaged, or training diverged")
+
+
 class NextLogits:
     """The logits of the next token of each of some texts. Call it again each time all texts have grown by one token.
 
@@ -72,8 +78,7 @@ class NextLogits:
                 logits[[row_of[key] for key in self._in_cache]] = decoded
             for length, keys in starting.items():
                 logits[[row_of[key] for key in keys]] = self._start({key: texts[key] for key in keys}, length)
-        if not np.isfinite(logits).all():
-            raise FloatingPointError("the model's logits are not finite: its weights are damaged, or training diverged")
+        check_finite(logits)
         return logits
 
     def forgets(self, n: int) -> bool:

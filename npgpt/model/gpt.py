@@ -57,6 +57,14 @@ class MultiHeadSelfAttention(Module):
         y = y.transpose(0, 2, 1, 3).reshape(b, y.shape[2], c)  # join the heads
         return self.out(y)
 
+    def weights(self, x: Tensor) -> Tensor:
+        """x (B, T, C) -> the attention weights (B, n_head, T, T), which `__call__` uses but does not return. See inside.py."""
+        q, k, _ = self.project(x)
+        scores = (q @ k.transpose(0, 1, 3, 2)) * self._scale
+        t = x.shape[1]
+        future = x.backend.xp.triu(x.backend.xp.ones((t, t), dtype=bool), 1)
+        return ops.softmax(ops.masked_fill(scores, future, -math.inf))
+
     def decode(self, x: Array, cache: KVCache, blas_threads: int) -> Array:
         b, c = x.shape
         qkv = self.qkv.decode(x, blas_threads).reshape(b, 3, self.n_head, 1, c // self.n_head)

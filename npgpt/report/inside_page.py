@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from npgpt.config.fields import RequestError
+from npgpt.generation.decode import check_finite
 from npgpt.generation.sampling import log_probabilities
 from npgpt.model.gpt import GPT
 from npgpt.model.inside import inside
@@ -41,33 +41,34 @@ def inside_page(name: str, model: GPT, tokenizer: Tokenizer, prompt: str) -> str
 
 
 def inside_data(model: GPT, tokenizer: Tokenizer, prompt: str) -> dict[str, Any]:
-    """What assets/inside.js draws, as values for JSON. It is about the last block_size tokens of the prompt at most.
+    """What assets/inside.js draws, as values for JSON. Only the last block_size tokens of the prompt are read.
 
     Raises RequestError for a prompt that the tokenizer does not know, and FloatingPointError if the logits are not finite.
     """
-    ids = np.asarray(tokenizer.encode(prompt) if prompt else tokenizer.start_ids)
-    n_given, config = len(ids), model.config
-    if any(not 0 <= i < config.vocab_size for i in ids.tolist()):
-        raise RequestError("the tokenizer's ids do not fit the model's vocabulary")
-    ids = ids[-config.block_size :]
+    given, config = tokenizer.encode(prompt) if prompt else tokenizer.start_ids, model.config
+    ids = np.asarray(given)[-config.block_size :]
     found = inside(model, ids)
-    if not np.isfinite(found.layer_logits).all():
-        raise FloatingPointError("the model's logits are not finite: its weights are damaged, or training diverged")
-    heads = config.n_layer * config.n_head
-    first = max(0, len(ids) - max(8, math.isqrt(2 * MOST_WEIGHTS // heads)))  # the first token that is shown
+    most = math.isqrt(2 * MOST_WEIGHTS // (config.n_layer * config.n_head))
+    first = max(0, len(ids) - max(8, most))  # the first token that is shown
     shown = slice(first, None)
-    logits = found.layer_logits[:, shown, : tokenizer.vocab_size].astype(np.float64)
-    surprisal = [None] * (1 if first == 0 else 0)
-    before, predicted = found.logits[:-1, : tokenizer.vocab_size].astype(np.float64), ids[1:]
-    bits = (-log_probabilities(before, predicted) / math.log(2))[max(0, first - 1) :] if len(predicted) else np.zeros(0)
-    top_ids, top_logits, tails = _largest(logits[-1])
-    lens_ids, lens_p = _lens(logits)
+    layers = []
+    for n in range(config.n_layer + 1):
+        logits = found.logits_of(n, shown)[:, : tokenizer.vocab_size]
+        check_finite(logits)
+        layers.append(_likeliest(logits))
+    # `logits` are those of the last layer now. What the first token that is shown had is said by the position before it.
+    start = max(0, first - 1)
+    before = found.logits_of(config.n_layer, slice(start, len(ids) - 1))[:, : tokenizer.vocab_size].astype(np.float64)
+    bits = -log_probabilities(before, ids[start + 1 :]) / math.log(2) if len(before) else np.zeros(0)
+    top_ids, top_logits, tails = _largest(logits)
+    lens_ids, lens_p = (np.stack(each) for each in zip(*layers, strict=True))
+    attention = np.concatenate([_triangles(found.attention_of(n)[:, shown, shown]) for n in range(config.n_layer)])
     used = sorted({*ids[shown].tolist(), *np.unique(top_ids).tolist(), *np.unique(lens_ids).tolist()})
     return {
         "tokens": ids[shown].tolist(),
         "text": {i: shown_token(tokenizer, i) for i in used},
-        "surprisal": [*surprisal, *np.round(bits, 3).tolist()],
-        "nGiven": n_given,
+        "surprisal": [*([None] if first == 0 else []), *np.round(bits, 3).tolist()],
+        "nGiven": len(given),
         "nRead": len(ids),
         "nLayer": config.n_layer,
         "nHead": config.n_head,
@@ -79,12 +80,12 @@ def inside_data(model: GPT, tokenizer: Tokenizer, prompt: str) -> dict[str, Any]
         "lensIds": _packed(lens_ids.astype("<u4")),
         "lensP": _packed(np.rint(lens_p * 255).astype(np.uint8)),
         "nLens": lens_ids.shape[2],
-        "attention": _packed(_triangles(found.attention[:, :, shown, shown])),
+        "attention": _packed(attention),
     }
 
 
 def shown_token(tokenizer: Tokenizer, i: int) -> str:
-    """A token as text that can be read: bytes that are no whole character as hexadecimal numbers, long tokens cut off."""
+    """A token as text that can be read. Bytes that are not valid UTF-8 become hexadecimal numbers. A long token is cut off."""
     raw = tokenizer.token_bytes(i)
     try:
         text = visible_controls(raw.decode("utf-8"))
@@ -94,31 +95,38 @@ def shown_token(tokenizer: Tokenizer, i: int) -> str:
 
 
 def _largest(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[list[tuple[float, int]]]]:
-    """logits (T, V) -> the ids and values of the largest, (T, n) each, in descending order; and for each position, of the
-    others, (logit, how many have about this one)."""
-    n = min(MOST_LOGITS, logits.shape[1])
-    order = np.argsort(-logits, axis=1, kind="stable")
-    rest = np.take_along_axis(logits, order[:, n:], axis=1)
+    """logits (T, V) -> the ids and values of the largest, (T, n) each, in descending order; and for each position, the other
+    logits, counted in steps of TAIL_STEP, as (logit, number)."""
+    ids = _top(logits, MOST_LOGITS)
+    rest = logits.copy()
+    np.put_along_axis(rest, ids, np.nan, axis=1)
     tails = []
     for row in rest:
-        steps, counts = np.unique(np.rint(row / TAIL_STEP), return_counts=True)
+        steps, counts = np.unique(np.rint(row[~np.isnan(row)] / TAIL_STEP), return_counts=True)
         tails.append(list(zip((steps * TAIL_STEP).tolist(), counts.tolist(), strict=True)))
-    return order[:, :n], np.take_along_axis(logits, order[:, :n], axis=1), tails
+    return ids, np.take_along_axis(logits, ids, axis=1), tails
 
 
-def _lens(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """layer logits (L + 1, T, V) -> the likeliest ids and their probabilities, (L + 1, T, n) each."""
-    p = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    p /= p.sum(axis=-1, keepdims=True)
-    ids = np.argsort(-p, axis=-1, kind="stable")[..., :IN_LENS]
-    return ids, np.take_along_axis(p, ids, axis=-1)
+def _likeliest(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """logits (T, V) -> the likeliest ids of the logit lens and their probabilities, (T, n) each."""
+    ids = _top(logits, IN_LENS)
+    p = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return ids, np.take_along_axis(p, ids, axis=1) / p.sum(axis=1, keepdims=True)
+
+
+def _top(logits: np.ndarray, n: int) -> np.ndarray:
+    """(T, V) -> the ids of the n largest logits, (T, n), in descending order."""
+    n = min(n, logits.shape[1])
+    ids = np.argpartition(-logits, n - 1, axis=1)[:, :n]
+    order = np.argsort(-np.take_along_axis(logits, ids, axis=1), axis=1, kind="stable")
+    return np.take_along_axis(ids, order, axis=1)
 
 
 def _triangles(attention: np.ndarray) -> np.ndarray:
-    """(L, H, T, T) -> the lower triangles, row by row, as bytes. A byte b stands for the weight (b / 255)^2, so that small
-    weights are told apart."""
+    """attention (H, T, T) -> the lower triangles, row by row, as bytes. A byte b stands for the weight (b / 255)^2, so that
+    small weights are told apart."""
     rows, columns = np.tril_indices(attention.shape[-1])
-    return np.rint(255 * np.sqrt(attention[:, :, rows, columns])).astype(np.uint8)
+    return np.rint(255 * np.sqrt(attention[:, rows, columns])).astype(np.uint8)
 
 
 def _packed(array: np.ndarray) -> str:

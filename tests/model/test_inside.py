@@ -82,10 +82,13 @@ def test_each_residual_is_what_a_shorter_model_reads():
 
 def test_the_names_of_other_tools():
     found = npgpt.inside(model_of(), [3, 1, 4])
-    assert found.cache["hook_embed"] is not None
+    model = model_of()
+    assert np.array_equal(found.cache["hook_embed"], model.wte.weight.numpy()[[3, 1, 4]])
+    assert np.array_equal(found.cache["hook_embed"] + found.cache["hook_pos_embed"], found.cache["blocks.0.hook_resid_pre"])
+    assert "hook_pos_embed" not in npgpt.inside(model_of(position="rotary"), [3, 1, 4]).cache
     assert np.array_equal(found.cache["blocks.2.attn.hook_pattern"], found.attention[2])
     assert np.array_equal(found.cache["blocks.1.hook_resid_pre"], found.cache["blocks.0.hook_resid_post"])
-    assert len(found.cache) == 1 + 3 * 3
+    assert len(found.cache) == 2 + 3 * 3
 
 
 def test_wrong_requests():
