@@ -9,8 +9,8 @@ from npgpt.console.flags import file_to_write
 from npgpt.console.prompts import add_prompt_flags, given_prompt, known
 from npgpt.console.terminal import command_parser, say
 from npgpt.report.inside_page import inside_page
+from npgpt.report.page import save_page
 from npgpt.storage.checkpoint import load
-from npgpt.storage.files import atomic_write
 
 ABOUT = "a page with the inside of a model: surprisal, attention, what each block would have said"
 
@@ -34,7 +34,5 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = load(args.ckpt)
     prompt = known(checkpoint.tokenizer, given_prompt(args) or "", args.unknown)
     page = inside_page(Path(args.ckpt).name, checkpoint.model, checkpoint.tokenizer, prompt)
-    with atomic_write(out, lambda _: None) as file:
-        file.write(page.encode())
-    say(f"{out}: {len(page.encode()) / 1e6:.1f} MB; open it in a browser")
+    say(f"{out}: {save_page(out, page) / 1e6:.1f} MB; open it in a browser")
     return 0

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
-import socket
-from collections.abc import Sequence
 from pathlib import Path
 
 from npgpt.config.fields import RequestError, fields_of
 from npgpt.config.settings import GenerateConfig, GPTConfig
+from npgpt.console.extras import SERVE, check_installed
 from npgpt.console.flags import port, positive
-from npgpt.console.observers import check_installed
 from npgpt.console.terminal import command_parser, say
 from npgpt.generation.decode import window_for
 from npgpt.parallel.limits import available_cores, memory_limit
+from npgpt.serving.batching import SIDE_BY_SIDE
 from npgpt.storage.checkpoint import load
 
 ABOUT = "serve a model: a page, and the interface that OpenAI's clients know"
 KEY_VARIABLE = "NPGPT_API_KEY"
-MOST_SIDE_BY_SIDE = 32
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
         help=f"clients must send this key; the environment variable {KEY_VARIABLE} is safer, because other users of this "
         "computer can see the arguments of a command",
     )
-    key.add_argument("--no-api-key", action="store_true", help="with --host: let everybody in who can reach the address")
+    key.add_argument("--no-api-key", action="store_true", help="accept every client that can reach the address")
     parser.add_argument(
         "--allow-host",
         action="append",
@@ -58,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
         "--side-by-side",
         type=positive("side_by_side"),
         metavar="N",
-        help=f"texts that a thread draws together (default: {MOST_SIDE_BY_SIDE}, or fewer if memory is short)",
+        help=f"texts that a thread draws together (default: {SIDE_BY_SIDE}, or fewer if memory is short)",
     )
     parser.add_argument(
         "--queue",
@@ -68,18 +65,24 @@ def parser() -> argparse.ArgumentParser:
         help="texts that may wait while all places are taken (default: 64)",
     )
     parser.add_argument(
-        "--max-tokens", type=positive("max_tokens"), default=4096, metavar="N", help="the longest text (default: 4096)"
+        "--max-tokens",
+        type=positive("max_tokens"),
+        default=4096,
+        metavar="N",
+        help="the largest max_tokens of a request (default: 4096)",
     )
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    check_installed("starlette", "uvicorn", "prometheus_client")
+    check_installed(*SERVE)
     from npgpt.serving.app import Application, ServerSettings
     from npgpt.serving.protection import LOCAL_HOSTS
-    from npgpt.serving.server import address, listen
+    from npgpt.serving.server import EVERY_ADDRESS, address, listen, own_addresses
     from npgpt.serving.server import run as serve
 
+    if "" in (args.host, args.api_key, *args.allow_host):
+        raise RequestError("--host, --api-key and --allow-host must not be empty")
     key = args.api_key or os.environ.get(KEY_VARIABLE) or None
     if args.host not in LOCAL_HOSTS and key is None and not args.no_api_key:
         raise RequestError(
@@ -91,9 +94,10 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = load(args.ckpt)
     window_for(checkpoint.model, args.window)
     threads = args.threads or available_cores()
+    names = own_addresses() if args.host in EVERY_ADDRESS else [args.host]
     settings = ServerSettings(
         Path(args.ckpt).stem,
-        (*LOCAL_HOSTS, *_own_names(args.host), *args.allow_host),
+        (*LOCAL_HOSTS, *names, *args.allow_host),
         None if args.no_api_key else key,
         args.window,
         threads,
@@ -111,20 +115,11 @@ def run(args: argparse.Namespace) -> int:
 def _side_by_side(asked: int | None, threads: int, config: GPTConfig) -> int:
     """How many texts each thread draws together. Raises RequestError if the memory for their keys and values is missing."""
     limit = memory_limit()
-    of_one = 2 * 4 * config.n_layer * config.block_size * config.n_embd  # bytes: keys and values in float32
+    # Keys and values in float32; the cache grows by doubling, and while it grows the old one is still there.
+    of_one = 3 * 2 * 4 * config.n_layer * config.block_size * config.n_embd
     if asked is None:
-        return MOST_SIDE_BY_SIDE if limit is None else max(1, min(MOST_SIDE_BY_SIDE, limit.value // 4 // (threads * of_one)))
+        return SIDE_BY_SIDE if limit is None else max(1, min(SIDE_BY_SIDE, limit.value // 4 // (threads * of_one)))
     if limit is not None and threads * asked * of_one > limit.value:
         needed = f"{threads} x {asked} texts need {threads * asked * of_one / 2**30:.1f} GiB for their keys and values"
         raise RequestError(f"{needed}, but {limit.source}; lower --side-by-side or --threads")
     return asked
-
-
-def _own_names(host: str) -> Sequence[str]:
-    """The names under which this computer can be reached if it listens on `host`."""
-    if host not in ("0.0.0.0", "::"):
-        return (host,)
-    names = {socket.gethostname(), socket.getfqdn()}
-    with contextlib.suppress(OSError):  # its own name cannot be looked up
-        names |= {str(found[4][0]) for found in socket.getaddrinfo(socket.gethostname(), None)}
-    return tuple(names)

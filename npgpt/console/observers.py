@@ -1,35 +1,27 @@
-"""Who else is told of a training run: a page that a browser shows, and TensorBoard. Nothing is trained here."""
+"""Shows a training run elsewhere while it goes on: in a browser, in TensorBoard. Nothing is trained here."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 from npgpt.config.fields import RequestError
+from npgpt.console.extras import SERVE, check_installed
 from npgpt.console.terminal import say
 from npgpt.training.events import End, Evaluation, Step
 from npgpt.training.trainer import Trainer
 
 Observer = Callable[[Step | Evaluation | End], None]
 WATCH_PORT = 8001  # beside the 8000 of `serve`
-# Packages that not everybody needs, and the extras that bring them.
-EXTRAS = {"starlette": "serve", "uvicorn": "serve", "prometheus_client": "serve", "matplotlib": "plot"}
-EXTRAS |= {"tensorboardX": "tensorboard"}
-
-
-def check_installed(*packages: str) -> None:
-    """Raise RequestError, saying how to install them, if packages are missing."""
-    missing = [name for name in packages if find_spec(name) is None]
-    if missing:
-        extras = ",".join(sorted({EXTRAS[name] for name in missing}))
-        raise RequestError(f"this needs {', '.join(missing)}; install with: pip install 'npgpt[{extras}]'")
 
 
 class Observers:
-    """What the flags --watch and --tensorboard ask for. Making it finds what is missing, and writes nothing."""
+    """What the flags --watch and --tensorboard ask for.
+
+    The constructor checks packages, port and folder, and writes no file.
+    """
 
     def __init__(self, watch_port: int | None, tensorboard: str | None) -> None:
         """Raises RequestError if a package is missing, the port is taken, or the folder cannot be written to."""
@@ -40,10 +32,10 @@ class Observers:
             if not existing.is_dir() or not os.access(existing, os.W_OK):
                 raise RequestError(f"--tensorboard: {self._folder} cannot be written to; name another folder")
         if watch_port is not None:
-            check_installed("starlette", "uvicorn", "prometheus_client", "matplotlib")
+            check_installed(*SERVE, "matplotlib")
             from npgpt.serving.server import address, listen
 
-            self._listening = listen("127.0.0.1", watch_port)
+            self._listening = listen("127.0.0.1", watch_port, "--watch")
             self._address = address(self._listening)
 
     @contextlib.contextmanager

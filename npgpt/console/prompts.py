@@ -5,19 +5,21 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-import unicodedata
 
 from npgpt.config.fields import RequestError
 from npgpt.console.flags import add_unknown_flag
 from npgpt.text.reading import decoded, read_text
-from npgpt.text.tokenizer import Tokenizer, UnknownCharacterError
+from npgpt.text.tokenizer import Tokenizer, UnknownCharacterError, closest_known
 
 ESCAPES = re.compile(r"\\(?:x([0-9a-fA-F]{2})|([ntr\\\"']))")
 MEANING = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\", '"': '"', "'": "'"}
 
 
 def add_prompt_flags(parser: argparse.ArgumentParser, what: str, default: str) -> None:
-    """Add --prompt, --prompt-file, --escape and --unknown. what: is done with the text. default: what stands for no prompt."""
+    """Add --prompt, --prompt-file, --escape and --unknown.
+
+    what: the prompt, in the help text. default: what no prompt means.
+    """
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help=f"{what}; - reads standard input (default: {default})")
     prompt.add_argument("--prompt-file", metavar="FILE", help=f"a file with {what}")
@@ -57,12 +59,14 @@ def from_stdin() -> str:
 def known(tokenizer: Tokenizer, prompt: str, unknown: str) -> str:
     """The prompt with only known characters. unknown: "error", "skip" or "replace"; see --unknown.
 
-    Raises RequestError for an unknown character if `unknown` is "error".
+    Raises RequestError for an unknown character if `unknown` is "error", and if no character of the prompt is known.
     """
-    if tokenizer.unknown(prompt):  # a letter and its accent as two characters may be known as one
-        prompt = unicodedata.normalize("NFC", prompt)
+    given, prompt = prompt, closest_known(tokenizer, prompt)
     if unknown != "error":
-        return tokenizer.without_unknown(prompt, replace=unknown == "replace")
+        prompt = tokenizer.without_unknown(prompt, replace=unknown == "replace")
+        if given and not prompt:
+            raise RequestError("the model knows no character of the prompt, so nothing is left of it")
+        return prompt
     try:
         tokenizer.encode(prompt)
     except UnknownCharacterError as error:

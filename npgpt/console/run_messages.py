@@ -13,7 +13,7 @@ from npgpt.storage.run import RunFiles
 from npgpt.text.corpus import Corpus
 from npgpt.text.sources import Sources
 from npgpt.text.tokenizer import text_size
-from npgpt.training.advice import MUCH_REPEATED
+from npgpt.training.advice import MUCH_REPEATED, with_out
 from npgpt.training.events import End, Evaluation, Outcome
 from npgpt.training.trainer import Trainer
 
@@ -126,8 +126,7 @@ def report_end(trainer: Trainer, end: End, args: argparse.Namespace, files: RunF
         if files.crash.exists():
             say(f"repeat that step with: {command('replay')} {shlex.quote(str(files.crash))}")
     if end.advice:
-        out = "" if args.out == "model.npz" else f"--out {shlex.quote(args.out)} "
-        say(end.advice.replace("--resume", f"{out}--resume"))
+        say(with_out(end.advice, args.out))
     if end.outcome is Outcome.DIVERGED:
         return 1
     say(_final_line(trainer, files, f"{command('generate')} --ckpt {shlex.quote(str(files.best))}"))

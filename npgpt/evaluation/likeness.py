@@ -63,8 +63,10 @@ def copied_spans(sample: str, training: str, shortest: int) -> list[tuple[int, i
         if sample[start:end] not in training:
             start += 1
             continue
-        while end < len(sample) and sample[start : end + 1] in training:
-            end += 1
+        last = len(sample)
+        while end < last:  # the longest copy ends between these two
+            middle = (end + last + 1) // 2
+            end, last = (middle, last) if sample[start:middle] in training else (end, middle - 1)
         spans.append((start, end))
         start = end
     return spans

@@ -1,1 +1,1 @@
-"""Pictures of runs and models: HTML pages that need nothing else. Nothing is trained here, and nothing is served."""
+"""How runs and models are shown: HTML pages, and files for TensorBoard. Nothing is trained here, and nothing is served."""

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from npgpt.config.fields import RequestError
 from npgpt.report.page import Markup, tag
 from npgpt.report.runs import Run
 
@@ -40,21 +39,12 @@ class Curve:
 
 @dataclass(frozen=True)
 class Look:
-    """How a figure is drawn. keys: with the names of its curves. log and from_zero are about its y axis."""
+    """How a figure is drawn. legend: with the names of its curves. log and from_zero are about its y axis."""
 
     wide: bool = False
-    keys: bool = False
+    legend: bool = False
     log: bool = False
     from_zero: bool = False
-
-
-def import_matplotlib() -> Any:
-    """matplotlib. Raises RequestError, saying how to install it, if it is missing."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        raise RequestError("drawing curves needs matplotlib; install it with: pip install 'npgpt[plot]'") from None
-    return matplotlib
 
 
 def figures(runs: Sequence[Run]) -> list[Markup]:
@@ -69,12 +59,12 @@ def figures(runs: Sequence[Run]) -> list[Markup]:
     norms, speeds = of_steps(lambda run: run.steps.grad_norm), of_steps(lambda run: run.steps.tokens_per_second)
     several = len(runs) > 1
     drawn = [
-        _figure("loss", "Loss over steps", losses, "step", "nats per token", Look(wide=True, keys=True)),
-        _figure("time", "Loss over time", in_time, "minutes", "nats per token", Look(keys=several)),
-        _figure("bits", "Bits per character", bits, "step", "bits", Look(keys=several)),
-        _figure("lr", "Learning rate", of_steps(lambda run: run.steps.lr), "step", "", Look(keys=several)),
-        _figure("norm", "Gradient norm, before clipping", norms, "step", "", Look(keys=several, log=True)),
-        _figure("speed", "Tokens a second", speeds, "step", "", Look(keys=several, from_zero=True)),
+        _figure("loss", "Loss over steps", losses, "step", "nats per token", Look(wide=True, legend=True)),
+        _figure("time", "Loss over time", in_time, "minutes", "nats per token", Look(legend=several)),
+        _figure("bits", "Bits per character", bits, "step", "bits", Look(legend=several)),
+        _figure("lr", "Learning rate", of_steps(lambda run: run.steps.lr), "step", "", Look(legend=several)),
+        _figure("norm", "Gradient norm, before clipping", norms, "step", "", Look(legend=several, log=True)),
+        _figure("speed", "Tokens a second", speeds, "step", "", Look(legend=several, from_zero=True)),
     ]
     return [figure for figure in drawn if figure is not None]
 
@@ -103,17 +93,18 @@ def _figure(name: str, title: str, curves: list[Curve], x_label: str, y_label: s
     words = tag("title", title, id=f"{name}-title") + tag("desc", alternative, id=f"{name}-words")
     svg = svg.replace("<svg ", f'<svg role="img" aria-labelledby="{name}-title" aria-describedby="{name}-words" ', 1)
     svg = svg.replace(">", f">{words}", 1)
-    keys = _keys(curves) if look.keys else None
-    return tag("figure", tag("figcaption", title), keys, Markup(svg), class_="wide" if look.wide else None)
+    legend = _legend(curves) if look.legend else None
+    drawn = tag("div", Markup(svg), class_="scroll")
+    return tag("figure", tag("figcaption", title), legend, drawn, class_="wide" if look.wide else None)
 
 
-def _keys(curves: list[Curve]) -> Markup:
-    """Which curve is which. As HTML, because matplotlib would need a font for every name."""
+def _legend(curves: list[Curve]) -> Markup:
+    """The legend. It is HTML, because matplotlib would need a font for every name."""
     named = []
     for curve in curves:
-        sign = SIGNS[curve.run % len(SIGNS)] if curve.is_main else "—"
+        sign = SIGNS[_sign(curve.run)] if curve.is_main else "—"
         named.append(tag("span", tag("b", sign, style=f"color: var(--c{curve.run % N_COLOURS})"), " ", curve.name))
-    return tag("p", *named, class_="keys")
+    return tag("p", *named, class_="legend")
 
 
 def _described(curve: Curve, x_label: str) -> str:
@@ -126,10 +117,11 @@ def _described(curve: Curve, x_label: str) -> str:
 
 def _svg(name: str, curves: list[Curve], x_label: str, y_label: str, look: Look) -> str:
     """The picture. Its ids begin with `name`, so that several pictures fit into one page."""
-    matplotlib = import_matplotlib()
+    import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
 
-    style = {
+    style: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": name,
         "font.family": "sans-serif",
@@ -146,7 +138,7 @@ def _svg(name: str, curves: list[Curve], x_label: str, y_label: str, look: Look)
             x, y = _thinned(curve.x, curve.y) if not curve.is_main else (curve.x, curve.y)
             if curve.is_main:
                 error = None if curve.error is None else np.nan_to_num(curve.error)
-                marker = MARKERS[curve.run % len(MARKERS)]
+                marker = MARKERS[_sign(curve.run)]
                 axes.errorbar(x, y, error, color=colour, marker=marker, markersize=4, linewidth=1.6, capsize=2)
             else:
                 axes.plot(x, y, color=colour, linewidth=1, alpha=0.6)
@@ -154,6 +146,8 @@ def _svg(name: str, curves: list[Curve], x_label: str, y_label: str, look: Look)
         axes.set_ylabel(y_label)
         if look.log:
             axes.set_yscale("log")
+            for axis_of in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                axis_of(FuncFormatter(lambda value, _: f"{value:g}"))  # without powers of ten
         if look.from_zero:
             axes.set_ylim(bottom=0)
         axes.grid(color=GRID, linewidth=0.6)
@@ -169,6 +163,11 @@ def _svg(name: str, curves: list[Curve], x_label: str, y_label: str, look: Look)
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
     svg = svg.replace(INK, "var(--ink)").replace(GRID, "var(--line)")
     return re.sub(r"#00000([1-8])\b", lambda match: f"var(--c{int(match[1]) - 1})", svg)
+
+
+def _sign(run: int) -> int:
+    """The number of a run's marker. Runs with the same colour have different ones."""
+    return (run + run // N_COLOURS) % len(MARKERS)
 
 
 def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -17,6 +17,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from npgpt.storage.files import atomic_write
+
 ASSETS = Path(__file__).parent / "assets"
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line feed
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -51,14 +53,13 @@ def joined(children: Iterable[object]) -> Markup:
     return Markup("".join(text(child) for child in children if child is not None))
 
 
-def table(head: Sequence[object], rows: Iterable[Sequence[object]], caption: str | None = None) -> Markup:
+def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> Markup:
     """A table whose first column names the rows. It scrolls sideways where it does not fit."""
     body = [
         tag("tr", *[tag("th", cell, scope="row") if i == 0 else tag("td", cell) for i, cell in enumerate(row)]) for row in rows
     ]
     names = tag("tr", *[tag("th", cell, scope="col") for cell in head])
-    captioned = None if caption is None else tag("caption", caption)
-    return tag("div", tag("table", captioned, tag("thead", names), tag("tbody", *body)), class_="scroll")
+    return tag("div", tag("table", tag("thead", names), tag("tbody", *body)), class_="scroll")
 
 
 def data_script(name: str, data: Any) -> Markup:
@@ -67,6 +68,14 @@ def data_script(name: str, data: Any) -> Markup:
     for sign in "<>&":
         written = written.replace(sign, f"\\u{ord(sign):04x}")
     return Markup(f'<script type="application/json" id="{text(name)}">{written}</script>')
+
+
+def save_page(path: Path, page: str) -> int:
+    """Write a page. A file at `path` is replaced only once the new one is complete. Returns its size in bytes."""
+    raw = page.encode()
+    with atomic_write(path, lambda _: None) as file:
+        file.write(raw)
+    return len(raw)
 
 
 @cache

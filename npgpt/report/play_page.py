@@ -11,7 +11,7 @@ SCRIPTS = ("inside.js", "play.js")
 
 
 def play_page(name: str, what: str, longest: int, vocab_size: int) -> tuple[str, str]:
-    """(the page as HTML, its content-security policy). name: of the model. what: about the model, in words. longest: the
+    """(the page as HTML, its content-security policy). name: of the model. what: a line that describes the model. longest: the
     largest number of tokens that the server draws."""
 
     def slider(label: str, key: str, low: float, high: float, step: float, value: float) -> object:
@@ -35,15 +35,16 @@ def play_page(name: str, what: str, longest: int, vocab_size: int) -> tuple[str,
             slider("top-p", "top-p", 0.05, 1, 0.01, 1),
             slider("tokens", "max-tokens", 1, min(longest, 2000), 1, min(longest, 300)),
             slider("samples", "n", 1, 8, 1, 1),
-            field("seed", "seed", type="number", min=0, step=1, placeholder="a new one each time"),
-            field("stop before", "stop", type="text", placeholder="nothing", autocomplete="off"),
+            field("seed", "seed", type="number", min=0, step=1, placeholder="random"),
+            field("stop before", "stop", type="text", placeholder="nothing; \\n is a line break", autocomplete="off"),
             class_="controls",
         ),
         tag(
             "div",
             tag("button", "Write", type="button", id="write", class_="main"),
             tag("button", "Stop", type="button", id="stop-button", disabled="disabled"),
-            tag("label", tag("input", type="checkbox", id="colour"), " colour by surprise"),
+            tag("label", tag("input", type="checkbox", id="colour"), " colour by surprise (full colour: 8 bits or more)"),
+            tag("label", tag("input", type="checkbox", id="skip"), " leave out unknown characters"),
             tag("span", id="status", class_="note", role="status"),
             class_="row",
         ),

@@ -7,49 +7,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from npgpt.evaluation.likeness import NGRAM, Likeness
+from npgpt.evaluation.likeness import NGRAM
+from npgpt.report.copies import SHORTEST_COPY, Copies
 from npgpt.report.curves import N_COLOURS, figures
 from npgpt.report.page import Markup, data_script, document, joined, table, tag
 from npgpt.report.runs import Run, differing
+from npgpt.training.advice import with_out
 
 SCRIPTS = ("report.js",)
 LIVE_SCRIPTS = ("report.js", "live.js")
 
 
-@dataclass(frozen=True)
-class Copies:
-    """How the samples of a run resemble its training text. spans: of each sample, the (start, end) of what is copied."""
-
-    likeness: Likeness
-    samples: list[tuple[float, str]]  # the step of each sample, and the sample
-    spans: list[list[tuple[int, int]]]
-    shortest: int  # characters in the shortest span that counts as copied
-
-
-def report_page(runs: Sequence[Run], copies: Sequence[Copies | str], left: str | None = None) -> str:
+def report_page(runs: Sequence[Run], copies: Sequence[Copies | str], time_left: str | None = None) -> str:
     """The report as HTML.
 
-    copies: for each run, how its samples resemble its training text, or why that is not known. left: for a run that goes on,
-    how long it will still take, in words.
+    copies: for each run, how its samples resemble its training text, or why that is not known.
+    time_left: for a run that goes on, how long it will still take, in words.
     """
     title = ", ".join(run.name for run in runs)
-    is_live = left is not None
-    return document(f"{title}: report", [report_body(runs, copies, left)], LIVE_SCRIPTS if is_live else SCRIPTS, is_live)
+    is_live = time_left is not None
+    return document(f"{title}: report", [_body(runs, copies, time_left)], LIVE_SCRIPTS if is_live else SCRIPTS, is_live)
 
 
-def report_body(runs: Sequence[Run], copies: Sequence[Copies | str], left: str | None = None) -> Markup:
+def _body(runs: Sequence[Run], copies: Sequence[Copies | str], time_left: str | None) -> Markup:
     """The part of the page that changes while a run goes on."""
     drawn = figures(runs)
     no_curves = tag("p", "There are no results yet: neither a log nor an evaluation.", class_="note")
     return tag(
         "main",
         tag("h1", ", ".join(run.name for run in runs)),
-        *[part for i, run in enumerate(runs) for part in _facts(i, run, len(runs) > 1, left)],
+        *[part for i, run in enumerate(runs) for part in _facts(i, run, len(runs) > 1, time_left)],
         tag("h2", "Curves"),
+        *(_notes(runs) if drawn else []),
         tag("div", *drawn, class_="curves") if drawn else no_curves,
-        *_notes(runs),
         *_samples(runs),
         tag("h2", "Likeness to the training text"),
         *[part for i, run in enumerate(runs) for part in _likeness(run, copies[i], len(runs) > 1)],
@@ -60,7 +51,7 @@ def report_body(runs: Sequence[Run], copies: Sequence[Copies | str], left: str |
     )
 
 
-def _facts(i: int, run: Run, several: bool, left: str | None) -> list[Markup]:
+def _facts(i: int, run: Run, several: bool, time_left: str | None) -> list[Markup]:
     evaluations, best = run.evaluations, run.best
     facts: list[tuple[str, str]] = []
     if best is not None:
@@ -72,25 +63,27 @@ def _facts(i: int, run: Run, several: bool, left: str | None) -> list[Markup]:
             facts.append(("lowest training loss", f"{evaluations.train_loss[best]:.4f}"))
         if math.isfinite(bits):
             facts.append(("bits per character", f"{bits:.4f}"))
-        facts.append(("at step", f"{evaluations.step[best]:,.0f}"))
+        facts.append(("reached at step", f"{evaluations.step[best]:,.0f}"))
     of = f" of {run.total_steps:,}" if run.total_steps else ""
     facts.append(("steps", f"{run.step:,}{of}"))
     facts.append(("parameters", f"{run.checkpoint.config.num_parameters():,}"))
     if run.seconds and run.seconds[-1] > 0:
         facts.append(("time", f"{run.seconds[-1] / 60:.1f} min"))
-    if left is not None:
-        facts.append(("left", left))
+    if run.end:
+        facts.append(("ended", str(run.end.get("outcome", "")).replace("_", " ")))
+    elif time_left is not None:
+        facts.append(("time left", time_left))
     parts = []
     if several:
         key = tag("span", class_="key", style=f"background: var(--c{i % N_COLOURS})")
         parts.append(tag("h3", key, run.name))
     parts.append(tag("dl", *[tag("div", tag("dt", name), tag("dd", value)) for name, value in facts], class_="facts"))
-    if left is not None and run.total_steps:
+    if time_left is not None and run.total_steps and not run.end:
         parts.append(tag("progress", value=run.step, max=run.total_steps, aria_label="steps done"))
     if run.end and run.end.get("reason"):
         parts.append(tag("p", str(run.end["reason"]), class_="error"))
     if run.end and run.end.get("advice"):
-        parts.append(tag("p", str(run.end["advice"]), class_="advice"))
+        parts.append(tag("p", with_out(str(run.end["advice"]), run.name), class_="advice"))
     return parts
 
 
@@ -138,15 +131,15 @@ def _likeness(run: Run, copies: Copies | str, several: bool) -> list[Markup]:
         return [*parts, tag("p", copies, class_="note")]
     like = copies.likeness
     rows = [(kind, f"{ours:.1%}", f"{theirs:.1%}") for kind, (ours, theirs) in like.rates.items()]
-    words = "" if like.known_words is None else f"{like.known_words:.0%} of their words occur in it. "
-    new = "" if like.new_ngrams is None else f"{like.new_ngrams:.0%} of their spans of {NGRAM} characters do not. "
+    words = "" if like.known_words is None else f"{like.known_words:.0%} of the samples' words occur in the training text. "
+    new = "" if like.new_ngrams is None else f"{like.new_ngrams:.0%} of their {NGRAM}-character spans do not occur in it. "
     parts += [
         table(["share of characters", "in the samples", "in the training text"], rows),
         tag(
             "p",
             f"The last {len(copies.samples)} samples, {like.characters:,} characters, were compared with {like.of:,} "
             f"characters of the training text. {words}{new}The longest copy has {len(like.longest_copy)} characters. Spans of "
-            f"{copies.shortest} characters or more that occur in the training text are marked.",
+            f"{SHORTEST_COPY} characters or more that occur in the training text are marked.",
         ),
     ]
     shown = []
@@ -157,15 +150,16 @@ def _likeness(run: Run, copies: Copies | str, several: bool) -> list[Markup]:
             pieces += [sample[at:start], tag("mark", sample[start:end], title=f"{end - start} characters")]
             at = end
         shown.append(joined([tag("p", f"step {step:,.0f}", class_="note"), tag("div", *pieces, sample[at:], class_="text")]))
-    earlier = tag("details", tag("summary", "the samples before"), *reversed(shown[:-1])) if len(shown) > 1 else None
+    earlier = tag("details", tag("summary", "earlier samples"), *reversed(shown[:-1])) if len(shown) > 1 else None
     return [*parts, shown[-1], *([earlier] if earlier else [])]
 
 
 def _settings(runs: Sequence[Run]) -> list[Markup]:
     names = dict.fromkeys(name for run in runs for name in run.settings())
+    changes = [tag("p", f"{f'{run.name}: ' if len(runs) > 1 else ''}{change}") for run in runs for change in run.changes()]
     if len(runs) == 1:
         pairs = [tag("div", tag("dt", name), tag("dd", value)) for name, value in runs[0].settings().items()]
-        return [tag("dl", *pairs, class_="settings")]
+        return [tag("dl", *pairs, class_="settings"), *changes]
     different = differing(list(runs))
     head = ["setting", *[run.name for run in runs]]
 
@@ -174,6 +168,7 @@ def _settings(runs: Sequence[Run]) -> list[Markup]:
 
     same = [name for name in names if name not in different]
     return [
+        *changes,
         table(head, rows(different)) if different else tag("p", "All settings are the same."),
         tag("details", tag("summary", f"{len(same)} settings that are the same"), table(head, rows(same))),
     ]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from npgpt.storage.checkpoint import Checkpoint
-from npgpt.storage.run import seconds_of
+from npgpt.storage.run import number_in_log, seconds_of
 
 
 @dataclass(frozen=True)
@@ -65,23 +65,34 @@ class Run:
 
     @property
     def step(self) -> int:
-        """The last step that is known."""
+        """The last known step."""
         return max((event["step"] for event in self.events), default=self.checkpoint.step)
 
     @property
     def total_steps(self) -> int | None:
-        """How many steps the run was asked for; None if nobody knows."""
+        """How many steps the run was asked for; None if unknown."""
         return self.checkpoint.train_config.steps if self.checkpoint.train_config else None
 
     @property
     def time_left(self) -> str:
-        """How long the run will still take, in words. Judged by the steps since it was started or resumed last."""
+        """How long the run will still take, in words. Estimated from the steps since the last start or resumption."""
         begun = max((i for i, event in enumerate(self.events) if event["event"] in ("start", "resume")), default=None)
         if begun is None or self.total_steps is None or self.step <= self.events[begun]["step"]:
             return "unknown"
         done = self.step - self.events[begun]["step"]
         minutes = (self.seconds[-1] - self.seconds[begun]) / done * (self.total_steps - self.step) / 60
         return f"{minutes:.0f} min" if minutes >= 9.5 else f"{minutes:.1f} min"
+
+    def changes(self) -> list[str]:
+        """What was changed when the run was resumed, a line for each time."""
+        found = []
+        for event in self.events:
+            changed = event.get("changes")
+            if event["event"] == "resume" and isinstance(changed, dict):
+                pairs = [(name, pair) for name, pair in changed.items() if isinstance(pair, list) and len(pair) == 2]
+                named = ", ".join(f"{name} was {before} and became {now}" for name, (before, now) in pairs)
+                found.append(f"From step {event['step'] + 1:,} on: {named}.")
+        return found
 
     def settings(self) -> dict[str, str]:
         """Every setting of the model and of its training, as a text."""
@@ -96,9 +107,10 @@ class Run:
         at = [i for i, event in enumerate(self.events) if event["event"] == "step"]
         events = [self.events[i] for i in at]
         seconds = _column(events, "seconds")
-        tokens = np.divide(_column(events, "tokens"), seconds, out=np.full(len(at), np.nan), where=seconds > 0)
+        with np.errstate(over="ignore"):
+            tokens = np.divide(_column(events, "tokens"), seconds, out=np.full(len(at), np.nan), where=seconds > 0)
         return Steps(
-            np.array([event["step"] for event in events], dtype=float),
+            _column(events, "step"),
             np.array([self.seconds[i] for i in at]) / 60,
             _column(events, "loss"),
             _column(events, "lr"),
@@ -118,7 +130,7 @@ class Run:
         if self.checkpoint.tokenizer.is_characters:  # logs of older versions do not have the bits
             bits = np.where(np.isfinite(bits), bits, val_loss / math.log(2))
         return Evaluations(
-            np.array([event["step"] for event in events], dtype=float),
+            _column(events, "step"),
             minutes,
             _column(events, "train_loss"),
             val_loss,
@@ -130,13 +142,7 @@ class Run:
 
 def _column(events: list[dict[str, Any]], key: str) -> np.ndarray:
     """(n,): one value of each event; NaN where it is not a finite number."""
-    numbers = np.array([_number(event.get(key)) for event in events], dtype=float)
-    return np.where(np.isfinite(numbers), numbers, np.nan)
-
-
-def _number(value: Any) -> float:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
-    return float(value) if is_number else math.nan
+    return np.array([number_in_log(event.get(key)) for event in events], dtype=float)
 
 
 def differing(runs: list[Run]) -> list[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
+import functools
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
@@ -22,15 +22,17 @@ from starlette.routing import Route
 
 from npgpt.config.fields import RequestError
 from npgpt.engine.graph import no_grad
+from npgpt.generation.decode import check_finite
 from npgpt.generation.sampling import likeliest_ids, log_probabilities
 from npgpt.model.gpt import GPT
 from npgpt.parallel.machine import blas_threads
 from npgpt.report.inside_page import inside_data
 from npgpt.report.play_page import play_page
-from npgpt.serving.batching import Batcher, ClosedError, Job, Piece, QueueFullError
+from npgpt.serving.batching import SIDE_BY_SIDE, Batcher, ClosedError, Job, Piece, QueueFullError
 from npgpt.serving.completions import (
     ApiError,
     CompletionRequest,
+    Limits,
     PromptLogprobs,
     Responses,
     parse_completion,
@@ -38,7 +40,8 @@ from npgpt.serving.completions import (
 )
 from npgpt.serving.metrics import MEDIA_TYPE, Metrics
 from npgpt.serving.protection import LOCAL_HOSTS, App, Protection
-from npgpt.text.tokenizer import Tokenizer
+from npgpt.serving.streams import EventStream, Parts, dumped, unless_gone, whole_answer
+from npgpt.text.tokenizer import Tokenizer, closest_known
 
 BETWEEN_PARTS = 0.1  # seconds between two parts of a stream; the first part is sent at once
 LONGEST_INSIDE = 100_000  # characters of a text whose inside is shown
@@ -55,7 +58,7 @@ class ServerSettings:
     api_key: str | None = None
     window: str | None = None
     threads: int = 1
-    side_by_side: int = 32
+    side_by_side: int = SIDE_BY_SIDE
     longest_queue: int = 64
     longest_completion: int = 4096
 
@@ -79,9 +82,10 @@ class Application:
             Route("/v1/models", self._models),
             Route("/v1/models/{name}", self._one_model),
             Route("/v1/completions", self._completions, methods=["POST"]),
+            Route("/v1/chat/completions", _no_chat, methods=["POST"]),
         ]
         handlers: Any = {ApiError: _api_error, HTTPException: _http_error, ClientDisconnect: self._client_gone}
-        handlers[Exception] = _unforeseen
+        handlers[Exception] = _internal_error
         starlette = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
         self.app: App = Protection(starlette, settings.hosts, settings.api_key, self._count)
 
@@ -125,7 +129,7 @@ class Application:
 
     async def _health(self, _: Request) -> Response:
         alive = self._batcher.is_open
-        return _json({"status": "ok" if alive else "no texts are drawn any more"}, 200 if alive else 503)
+        return _json({"status": "ok" if alive else "the server has stopped drawing texts"}, 200 if alive else 503)
 
     async def _metrics_text(self, _: Request) -> Response:
         return Response(self._metrics.text(), headers={"Content-Type": MEDIA_TYPE})
@@ -145,8 +149,10 @@ class Application:
         prompt = parse_json(await request.body()).get("prompt")
         if not isinstance(prompt, str) or len(prompt) > LONGEST_INSIDE:
             raise ApiError(f"prompt must be a text of at most {LONGEST_INSIDE:,} characters", "prompt")
+        text = closest_known(self._tokenizer, prompt)
+        work = self._call(lambda: inside_data(self._model, self._tokenizer, text))
         try:
-            return _json(await self._call(lambda: inside_data(self._model, self._tokenizer, prompt)))
+            return _json(await unless_gone(request.receive, work))
         except RequestError as error:
             raise ApiError(str(error), "prompt") from None
 
@@ -169,48 +175,33 @@ class Application:
         raw = await request.body()
         # Encoding a long prompt takes a while, and other clients must not wait for it.
         asked = await asyncio.to_thread(self._parsed, raw)
-        responses = Responses(self._settings.name, asked, self._tokenizer)
-        first = await self._first_choices(asked, responses)
         jobs = []
         if asked.settings.max_new_tokens:
             jobs = [Job(ids, asked.settings, asked.stop, asked.n, asked.logprobs or 0) for _, ids in asked.prompts]
         news = self._submit(jobs)
         self._metrics.prompt_tokens.inc(sum(len(ids) for _, ids in asked.prompts))
-        parts = self._parts(asked, jobs, news, responses, first, started)
-        if asked.stream:
-            return _Stream(parts, asked, responses, self._metrics.cancelled.inc, lambda: self._end(jobs, responses))
-        try:
-            return _json(await _unless_gone(request.receive, _whole(parts, responses)))
-        finally:
+        responses = Responses(self._settings.name, asked, self._tokenizer)
+        parts = self._parts(asked, jobs, news, responses, started)
+
+        def end() -> None:
             self._end(jobs, responses)
 
+        if asked.stream:
+            return EventStream(parts, responses, asked.include_usage, self._metrics.cancelled.inc, end)
+        try:
+            return _json(await unless_gone(request.receive, whole_answer(parts, responses)))
+        finally:
+            end()
+
     def _parsed(self, raw: bytes) -> CompletionRequest:
-        most = self._settings.threads * self._settings.side_by_side + self._settings.longest_queue
-        return parse_completion(parse_json(raw), self._tokenizer, self._settings.longest_completion, most)
-
-    async def _first_choices(self, asked: CompletionRequest, responses: Responses) -> list[dict[str, Any]]:
-        """What each text begins with: its prompt, if it is to be echoed; its end, if nothing is to be drawn."""
-        reason = None if asked.settings.max_new_tokens else "length"
-        if not asked.echo and reason is None:
-            return []
-        choices = []
-        for i, (text, ids) in enumerate(asked.prompts):
-            known = None
-            if asked.echo and asked.logprobs is not None:
-                if len(ids) > self._model.config.block_size:
-                    most = self._model.config.block_size
-                    raise ApiError(f"with echo and logprobs, a prompt has at most {most} tokens, got {len(ids)}", "prompt")
-                known = await self._call(lambda ids=ids: self._prompt_logprobs(ids, asked.logprobs or 0))  # type: ignore[misc]
-            shown = text if asked.echo else ""
-            choices += [responses.choice(i * asked.n + k, shown, (), reason, known) for k in range(asked.n)]
-        return choices
-
-    @no_grad()
-    def _prompt_logprobs(self, ids: list[int], n: int) -> PromptLogprobs:
-        logits = self._model(np.array([ids]))[0].numpy()[0, :-1, : self._tokenizer.vocab_size].astype(np.float64)
-        values = log_probabilities(logits, np.array(ids[1:], dtype=np.int64)).tolist() if len(ids) > 1 else []
-        rows = [(i, value, likeliest_ids(row, n)) for i, value, row in zip(ids[1:], values, logits, strict=True)]
-        return PromptLogprobs([(ids[0], None, ()), *rows])
+        settings = self._settings
+        limits = Limits(settings.longest_completion, max(1, settings.threads * settings.side_by_side // 2))
+        asked = parse_completion(parse_json(raw), self._tokenizer, limits)
+        most = self._model.config.block_size
+        longest = max(len(ids) for _, ids in asked.prompts)
+        if asked.echo and asked.logprobs is not None and longest > most:
+            raise ApiError(f"with echo and logprobs, a prompt has at most {most} tokens, got {longest}", "prompt")
+        return asked
 
     def _submit(self, jobs: list[Job]) -> asyncio.Event:
         """Submit the jobs of one request, all or none. Returns the event that tells of their news."""
@@ -236,20 +227,14 @@ class Application:
         self._metrics.completion_tokens.inc(responses.n_completion_tokens)
 
     async def _parts(
-        self,
-        asked: CompletionRequest,
-        jobs: list[Job],
-        news: asyncio.Event,
-        responses: Responses,
-        first: list[dict[str, Any]],
-        started: float,
-    ) -> AsyncIterator[list[dict[str, Any]]]:
-        """What the texts have grown by, again and again, as lists of choices, until all have ended. Raises ApiError."""
-        if first:
-            yield first
+        self, asked: CompletionRequest, jobs: list[Job], news: asyncio.Event, responses: Responses, started: float
+    ) -> Parts:
+        """Yield the new parts of the texts as lists of choices, until all texts have ended. Raises ApiError."""
+        if asked.echo or not jobs:
+            yield await self._first_choices(asked, responses)
         is_first = True
         while jobs:
-            is_done = all(job.is_done for job in jobs)  # asked before the pieces are taken, so that none is left
+            is_done = all(job.is_done for job in jobs)  # read before the pieces, so that no piece is missed
             grown: dict[int, Piece] = {}
             for i, job in enumerate(jobs):
                 if job.error is not None:
@@ -258,110 +243,51 @@ class Application:
                     piece = job.pieces.popleft()
                     index = i * asked.n + piece.text_number
                     grown[index] = grown[index].with_next(piece) if index in grown else piece
-            choices = [responses.choice(index, p.text, p.tokens, p.finish_reason) for index, p in grown.items()]
-            if choices:
+            if grown:
                 if is_first:
                     self._metrics.first_token.observe(time.perf_counter() - started)
                     is_first = False
-                yield choices
+                yield [responses.choice(index, p.text, p.tokens, p.finish_reason) for index, p in grown.items()]
             if is_done:
                 return
-            if choices:
+            if grown and asked.stream:
                 await asyncio.sleep(BETWEEN_PARTS)
             await news.wait()
             news.clear()
 
+    async def _first_choices(self, asked: CompletionRequest, responses: Responses) -> list[dict[str, Any]]:
+        """The first choice of each text: the echoed prompt, or finish_reason "length" if max_tokens is 0."""
+        reason = None if asked.settings.max_new_tokens else "length"
+        choices = []
+        for i, (text, ids) in enumerate(asked.prompts):
+            known = None
+            if asked.echo and asked.logprobs is not None:
+                known = await self._call(functools.partial(self._prompt_logprobs, ids if text else [], asked.logprobs))
+            shown = text if asked.echo else ""
+            choices += [responses.choice(i * asked.n + k, shown, (), reason, known) for k in range(asked.n)]
+        return choices
 
-async def _whole(parts: AsyncIterator[list[dict[str, Any]]], responses: Responses) -> dict[str, Any]:
-    """The answer in one piece: the parts of each text, joined."""
-    texts: dict[int, dict[str, Any]] = {}
-    async for choices in parts:
-        for choice in choices:
-            whole = texts.setdefault(choice["index"], choice)
-            if whole is choice:
-                continue
-            whole["text"] += choice["text"]
-            whole["finish_reason"] = choice["finish_reason"]
-            for name, values in (choice["logprobs"] or {}).items():
-                whole["logprobs"][name] += values
-    return responses.completion([texts[index] for index in sorted(texts)])
-
-
-async def _unless_gone(receive: Callable[[], Any], work: Any) -> Any:
-    """The result of `work`. Raises ClientDisconnect, and cancels it, if the client goes away before."""
-
-    async def gone() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    tasks = asyncio.ensure_future(work), asyncio.ensure_future(gone())
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if not tasks[0].done():
-            raise ClientDisconnect
-        return tasks[0].result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-class _Stream(Response):
-    """The answer as server-sent events. Each holds what one text has grown by, because many clients read only one."""
-
-    def __init__(
-        self,
-        parts: AsyncIterator[list[dict[str, Any]]],
-        asked: CompletionRequest,
-        responses: Responses,
-        when_gone: Callable[[], None],
-        at_end: Callable[[], None],
-    ) -> None:
-        """when_gone: is called if the client goes away. at_end: is called in any case."""
-        super().__init__()
-        self._parts, self._asked, self._responses = parts, asked, responses
-        self._when_gone, self._at_end = when_gone, at_end
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        try:
-            await _unless_gone(receive, self._send(send))
-        except ClientDisconnect:
-            self._when_gone()
-        finally:
-            self._at_end()
-
-    async def _send(self, send: Any) -> None:
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8")]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-
-        async def events(*data: bytes) -> None:
-            body = b"".join(b"data: " + each + b"\n\n" for each in data)
-            await send({"type": "http.response.body", "body": body, "more_body": True})
-
-        try:
-            async for choices in self._parts:
-                await events(*[_dumped(self._responses.completion([choice], usage=False)) for choice in choices])
-            if self._asked.include_usage:
-                await events(_dumped(self._responses.completion([])))
-            await events(b"[DONE]")
-        except ApiError as error:  # the status has been sent already
-            await events(error.body)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+    @no_grad()
+    def _prompt_logprobs(self, ids: list[int], n: int) -> PromptLogprobs:
+        """ids: of a prompt; none for a prompt that is empty."""
+        if not ids:
+            return PromptLogprobs([])
+        logits = self._model(np.array([ids]))[0].numpy()[0, :-1, : self._tokenizer.vocab_size].astype(np.float64)
+        check_finite(logits)
+        values = log_probabilities(logits, np.array(ids[1:], dtype=np.int64)).tolist() if len(ids) > 1 else []
+        rows = [(i, value, likeliest_ids(row, n)) for i, value, row in zip(ids[1:], values, logits, strict=True)]
+        return PromptLogprobs([(ids[0], None, ()), *rows])
 
 
 def _failed(error: Exception) -> ApiError:
-    """What a client is told if the server cannot do what it was asked."""
+    """The error that a client receives."""
     if isinstance(error, QueueFullError):
         return ApiError(str(error), status=429, code="queue_full")
     return ApiError(str(error) or "out of memory", status=503 if isinstance(error, ClosedError) else 500)
 
 
-def _dumped(value: Any) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode()
-
-
 def _json(value: Any, status: int = 200) -> Response:
-    return Response(_dumped(value), status, media_type="application/json")
+    return Response(dumped(value), status, media_type="application/json")
 
 
 async def _api_error(_: Request, error: Exception) -> Response:
@@ -370,13 +296,17 @@ async def _api_error(_: Request, error: Exception) -> Response:
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """There is no such path, or it has other methods."""
+    """Unknown path, or a method that the path does not allow."""
     assert isinstance(error, HTTPException)
     found = ApiError(f"{request.method} {request.url.path[:100]}: {error.detail}", status=error.status_code)
     return Response(found.body, found.status, found.headers | dict(error.headers or {}))
 
 
-async def _unforeseen(_: Request, __: Exception) -> Response:
-    """An error in this program. Starlette raises it again, and so its traceback is printed."""
-    found = ApiError("the server has made a mistake; its own messages say which", status=500)
+async def _no_chat(_: Request) -> Response:
+    raise ApiError("this model continues texts and has no chat; use /v1/completions", status=404)
+
+
+async def _internal_error(_: Request, __: Exception) -> Response:
+    """An error in this program. Starlette raises it again, so its traceback is printed."""
+    found = ApiError("internal error of the server; its log has the traceback", status=500)
     return Response(found.body, found.status, found.headers)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -20,6 +20,8 @@ from npgpt.generation.side_by_side import SideBySide, Token
 from npgpt.generation.stops import StopFinder
 from npgpt.model.gpt import GPT
 from npgpt.text.tokenizer import Tokenizer
+
+SIDE_BY_SIDE = 32  # texts that a thread draws together by default
 
 
 class QueueFullError(Exception):
@@ -32,7 +34,7 @@ class ClosedError(Exception):
 
 @dataclass(frozen=True)
 class Piece:
-    """What one text of a job has grown by. finish_reason: "stop" or "length" with the last piece, else None."""
+    """The new part of one text of a job. finish_reason: "stop" or "length" with the last piece, else None."""
 
     text_number: int
     text: str
@@ -46,7 +48,7 @@ class Piece:
 
 @dataclass
 class Job:
-    """Some texts that continue one context. `pieces` grows until `is_done`; `error` says why it ended without its texts."""
+    """Some texts that continue one context. `pieces` grows until `is_done`; `error` says why it failed."""
 
     context: list[int]
     settings: GenerateConfig
@@ -64,7 +66,7 @@ class Job:
         return self.n_left == 0 or self.error is not None
 
     def text_has_ended(self) -> None:
-        """Count one text less. Several threads may draw the texts of one job."""
+        """Count one more ended text. Several threads may draw the texts of one job."""
         with self._lock:
             self.n_left -= 1
 
@@ -77,8 +79,8 @@ class _Place:
     text_number: int
     finder: StopFinder
     n_tokens: int = 0
-    n_characters: int = 0  # that begin in its tokens
-    n_shown: int = 0  # characters
+    n_characters: int = 0  # characters that begin in its tokens so far
+    n_shown: int = 0  # characters shown so far
     held: deque[tuple[Token, int]] = field(default_factory=deque)  # tokens not shown yet, each with where it ends
 
     def add(self, token: Token, n_characters: int) -> None:
@@ -105,7 +107,7 @@ class Batcher:
         notify: Callable[[list[Job]], None],
         window: str | None = None,
         threads: int = 1,
-        side_by_side: int = 32,
+        side_by_side: int = SIDE_BY_SIDE,
         longest_queue: int = 64,
     ) -> None:
         """threads: how many draw. side_by_side: texts that each thread draws together. longest_queue: texts that may wait
@@ -118,6 +120,7 @@ class Batcher:
         self._waiting: deque[tuple[Job, int]] = deque()
         self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._changed = threading.Condition()
+        self._is_calling = False
         self._closed: ClosedError | None = None
         self._threads = [
             threading.Thread(target=self._run, args=(drawer,), name="drawer", daemon=True) for drawer in self._drawers
@@ -175,13 +178,15 @@ class Batcher:
             self._waiting = deque(waiting for waiting in self._waiting if waiting[0] is not job)
 
     def call(self, function: Callable[[], Any]) -> Future[Any]:
-        """Call a function between two tokens, so that a model has no more users than there are threads.
+        """Call a function between two tokens, in a thread that draws. One function is called at a time, because it may need
+        much memory.
 
         Raises QueueFullError, or ClosedError.
         """
         with self._changed:
             if self._closed:
                 raise self._closed
+            self._calls = deque(call for call in self._calls if not call[0].cancelled())
             if len(self._calls) >= self._longest_queue:
                 raise QueueFullError("too many requests are waiting already; try again later")
             future: Future[Any] = Future()
@@ -195,8 +200,8 @@ class Batcher:
         try:
             while self._next_step(drawer):
                 pass
-        finally:  # whatever ended the thread, nobody waits for it
-            self._close(ClosedError("drawing texts failed; the server must be started again"))
+        finally:  # after any error, no request may wait for this thread
+            self._close(ClosedError("a drawing thread failed; restart the server"))
 
     def _close(self, why: ClosedError) -> None:
         with self._changed:
@@ -206,7 +211,8 @@ class Batcher:
             self._changed.notify_all()
             jobs = [job for job, _ in self._waiting] + [job for drawer in self._drawers for job in drawer.jobs()]
             for future, _ in self._calls:
-                future.set_exception(why)
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(why)
             self._waiting.clear()
             self._calls.clear()
         self._fail(jobs, why)
@@ -214,28 +220,22 @@ class Batcher:
     def _next_step(self, drawer: _Drawer) -> bool:
         """Wait for something to do, and do it. Returns False when the batcher is closed."""
         with self._changed:
-            while not (self._closed or self._waiting or len(drawer) or self._calls):
+            while not (self._closed or self._waiting or len(drawer) or (self._calls and not self._is_calling)):
                 self._changed.wait()
             if self._closed:
                 return False
-            drawer.remove_cancelled()
+            drawer.remove_ended()
             while self._waiting and drawer.n_free and len(drawer) <= min(map(len, self._drawers)):
-                drawer.admit(*self._waiting.popleft())
-            call = self._calls.popleft() if self._calls else None
+                drawer.admit(*self._next_waiting())
+            call = None
+            if self._calls and not self._is_calling:
+                call, self._is_calling = self._calls.popleft(), True
         if call:
-            future, function = call
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(function())
-                except (ValueError, FloatingPointError, MemoryError) as error:  # the caller's request is at fault
-                    future.set_exception(error)
-                except BaseException as error:  # the code is at fault, and the caller must not wait for ever
-                    future.set_exception(error)
-                    raise
+            self._answer(*call)
         if len(drawer):
             try:
                 news = drawer.step()
-            except FloatingPointError as error:
+            except (FloatingPointError, MemoryError) as error:
                 failed = drawer.jobs()
                 drawer.clear()
                 self._fail(failed, error)
@@ -244,9 +244,33 @@ class Batcher:
                 self._notify(news)
         return True
 
+    def _next_waiting(self) -> tuple[Job, int]:
+        """Take a text from the queue: the first one of the job that has the fewest texts being drawn."""
+        drawn = Counter(id(job) for drawer in self._drawers for job in drawer.jobs())
+        chosen = min(self._waiting, key=lambda waiting: drawn[id(waiting[0])])
+        self._waiting.remove(chosen)
+        return chosen
+
+    def _answer(self, future: Future[Any], function: Callable[[], Any]) -> None:
+        """Call a function for `call`."""
+        try:
+            if future.set_running_or_notify_cancel():
+                future.set_result(function())
+        except (ValueError, FloatingPointError, MemoryError) as error:  # the caller's request is at fault
+            future.set_exception(error)
+        except BaseException as error:  # the code is at fault, and the caller must not wait for ever
+            future.set_exception(error)
+            raise
+        finally:
+            with self._changed:
+                self._is_calling = False
+                self._changed.notify_all()
+
     def _fail(self, jobs: list[Job], error: Exception) -> None:
-        for job in jobs:
-            job.error = error
+        with self._changed:
+            for job in jobs:
+                job.error = error
+            self._waiting = deque(waiting for waiting in self._waiting if waiting[0].error is None)
         if jobs:
             self._notify(jobs)
 
@@ -279,7 +303,8 @@ class _Drawer:
         self._texts.add(self._keys, job.context, job.settings, job.settings.seed, number, job.n_likeliest)
         self._places[self._keys] = _Place(job, number, StopFinder(job.stop, self._tokenizer.stream()))
 
-    def remove_cancelled(self) -> None:
+    def remove_ended(self) -> None:
+        """Remove the texts of jobs that were cancelled or have failed."""
         for key in [key for key, place in self._places.items() if place.job.is_cancelled or place.job.error]:
             self._remove(key)
 

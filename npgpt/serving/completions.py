@@ -1,7 +1,8 @@
 """The objects of OpenAI's completions interface: requests, responses, errors. No HTTP and no model.
 
 https://platform.openai.com/docs/api-reference/completions describes them. What is not supported is refused, never ignored.
-`top_k`, `min_p` and `repetition_penalty` are allowed beside OpenAI's own settings, under the names other servers use.
+Beside OpenAI's own settings there are `top_k`, `min_p` and `repetition_penalty`, under the names that other servers use, and
+`unknown`: what to do with characters of the prompt that the model does not know ("error", "skip" or "replace").
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ from typing import Any
 from npgpt.config.fields import RequestError
 from npgpt.config.settings import GenerateConfig
 from npgpt.generation.side_by_side import Token
-from npgpt.text.tokenizer import Tokenizer
+from npgpt.text.tokenizer import Tokenizer, closest_known
 
 MOST_PROMPTS = 64
+LONGEST_PROMPT = 65_536  # tokens
+MOST_PROMPT_TOKENS = 1 << 20  # of all texts of a request together
 MOST_STOPS = 16
 MOST_LOGPROBS = 20
 LONGEST_STOP = 1000  # characters
 SETTINGS = {"temperature": 1.0, "top_p": 1.0, "top_k": None, "min_p": None, "repetition_penalty": 1.0}
-UNSUPPORTED = {  # values that ask for nothing are accepted
+UNSUPPORTED = {  # values without effect are accepted
     "best_of": (None, 1),
     "suffix": (None, ""),
     "presence_penalty": (None, 0),
@@ -31,6 +34,8 @@ UNSUPPORTED = {  # values that ask for nothing are accepted
     "logit_bias": (None, {}),
 }
 KNOWN = {"model", "prompt", "max_tokens", "n", "stop", "seed", "stream", "stream_options", "logprobs", "echo", "user"}
+KNOWN |= {"unknown"}
+STREAM_OPTIONS = {"include_usage", "include_obfuscation"}
 
 
 class ApiError(Exception):
@@ -75,20 +80,29 @@ def parse_json(raw: bytes) -> dict[str, Any]:
     return body
 
 
-def parse_completion(body: dict[str, Any], tokenizer: Tokenizer, longest: int, most_texts: int) -> CompletionRequest:
-    """A request from its JSON object. longest: the largest max_tokens. most_texts: prompts times n. Raises ApiError."""
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for: the largest max_tokens, and the largest number of texts (prompts times n)."""
+
+    max_tokens: int
+    n_texts: int
+
+
+def parse_completion(body: dict[str, Any], tokenizer: Tokenizer, limits: Limits) -> CompletionRequest:
+    """A request from its JSON object. Raises ApiError."""
     for name in body.keys() - KNOWN - SETTINGS.keys() - UNSUPPORTED.keys():
         raise ApiError(f"unknown argument {name[:60]!r}", name[:60])
     for name, accepted in UNSUPPORTED.items():
-        if body.get(name) not in accepted and not (name == "best_of" and body[name] == body.get("n")):
+        value = body.get(name)
+        if isinstance(value, bool) or (value not in accepted and not (name == "best_of" and value == body.get("n"))):
             raise ApiError(f"{name} is not supported by this server", name)
-    n = _integer(body, "n", 1, 1, most_texts)
-    max_tokens = _integer(body, "max_tokens", 16, 0, longest)
+    n = _integer(body, "n", 1, 1, limits.n_texts)
+    max_tokens = _integer(body, "max_tokens", 16, 0, limits.max_tokens)
     logprobs = _integer(body, "logprobs", None, 0, MOST_LOGPROBS)
     seed = _integer(body, "seed", None, -(2**63), 2**64 - 1)
     options = body.get("stream_options")
-    if options is not None and not isinstance(options, dict):
-        raise ApiError("stream_options must be an object", "stream_options")
+    if options is not None and not (isinstance(options, dict) and options.keys() <= STREAM_OPTIONS):
+        raise ApiError(f"stream_options must be an object with {' or '.join(sorted(STREAM_OPTIONS))}", "stream_options")
     given: dict[str, Any] = {name: default if body.get(name) is None else body[name] for name, default in SETTINGS.items()}
     if given["top_p"] == 1 and not isinstance(given["top_p"], bool):
         given["top_p"] = None  # the same, but faster
@@ -97,10 +111,15 @@ def parse_completion(body: dict[str, Any], tokenizer: Tokenizer, longest: int, m
         settings = GenerateConfig(max_new_tokens=max_tokens, seed=None if seed is None else seed % 2**64, **given)
     except RequestError as error:
         raise ApiError(str(error), str(error).split()[0]) from None
-    prompts = _prompts(body.get("prompt"), tokenizer)
+    unknown = body.get("unknown") or "error"
+    if unknown not in ("error", "skip", "replace"):
+        raise ApiError(f"unknown must be 'error', 'skip' or 'replace', got {_short(unknown)}", "unknown")
+    prompts = _prompts(body.get("prompt"), tokenizer, unknown)
     assert n is not None
-    if len(prompts) * n > most_texts:
-        raise ApiError(f"a request may ask for at most {most_texts} texts, got {len(prompts)} prompts times n={n}", "n")
+    if len(prompts) * n > limits.n_texts:
+        raise ApiError(f"a request may ask for at most {limits.n_texts} texts, got {len(prompts)} prompts times n={n}", "n")
+    if n * sum(len(ids) for _, ids in prompts) > MOST_PROMPT_TOKENS:
+        raise ApiError(f"the prompts of all texts may have at most {MOST_PROMPT_TOKENS:,} tokens together", "prompt")
     return CompletionRequest(
         prompts,
         settings,
@@ -137,25 +156,32 @@ def _stops(value: Any) -> list[str]:
     return stops
 
 
-def _prompts(value: Any, tokenizer: Tokenizer) -> list[tuple[str, list[int]]]:
+def _prompts(value: Any, tokenizer: Tokenizer, unknown: str) -> list[tuple[str, list[int]]]:
     """(text, ids) of each prompt: a text, ids, or a list of either."""
     if value is None:
         value = ""
     prompts = [value] if isinstance(value, str) or (isinstance(value, list) and all(map(_is_id, value)) and value) else value
     if not isinstance(prompts, list) or not 0 < len(prompts) <= MOST_PROMPTS:
         raise ApiError(f"prompt must be a text, a list of token ids, or up to {MOST_PROMPTS} of them", "prompt")
-    return [_prompt(prompt, tokenizer) for prompt in prompts]
+    return [_prompt(prompt, tokenizer, unknown) for prompt in prompts]
 
 
-def _prompt(value: Any, tokenizer: Tokenizer) -> tuple[str, list[int]]:
+def _prompt(value: Any, tokenizer: Tokenizer, unknown: str) -> tuple[str, list[int]]:
+    is_ids = isinstance(value, list) and bool(value) and all(map(_is_id, value))
+    if not isinstance(value, str) and not is_ids:
+        raise ApiError("each prompt must be a text or a list of at least one token id", "prompt")
     try:
-        if isinstance(value, str):
-            return value, tokenizer.encode(value) if value else list(tokenizer.start_ids)
-        if isinstance(value, list) and value and all(map(_is_id, value)):
-            return tokenizer.decode(value), value
+        if is_ids:
+            text, ids = tokenizer.decode(value), value
+        else:
+            text = closest_known(tokenizer, value)
+            text = text if unknown == "error" else tokenizer.without_unknown(text, replace=unknown == "replace")
+            ids = tokenizer.encode(text) if text else list(tokenizer.start_ids)
     except RequestError as error:
         raise ApiError(str(error), "prompt") from None
-    raise ApiError("each prompt must be a text or a list of at least one token id", "prompt")
+    if len(ids) > LONGEST_PROMPT:
+        raise ApiError(f"a prompt may have at most {LONGEST_PROMPT:,} tokens, got {len(ids):,}", "prompt")
+    return text, ids
 
 
 def _is_id(value: Any) -> bool:
@@ -163,13 +189,9 @@ def _is_id(value: Any) -> bool:
 
 
 def _short(value: Any) -> str:
-    return (
-        repr(value)[:60]
-        if isinstance(value, (str, float, bool))
-        else str(value)[:60]
-        if _is_id(value)
-        else type(value).__name__
-    )
+    """A wrong value for a message. An integer may have more digits than Python writes."""
+    is_written = isinstance(value, (str, float, bool)) or (isinstance(value, int) and abs(value) < 2**64)
+    return repr(value)[:60] if is_written else type(value).__name__
 
 
 # ---------------------------------------------------------------- responses
@@ -204,7 +226,7 @@ class Responses:
     def choice(
         self, index: int, text: str, tokens: Sequence[Token], finish_reason: str | None, prompt: PromptLogprobs | None = None
     ) -> dict[str, Any]:
-        """One text, or what it has grown by. prompt: that part of `text` is the prompt, which is echoed."""
+        """The new part of one text. prompt: the log-probabilities of the echoed prompt in `text`."""
         logprobs = None
         if self._request.logprobs is not None:
             logprobs = self._logprobs(index, tokens, prompt)
@@ -226,7 +248,7 @@ class Responses:
         return parts
 
     def _token_text(self, i: int) -> str:
-        """A token as text. One that is no whole character is written as OpenAI does."""
+        """A token as text. A token that is not valid UTF-8 is written as bytes:\\xe4, as OpenAI does."""
         raw = self._tokenizer.token_bytes(i)
         try:
             return raw.decode("utf-8")
@@ -236,6 +258,6 @@ class Responses:
 
 @dataclass(frozen=True)
 class PromptLogprobs:
-    """The tokens of an echoed prompt: (id, its log-probability after the tokens before it, the likeliest instead of it)."""
+    """The tokens of an echoed prompt: (id, log-probability given the tokens before it, the likeliest ids at its place)."""
 
     rows: list[tuple[int, float | None, tuple[tuple[int, float], ...]]]

@@ -1,4 +1,4 @@
-"""The report of a run that goes on, over HTTP: made of the log as it grows, when a browser asks for it.
+"""Serves the report of a run while it goes on. The page is made from the log when a browser asks for it.
 
 Needs the extras [serve] and [plot].
 """
@@ -43,7 +43,7 @@ class LiveReport:
         """There is nothing to end: every request is answered at once."""
 
     def finish(self) -> None:
-        """After the end of the run: wait a moment, if a browser is there, until it has got the last report."""
+        """After the run: if a browser is watching, wait a few seconds until it has the last report."""
         if time.monotonic() - self._last_asked < RECENTLY:
             self._end_was_sent.wait(SECONDS_TO_SHOW_THE_END)
 
@@ -70,7 +70,7 @@ class LiveReport:
             size = self._log.stat().st_size if self._log.exists() else 0
             if str(size) != self._version or not self._page:
                 run = Run(self._name, self._checkpoint, read_log(self._log))
-                later = "What is copied from the training text is in the report after the run, by `report`."
-                left = "0 min" if run.end else run.time_left
-                self._page, self._version, self._has_ended = report_page([run], [later], left), str(size), run.end is not None
+                likeness = "Copied spans are not marked during the run. `npgpt report` marks them afterwards."
+                page = report_page([run], [likeness], run.time_left)
+                self._page, self._version, self._has_ended = page, str(size), run.end is not None
             return self._version, self._page, self._has_ended

@@ -1,10 +1,8 @@
-"""What stands between the network and the application: hosts, origins, the API key, limits of size and time.
-
-The server has no user accounts and may draw whatever a model has learned. So it answers only those it was meant for:
+"""Checks each request before the application sees it: host, origin, API key, size and time.
 
 - A request must name an allowed host. Otherwise a web page could reach the server through a name of its own (DNS rebinding).
-- A browser says from which page a request comes. Pages of other servers are refused.
-- With an API key, all but the page itself and /health ask for it. It is compared in constant time.
+- A browser says from which page a request comes. Requests from pages of another origin are refused.
+- If there is an API key, every path except / and /health needs it. It is compared in constant time.
 - A body has a largest size, and must arrive in time.
 """
 
@@ -24,7 +22,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 LARGEST_BODY = 1 << 20  # bytes
-LARGEST_DISCARDED = 1 << 24  # bytes of a larger body that are read, so that its client hears why it is refused
+LARGEST_DISCARDED = 1 << 24  # bytes of a larger body that are read, so that the client receives the error
 SLOWEST_BODY = 30.0  # seconds
 OPEN_PATHS = {"/", "/health"}  # they need no key; the page asks a person for it
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
@@ -71,10 +69,14 @@ class Protection:
             headers.setdefault(name.lower(), []).append(value)
         host = headers.get(b"host", [])
         if len(host) != 1 or _name_of(host[0]) not in self._hosts:
-            raise ApiError("this server does not answer to that Host; --allow-host NAME adds one", status=403)
+            shown = host[0].decode("latin-1")[:100] if host else ""
+            raise ApiError(
+                f"the Host {shown!r} is not allowed; start the server with --allow-host NAME to allow it", status=403
+            )
         for origin in headers.get(b"origin", []):
             if origin.partition(b"://")[2].lower() != host[0].lower():
-                raise ApiError("this server does not answer pages of other servers", status=403)
+                shown = origin.decode("latin-1")[:100]
+                raise ApiError(f"requests from pages of another origin are refused, got Origin {shown!r}", status=403)
         if self._api_key is not None and scope["path"] not in OPEN_PATHS:
             given = headers.get(b"authorization", [b""])[0]
             scheme, _, key = given.partition(b" ")

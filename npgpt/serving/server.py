@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
 import threading
 from collections.abc import Iterator
+from types import FrameType
 from typing import Protocol
 
 import uvicorn
@@ -17,10 +19,14 @@ from npgpt.serving.protection import App
 
 SECONDS_TO_FINISH = 10  # after SIGTERM, for requests that are under way
 MOST_CONNECTIONS = 1000  # beyond this, uvicorn answers 503
+EVERY_ADDRESS = ("0.0.0.0", "::")
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens. port: 0 for any free one. Raises RequestError if there is no such address or it is taken."""
+def listen(host: str, port: int, flag: str = "--port") -> socket.socket:
+    """A socket that listens. port: 0 for any free one. flag: with which the user can ask for another port.
+
+    Raises RequestError if this computer has no such address, or the port is taken.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -28,16 +34,32 @@ def listen(host: str, port: int) -> socket.socket:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
         listening.listen(2048)
-    except OSError as error:
+    except (OSError, ValueError, TypeError, OverflowError) as error:
         listening.close()
-        raise RequestError(f"cannot listen on {host}, port {port} ({error.strerror or error}); try another --port") from None
+        if isinstance(error, OSError) and error.errno in (errno.EADDRINUSE, errno.EACCES):
+            raise RequestError(f"cannot listen on port {port} ({error.strerror}); choose another with {flag} N") from None
+        raise RequestError(f"cannot listen on {host[:100]!r} ({error}); --host takes an address of this computer") from None
     return listening
 
 
 def address(listening: socket.socket) -> str:
     """The address of a page on this socket, for a browser."""
     host, port = listening.getsockname()[:2]
+    if host in EVERY_ADDRESS:
+        host = own_addresses()[0]
     return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+
+
+def own_addresses() -> list[str]:
+    """The names and addresses of this computer. The first is the one that other computers are most likely to reach."""
+    found = []
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as outward:
+        outward.connect(("192.0.2.1", 9))  # an address that nobody has; nothing is sent
+        found.append(str(outward.getsockname()[0]))
+    found += [socket.gethostname(), socket.getfqdn()]
+    with contextlib.suppress(OSError):  # its own name cannot be looked up
+        found += [str(information[4][0]) for information in socket.getaddrinfo(socket.gethostname(), None)]
+    return list(dict.fromkeys(found))
 
 
 class Servable(Protocol):
@@ -68,6 +90,16 @@ class _Server(uvicorn.Server):
             )
         )
         self._served, self._seconds_to_finish = served, seconds_to_finish
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal lets requests finish. A second one ends the process at once."""
+        if self.should_exit:
+            os._exit(128 + sig)
+        # os.write, because the signal may have interrupted a print.
+        with contextlib.suppress(OSError):
+            words = f"stopping; requests have {self._seconds_to_finish:.0f} s to finish; press Ctrl-C again to stop at once"
+            os.write(2, f"\n{words}\n".encode())
+        super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         asyncio.get_running_loop().call_later(self._seconds_to_finish, self._served.stop)

@@ -142,8 +142,9 @@ class RunFiles:
 
 
 def log_path(checkpoint: Path) -> Path:
-    """The path of the log of the run that writes this checkpoint."""
-    return checkpoint.with_suffix(".jsonl")
+    """The path of the log of the run that writes this checkpoint, or this state (see the top)."""
+    stem = checkpoint.stem.removesuffix(".last").removesuffix(".crash")
+    return checkpoint.with_name(f"{stem}.jsonl")
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -157,16 +158,21 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return events
 
 
+def number_in_log(value: Any) -> float:
+    """A value of an event as a number; NaN if it is not a finite number. A stranger may have written the log."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+    return float(value) if is_number else math.nan
+
+
 def seconds_of(events: list[dict[str, Any]]) -> list[float]:
     """For each event of a log, how long the run had taken until then. A log counts from each start or resumption."""
     before = seconds = 0.0
     found = []
     for event in events:
-        elapsed = event.get("elapsed", 0.0)
-        elapsed = float(elapsed) if isinstance(elapsed, (int, float)) and math.isfinite(elapsed) else 0.0
+        elapsed = number_in_log(event.get("elapsed"))
         if event["event"] in ("start", "resume"):
             before = seconds
-        seconds = before + elapsed
+        seconds = before + (0.0 if math.isnan(elapsed) else elapsed)
         found.append(seconds)
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
@@ -88,6 +89,16 @@ class Tokenizer(Protocol):
     def without_unknown(self, text: str, replace: bool) -> str:
         """`text` without unknown characters. replace: whether a close known character takes the place of an unknown one."""
         ...
+
+
+def closest_known(tokenizer: Tokenizer, text: str) -> str:
+    """The text, or if the tokenizer does not know all of it, the same with \\n as line ends and with composed characters.
+
+    A letter and its accent as two characters may be known as one (Unicode's normal form C).
+    """
+    if tokenizer.unknown(text):
+        text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
+    return text
 
 
 def text_size(tokenizer: Tokenizer, ids: np.ndarray) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 
 from npgpt.config.settings import GPTConfig, TrainConfig
 from npgpt.storage.header import Progress
@@ -71,3 +72,8 @@ def advice(progress: Progress, config: TrainConfig, model: GPTConfig, outcome: O
         f"The {which} loss has levelled off at {best:.2f}: more steps alone will help little. Change one thing, such as a "
         f"larger model (--n-embd {2 * model.n_embd}) or a longer context (--block-size {2 * model.block_size})."
     )
+
+
+def with_out(line: str, out: str) -> str:
+    """An advice for the run with `--out out`, whose flag a command that resumes it needs too."""
+    return line if out == "model.npz" else line.replace("--resume", f"--out {shlex.quote(out)} --resume")

@@ -26,7 +26,7 @@ def test_inside(workshop):
         result = npgpt_command("inside", "model.npz", *flags, cwd=workshop)
         assert (result.returncode, result.stdout) == (0, "")
         assert "Inside model.npz" in (workshop / "inside.html").read_text(encoding="utf-8")
-    assert npgpt_command("inside", "model.npz", "--prompt", "5€", "--unknown", "skip", cwd=workshop).returncode == 0
+    assert npgpt_command("inside", "model.npz", "--prompt", "the 5€", "--unknown", "skip", cwd=workshop).returncode == 0
 
 
 @pytest.mark.parametrize(

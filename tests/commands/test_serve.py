@@ -50,7 +50,7 @@ def test_a_text_is_what_generate_writes(workshop):
         assert found["model"] == "model"
         process.terminate()
         assert process.wait(timeout=30) in (-signal.SIGTERM, 143, 1)
-        assert process.stderr.read() == ""
+        assert "Traceback" not in process.stderr.read()
     result = npgpt_command(
         "generate", "--ckpt", "model.npz", "--prompt", "the", "--max-new-tokens", "40", "--seed", "3", cwd=workshop
     )
@@ -78,7 +78,8 @@ def test_requests_under_way_finish_after_sigterm(workshop):
         assert b'"finish_reason":"length"' in received
         assert b"data: [DONE]" in received
         assert process.wait(timeout=30) == -signal.SIGTERM
-        assert process.stderr.read() == ""
+        stopping = "stopping; requests have 10 s to finish; press Ctrl-C again to stop at once"
+        assert process.stderr.read().split("\n") == ["", stopping, ""]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
@@ -86,15 +87,38 @@ def test_ctrl_c_ends_it(workshop):
     with serving(workshop) as (process, _):
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 130
+        assert "Traceback" not in process.stderr.read()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_a_second_ctrl_c_ends_it_at_once(workshop):
+    with serving(workshop) as (process, address):
+        port = int(address.rsplit(":", 1)[1].strip("/"))
+        body = json.dumps({"max_tokens": 4096, "n": 16, "stream": True}).encode()
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+            connection.sendall(head.encode() + body)
+            connection.recv(1000)
+            process.send_signal(signal.SIGINT)
+            assert process.stderr.readline() == "\n"
+            assert process.stderr.readline().startswith("stopping; ")
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=5) == 130
         assert process.stderr.read() == ""
 
 
 def test_the_key_may_come_from_the_environment(workshop):
     with serving(workshop, "--host", "0.0.0.0", NPGPT_API_KEY="secret") as (_, address):
-        local = address.replace("0.0.0.0", "127.0.0.1")
+        local = re.sub(r"//[^:]+:", "//127.0.0.1:", address)
         with pytest.raises(urllib.error.HTTPError, match="401"):
             ask(local, "v1/models")
         assert ask(local, "v1/models", key="secret")["data"][0]["id"] == "model"
+
+
+def test_an_address_for_others_is_printed_and_allowed(workshop):
+    with serving(workshop, "--host", "0.0.0.0", "--no-api-key") as (_, address):
+        assert "0.0.0.0" not in address
+        assert ask(address, "v1/models")["data"]
 
 
 def test_another_name_must_be_allowed(workshop):
@@ -118,4 +142,6 @@ def test_a_port_that_is_taken_is_one_line(workshop):
         for arguments in (["serve", "--ckpt", "model.npz", "--port", port], ["train", "text.txt", "--watch", port]):
             result = npgpt_command(*arguments, cwd=workshop)
             assert result.returncode == 2
-            assert re.fullmatch(rf"npgpt \w+: cannot listen on 127.0.0.1, port {port} .*; try another --port\n", result.stderr)
+            assert re.fullmatch(
+                rf"npgpt \w+: cannot listen on port {port} \(.*\); choose another with --(port|watch) N\n", result.stderr
+            )

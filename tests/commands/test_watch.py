@@ -42,13 +42,14 @@ def test_the_report_grows_with_the_run(workshop):
             assert time.monotonic() < until
             page.wait_for_timeout(100)
         assert page.locator("progress").get_attribute("max") == "4000"
-        assert page.locator(".facts dt", has_text="left").locator("xpath=../dd").text_content().endswith("min")
+        assert page.locator(".facts dt", has_text="time left").locator("xpath=../dd").text_content().endswith("min")
         assert page.locator("#sample-0").count() == 1
         process.terminate()
         process.stderr.read()
         assert process.wait(timeout=60) in (143, 1)
         page.wait_for_timeout(500)
         ended = int(steps.text_content().split()[0].replace(",", ""))
+        assert page.locator(".facts dt", has_text="ended").locator("xpath=../dd").text_content() == "interrupted"
         assert ended == npgpt.load(workshop / "live.last.npz").step  # the browser has got the last report
         watched.close(address)
 

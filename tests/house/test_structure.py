@@ -27,7 +27,7 @@ OF_EXTRAS = {
     "tokenizers": {"text/bpe.py"},
     "gguf": {"exchange/gguf.py"},
     "matplotlib": {"report/curves.py"},
-    "starlette": {"serving/app.py", "serving/live.py"},
+    "starlette": {"serving/app.py", "serving/live.py", "serving/streams.py"},
     "uvicorn": {"serving/server.py"},
     "prometheus_client": {"serving/metrics.py"},
     "tensorboardX": {"report/tensorboard.py"},

@@ -10,8 +10,8 @@ from support.hostile import HOSTILE
 
 import npgpt
 from npgpt import GPT, BPETokenizer, CharTokenizer, GenerateConfig, GPTConfig
-from npgpt.commands.report import copies_of
 from npgpt.generation.sampling import _weights
+from npgpt.report.copies import copies_of
 from npgpt.report.inside_page import inside_page
 from npgpt.report.run_page import report_page
 from npgpt.report.runs import Run
@@ -82,7 +82,7 @@ def test_inside(opened, clear_model, tokenizer, view):
     assert page.locator(".lens td.chosen").count() == 4
     box = page.locator("canvas.large").bounding_box()
     page.locator("canvas.large").hover(position={"x": box["width"] * 0.1, "y": box["height"] * 0.9})
-    assert "takes" in page.locator(".large + .note").text_content()
+    assert "attends with" in page.locator(".large + .note").text_content()
     before = page.locator(".bars span").first.text_content()
     page.locator("#inside-temperature").focus()
     for _ in range(10):
@@ -100,6 +100,8 @@ SETTINGS = [
     {"top_p": 0.6},
     {"top_k": 7, "top_p": 0.5, "temperature": 1.3},
     {"top_p": 0.97, "temperature": 0.7},
+    {"top_p": 0.999, "temperature": 2.5},  # keeps ids that the page does not know one by one
+    {"temperature": 0.05},
 ]
 
 
@@ -130,7 +132,7 @@ def test_the_page_draws_from_what_the_sampler_draws_from(opened, tokenizer):
                 assert len(shown) == 10
                 for each in shown:
                     assert each["kept"] == (p[position, each["id"]] > 0)
-                    assert each["p"] == pytest.approx(p[position, each["id"]], rel=0.01, abs=1e-6)
+                    assert each["p"] == pytest.approx(p[position, each["id"]], rel=0.02, abs=1e-6)
 
 
 def test_nothing_hostile_runs(opened, run):

@@ -9,16 +9,16 @@ import pytest
 from support.hostile import HOSTILE
 
 import npgpt
-from npgpt.commands.report import copies_of
 from npgpt.evaluation.likeness import copied_spans
+from npgpt.report.copies import copies_of
 from npgpt.report.curves import MOST_POINTS, figures
 from npgpt.report.run_page import report_page
 from npgpt.report.runs import Run, differing, short_names
 from npgpt.storage.run import seconds_of
 
 
-def page_of(*runs, left=None):
-    return report_page(list(runs), [copies_of(run) for run in runs], left)
+def page_of(*runs, time_left=None):
+    return report_page(list(runs), [copies_of(run) for run in runs], time_left)
 
 
 def with_text_file(run, tmp_path, monkeypatch, text):
@@ -95,6 +95,13 @@ def test_a_resumed_run_counts_all_its_time(run):
     assert seconds_of([{"event": "step", "step": 1, "elapsed": "x"}, {"event": "step", "step": 2}]) == [0.0, 0.0]
 
 
+def test_what_was_changed_when_a_run_was_resumed(run):
+    changed = {"event": "resume", "step": 6, "changes": {"lr": ["0.001", "0.0005"], "damaged": 3}}
+    page = page_of(Run("a.npz", run.checkpoint, [*run.events, changed, *run.events[1:]]))
+    assert "From step 7 on: lr was 0.001 and became 0.0005." in page
+    assert "--out a.npz --resume" in page or "--resume" not in page
+
+
 def test_time_left(run):
     events = [
         {"event": "start", "step": 0, "elapsed": 1.0},
@@ -102,8 +109,8 @@ def test_time_left(run):
     ]
     assert Run("a", run.checkpoint, events).time_left == "4.0 min"  # four more steps of a minute
     assert Run("a", run.checkpoint, events[:1]).time_left == "unknown"
-    live = page_of(Run("a", run.checkpoint, events), left="4.0 min")
-    assert "<dd>4.0 min</dd>" in live
+    live = page_of(Run("a", run.checkpoint, events), time_left="4.0 min")
+    assert "<dt>time left</dt><dd>4.0 min</dd>" in live
     assert '<progress value="2" max="6"' in live
     assert "connect-src &#x27;self&#x27;" in live
 
@@ -116,7 +123,14 @@ def test_a_log_of_a_stranger(run, hostile):
         if event["event"] == "evaluation":
             event |= {"sample": hostile, "val_stderr": hostile, "train_loss": [1]}
         if event["event"] == "step":
-            event |= {"loss": hostile, "lr": float("nan"), "grad_norm": True, "tokens": None, "seconds": 0, "elapsed": 1e400}
+            event |= {
+                "loss": hostile,
+                "lr": float("nan"),
+                "grad_norm": True,
+                "tokens": 10**400,
+                "seconds": 1e-320,
+                "elapsed": 10**400,
+            }
         if event["event"] == "end":
             event |= {"advice": hostile, "reason": hostile}
     events = [json.loads(json.dumps(event)) for event in events]
@@ -144,7 +158,7 @@ def test_copies_are_marked(run, tmp_path, monkeypatch, text):
     marked = re.findall(r"<mark title=\"(\d+) characters\">", page)
     assert int(marked[0]) >= 60
     (tmp_path / "text.txt").unlink()
-    assert "Nothing is known of this: the text it was trained on, text.txt, is not here" in page_of(run)
+    assert "The likeness is unknown: the text it was trained on, text.txt, is not here" in page_of(run)
 
 
 def test_a_long_run_has_small_curves(run):

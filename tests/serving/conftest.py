@@ -19,7 +19,7 @@ def model(tokenizer):
 
 @pytest.fixture(scope="module")
 def client(model, tokenizer):
-    with server(model, tokenizer, threads=2, side_by_side=4) as client:
+    with server(model, tokenizer, threads=2, side_by_side=16) as client:
         yield client
 
 

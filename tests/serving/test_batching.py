@@ -180,5 +180,5 @@ def test_after_an_unforeseen_error_nobody_waits(tokenizer, started, monkeypatch)
     jobs = [job_of(tokenizer, k) for k in range(3)]
     batcher.submit(jobs)
     wait_for(lambda: all(job.is_done for job in jobs))
-    assert all(isinstance(job.error, ClosedError) and "started again" in str(job.error) for job in jobs)
+    assert all(isinstance(job.error, ClosedError) and "restart the server" in str(job.error) for job in jobs)
     assert not batcher.is_open

@@ -133,7 +133,7 @@ def test_the_key_is_asked_for(browser, model, tokenizer):
         page = watched.open(client.url)
         assert page.locator("#key-box").is_hidden()
         write(page, max_tokens=5)
-        assert "with the key of this server" in page.locator("#error").text_content()
+        assert "This server needs a key" in page.locator("#error").text_content()
         page.locator("#key").fill("secret")
         write(page, max_tokens=5)
         assert len(page.locator('[data-sample="0"]').text_content()) == 5

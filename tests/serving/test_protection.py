@@ -25,7 +25,7 @@ def test_other_hosts_are_refused(client, host):
         status, _, raw = client.send("GET", path, headers={"Host": host})
         assert status in (400, 403)
         if status == 403:
-            assert "--allow-host" in json.loads(raw)["error"]["message"]
+            assert "--allow-host NAME" in json.loads(raw)["error"]["message"]
 
 
 def test_a_request_without_a_host_or_with_two_is_refused(client):

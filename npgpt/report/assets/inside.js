@@ -26,6 +26,10 @@ function heat(part) { // part: 0 to 1
   return `color-mix(in srgb, var(--heat) ${Math.round(75 * Math.min(1, Math.max(0, part)))}%, transparent)`;
 }
 
+function counted(n, what) {
+  return `${n} ${what}${n === 1 ? "" : "s"}`;
+}
+
 function percent(p) {
   return p >= 0.0995 ? `${Math.round(100 * p)} %` : p >= 0.0001 ? `${(100 * p).toPrecision(2)} %` : "< 0.01 %";
 }
@@ -45,12 +49,13 @@ function nextTokens(data, position, temperature, topK, topP, shown) {
   const found = [];
   for (let i = 0; i < n; i++) {
     const p = i < k ? weight(data.logits[from + i]) / total : 0;
-    const kept = i < k && before < topP;
+    const kept = i < k && (topP >= 1 || before < topP);
     if (kept) keptTotal += p;
     before += p;
     found.push({ id: data.ids[from + i], p, kept });
   }
-  if (topP >= 1 && k > n) keptTotal = 1; // the tail is kept, too
+  // Of the tail, as much is kept as top-p needs.
+  if (k > n && before < topP) keptTotal = Math.min(1, topP);
   for (const each of found) each.p = each.kept ? each.p / keptTotal : 0;
   return found.slice(0, shown);
 }
@@ -91,10 +96,10 @@ function showInside(place, data) {
   });
   const known = data.surprisal.filter((bits) => bits !== null);
   const mean = known.reduce((sum, bits) => sum + bits, 0) / Math.max(1, known.length);
-  const notes = [`${n} tokens`];
-  if (known.length) notes.push(`${mean.toFixed(2)} bits each on average`);
-  if (data.nGiven > data.nRead) notes.push(`the model reads the last ${data.nRead} of ${data.nGiven}`);
-  if (data.nRead > n) notes.push(`the last ${n} are shown`);
+  const notes = [counted(n, "token")];
+  if (known.length) notes[0] += `, ${mean.toFixed(2)} bits each on average`;
+  if (data.nGiven > data.nRead) notes.push(`The model reads the last ${data.nRead} of ${data.nGiven}`);
+  if (data.nRead > n) notes.push(`The last ${n} are shown`);
 
   // ---------------------------------------------------------------- what comes next
 
@@ -103,12 +108,12 @@ function showInside(place, data) {
   const position = slider("position", "inside-position", 0, n - 1, 1, chosen, (i) => `${i + 1} of ${n}`, () => choose(Number(position.input.value)));
   const temperature = slider("temperature", "inside-temperature", 0, 2, 0.05, 1, (t) => t.toFixed(2), drawNext);
   const most = Math.min(data.vocabSize, data.nTop);
-  const topK = slider("top-k", "inside-top-k", 1, most, 1, most, (k) => k === most ? "off" : String(k), drawNext);
+  const topK = slider("top-k", "inside-top-k", 0, most, 1, 0, (k) => k === 0 ? "off" : String(k), drawNext);
   const topP = slider("top-p", "inside-top-p", 0.05, 1, 0.01, 1, (p) => p === 1 ? "off" : p.toFixed(2), drawNext);
 
   function drawNext() {
-    const k = Number(topK.input.value);
-    const found = nextTokens(data, chosen, Number(temperature.input.value), k === most ? 0 : k, Number(topP.input.value), 10);
+    const values = [temperature, topK, topP].map(({ input }) => Number(input.value));
+    const found = nextTokens(data, chosen, ...values, 10);
     bars.replaceChildren(...found.flatMap(({ id, p, kept }) => {
       const bar = element("i");
       bar.style.width = `${100 * p}%`;
@@ -155,16 +160,16 @@ function showInside(place, data) {
     const at = (value, size) => Math.min(n - 1, Math.max(0, Math.floor(n * value / size)));
     return [at(event.clientY - box.top, box.height), at(event.clientX - box.left, box.width)];
   };
-  const help = "Rows take from columns. Point at a cell; click chooses the row.";
+  const help = "Each row is a token, and each column a token that it attends to. Point at a cell. A click chooses the row.";
   large.addEventListener("mousemove", (event) => {
     const [query, key] = cellAt(event);
     hovered.textContent = key > query ? help
-      : `“${asSigns(word(data.tokens[query]))}” (${query + 1}) takes ${percent(weightOf(layer, head, query, key))} from “${asSigns(word(data.tokens[key]))}” (${key + 1})`;
+      : `“${asSigns(word(data.tokens[query]))}” (${query + 1}) attends with ${percent(weightOf(layer, head, query, key))} to “${asSigns(word(data.tokens[key]))}” (${key + 1})`;
   });
   large.addEventListener("mouseleave", () => { hovered.textContent = help; });
   large.addEventListener("click", (event) => choose(cellAt(event)[0]));
   hovered.textContent = help;
-  const lines = element("div", { class: "lines", tabindex: "0", "aria-label": "lines from each token to the tokens it takes from" });
+  const lines = element("div", { class: "lines", tabindex: "0", "aria-label": "lines from each token to the tokens that it attends to" });
 
   function drawHead() {
     paintHead(large, layer, head);
@@ -233,7 +238,7 @@ function showInside(place, data) {
   }
 
   place.replaceChildren(
-    element("p", { class: "note" }, `${notes.join(", ")}. The darker a token, the more it surprised the model. Choose a token.`),
+    element("p", { class: "note" }, `${notes.join(". ")}. The stronger the colour of a token, the more it surprised the model (full colour: 8 bits or more). Choose a token.`),
     tokens,
     element("h2", {}, "What comes next"),
     element("div", { class: "two" },
@@ -244,7 +249,7 @@ function showInside(place, data) {
     heads, headName,
     element("div", { class: "two" }, element("div", {}, large, hovered), lines),
     element("h2", {}, "The logit lens"),
-    element("p", { class: "note" }, "What the model would have said after each block, if the blocks ended there: the likeliest next token at each position."),
+    element("p", { class: "note" }, "What the model would have said after each block, if the blocks ended there: the likeliest next token at each position. The stronger the colour, the likelier."),
     lensBox,
   );
   drawHead();

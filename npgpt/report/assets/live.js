@@ -25,7 +25,7 @@ async function refresh() {
       if (response.headers.get("X-Run-Ended")) return;
     }
   } catch {
-    setStatus("The run has ended, or its page cannot be reached any more. What is below was the last report.");
+    setStatus("The run has ended, or its page cannot be reached any more. The last report is below.");
     pause = 10000;
   }
   setTimeout(refresh, pause);

@@ -25,7 +25,10 @@ function headers() {
 }
 
 async function explain(response) {
-  if (response.status === 401) byId("key-box").hidden = false;
+  if (response.status === 401) {
+    byId("key-box").hidden = false;
+    return "This server needs a key. Enter it above.";
+  }
   const body = await response.json().catch(() => null);
   return body?.error?.message || `The server answered ${response.status}.`;
 }
@@ -35,8 +38,13 @@ function request() {
   const asked = { model, prompt: byId("prompt").value, stream: true, logprobs: 0, max_tokens: number("max-tokens"), n: number("n"),
     temperature: number("temperature"), top_p: number("top-p") };
   if (number("top-k")) asked.top_k = number("top-k");
-  if (byId("seed").value !== "") asked.seed = number("seed");
-  if (byId("stop").value) asked.stop = [byId("stop").value];
+  if (byId("skip").checked) asked.unknown = "skip";
+  if (byId("stop").value) asked.stop = [byId("stop").value.replaceAll("\\n", "\n")];
+  if (byId("seed").value !== "" || byId("seed").validity.badInput) {
+    const seed = number("seed");
+    if (byId("seed").validity.badInput || !Number.isSafeInteger(seed) || seed < 0) throw new Error("The seed must be a whole number from 0 on.");
+    asked.seed = seed;
+  }
   return asked;
 }
 
@@ -51,10 +59,33 @@ function startSample(index, prompt) {
   return { tokens: [], place, inside, prompt, text: "" };
 }
 
+// The text of each token. Tokens that are no whole characters are joined, and so are their bits.
+function pieces(text, tokens) {
+  const found = [];
+  let at = 0, waiting = null;
+  for (const token of tokens) {
+    const isText = !token.text.startsWith("bytes:") && text.startsWith(token.text, at);
+    if (isText && waiting === null) {
+      found.push({ text: token.text, bits: token.bits });
+      at += token.text.length;
+      continue;
+    }
+    waiting = { bits: (waiting?.bits || 0) + token.bits };
+    const next = tokens[tokens.indexOf(token) + 1];
+    const end = next && !next.text.startsWith("bytes:") ? text.indexOf(next.text, at) : text.length;
+    if (!next || !next.text.startsWith("bytes:")) {
+      found.push({ text: text.slice(at, end < 0 ? text.length : end), bits: waiting.bits });
+      at = end < 0 ? text.length : end;
+      waiting = null;
+    }
+  }
+  if (at < text.length) found.push({ text: text.slice(at), bits: null });
+  return found;
+}
+
 function append(sample, text, tokens) {
   sample.text += text;
-  const pieces = tokens.length && tokens.map((token) => token.text).join("") === text ? tokens : [{ text, bits: null }];
-  for (const piece of pieces) {
+  for (const piece of pieces(text, tokens)) {
     const span = element("span");
     span.textContent = piece.text;
     sample.tokens.push({ span, bits: piece.bits });
@@ -72,19 +103,19 @@ function colour({ span, bits }) {
 byId("colour").addEventListener("change", () => drawn.forEach((sample) => sample.tokens.forEach(colour)));
 
 async function write() {
-  const asked = request();
+  byId("error").textContent = byId("status").textContent = "";
   running = new AbortController();
   byId("write").disabled = true;
   byId("stop-button").disabled = false;
-  byId("error").textContent = byId("status").textContent = "";
-  byId("texts").replaceChildren();
-  byId("inside").replaceChildren();
-  drawn = Array.from({ length: asked.n }, (_, index) => startSample(index, asked.prompt));
   const started = performance.now();
   let count = 0;
   try {
+    const asked = request();
     const response = await fetch("v1/completions", { method: "POST", headers: headers(), body: JSON.stringify(asked), signal: running.signal });
     if (!response.ok) throw new Error(await explain(response));
+    byId("texts").replaceChildren();
+    byId("inside").replaceChildren();
+    drawn = Array.from({ length: asked.n }, (_, index) => startSample(index, asked.prompt));
     for await (const data of events(response.body)) {
       if (data.error) throw new Error(data.error.message);
       for (const { index, text, logprobs } of data.choices) {
@@ -93,13 +124,13 @@ async function write() {
         append(drawn[index], text, tokens);
       }
       const seconds = (performance.now() - started) / 1000;
-      byId("status").textContent = `${count} tokens, ${Math.round(count / seconds)} a second`;
+      byId("status").textContent = `${counted(count, "token")}, ${Math.round(count / seconds)} a second`;
     }
   } catch (error) {
     if (error.name === "AbortError") byId("status").textContent += ", stopped";
     else byId("error").textContent = error instanceof TypeError ? "The server cannot be reached." : error.message;
   }
-  for (const sample of drawn) sample.inside.disabled = sample.text === "";
+  for (const sample of drawn) sample.inside.disabled = sample.prompt + sample.text === "";
   byId("write").disabled = false;
   byId("stop-button").disabled = true;
   running = null;
