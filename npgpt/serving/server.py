@@ -95,11 +95,11 @@ class _Server(uvicorn.Server):
         """The first signal lets requests finish. A second one ends the process at once."""
         if self.should_exit:
             os._exit(128 + sig)
+        super().handle_exit(sig, frame)
         # os.write, because the signal may have interrupted a print.
         with contextlib.suppress(OSError):
             words = f"stopping; requests have {self._seconds_to_finish:.0f} s to finish; press Ctrl-C again to stop at once"
             os.write(2, f"\n{words}\n".encode())
-        super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         asyncio.get_running_loop().call_later(self._seconds_to_finish, self._served.stop)
