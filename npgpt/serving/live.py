@@ -22,6 +22,8 @@ from npgpt.serving.protection import LOCAL_HOSTS, App, Protection
 from npgpt.storage.checkpoint import Checkpoint
 from npgpt.storage.run import read_log
 
+# Making a page takes time from the run. So the next one waits so many times as long, or so many seconds.
+REST, LONGEST_REST = 15, 10.0
 RECENTLY = 5.0  # seconds; a browser that asked within them still looks at the page
 SECONDS_TO_SHOW_THE_END = 4.0
 
@@ -34,6 +36,7 @@ class LiveReport:
         self._name, self._checkpoint, self._log = name, checkpoint, log
         self._making = threading.Lock()
         self._version, self._page, self._has_ended = "", "", False
+        self._not_before = 0.0  # when the next page may be made
         self._last_asked = -RECENTLY
         self._end_was_sent = threading.Event()
         starlette = Starlette(routes=[Route("/", self._whole), Route("/report", self._news)])
@@ -44,6 +47,7 @@ class LiveReport:
 
     def finish(self) -> None:
         """After the run: if a browser is watching, wait a few seconds until it has the last report."""
+        self._not_before = 0.0
         if time.monotonic() - self._last_asked < RECENTLY:
             self._end_was_sent.wait(SECONDS_TO_SHOW_THE_END)
 
@@ -65,12 +69,14 @@ class LiveReport:
         return HTMLResponse(page, headers=headers)
 
     def _newest(self) -> tuple[str, str, bool]:
-        """(version, page, whether the run has ended). The page is made again only if the log has grown."""
+        """(version, page, whether the run has ended). The page is made again if the log has grown, but not too often."""
         with self._making:
             size = self._log.stat().st_size if self._log.exists() else 0
-            if str(size) != self._version or not self._page:
+            started = time.monotonic()
+            if not self._page or (str(size) != self._version and started >= self._not_before):
                 run = Run(self._name, self._checkpoint, read_log(self._log))
                 likeness = "Copied spans are not marked during the run. `npgpt report` marks them afterwards."
                 page = report_page([run], [likeness], run.time_left)
                 self._page, self._version, self._has_ended = page, str(size), run.end is not None
+                self._not_before = time.monotonic() + min(LONGEST_REST, REST * (time.monotonic() - started))
             return self._version, self._page, self._has_ended

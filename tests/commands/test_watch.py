@@ -29,7 +29,7 @@ def address_of(process):
 
 def test_the_report_grows_with_the_run(workshop):
     """In a browser: samples and steps appear, the last report stays, and nothing goes wrong."""
-    flags = ["--out", "live.npz", "--steps", "4000", "--eval-interval", "40", "--patience", "0", "--watch", "0"]
+    flags = ["--out", "live.npz", "--steps", "100000", "--eval-interval", "40", "--patience", "0", "--watch", "0"]
     with open_browser() as browser, start(workshop, *flags, "--log-interval", "5") as process:
         address = address_of(process)
         watched = Watched(browser)
@@ -41,7 +41,7 @@ def test_the_report_grows_with_the_run(workshop):
         while int(steps.text_content().split()[0].replace(",", "")) <= first:
             assert time.monotonic() < until
             page.wait_for_timeout(100)
-        assert page.locator("progress").get_attribute("max") == "4000"
+        assert page.locator("progress").get_attribute("max") == "100000"
         assert page.locator(".facts dt", has_text="time left").locator("xpath=../dd").text_content().endswith("min")
         assert page.locator("#sample-0").count() == 1
         process.terminate()
