@@ -36,7 +36,7 @@ def play_page(name: str, what: str, longest: int, vocab_size: int) -> tuple[str,
             slider("tokens", "max-tokens", 1, min(longest, 2000), 1, min(longest, 300)),
             slider("samples", "n", 1, 8, 1, 1),
             field("seed", "seed", type="number", min=0, step=1, placeholder="random"),
-            field("stop before", "stop", type="text", placeholder="nothing; \\n is a line break", autocomplete="off"),
+            field("stop before", "stop", type="text", placeholder="nothing (\\n: new line)", autocomplete="off"),
             class_="controls",
         ),
         tag(

@@ -69,9 +69,9 @@ def _facts(i: int, run: Run, several: bool, time_left: str | None) -> list[Marku
     facts.append(("parameters", f"{run.checkpoint.config.num_parameters():,}"))
     if run.seconds and run.seconds[-1] > 0:
         facts.append(("time", f"{run.seconds[-1] / 60:.1f} min"))
-    if run.end:
+    if run.end and (time_left is not None or run.end.get("outcome") != "finished"):
         facts.append(("ended", str(run.end.get("outcome", "")).replace("_", " ")))
-    elif time_left is not None:
+    elif time_left is not None and not run.end:
         facts.append(("time left", time_left))
     parts = []
     if several:
