@@ -38,7 +38,8 @@ def run(args: argparse.Namespace) -> int:
     paths = [Path(name) for name in args.ckpt]
     if len(set(paths)) < len(paths):
         raise RequestError("a checkpoint is named twice")
-    runs = [Run(name, load(path), read_log(log_path(path))) for name, path in zip(short_names(paths), paths, strict=True)]
+    names = short_names(paths)
+    runs = [Run(name, load(path), read_log(log_path(path)), str(path)) for name, path in zip(names, paths, strict=True)]
     page = report_page(runs, [copies_of(run, progress_bar) for run in runs])
     say(f"{out}: {save_page(out, page) / 1e6:.1f} MB; open it in a browser")
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -37,6 +38,7 @@ class Observers:
 
             self._listening = listen("127.0.0.1", watch_port, "--watch")
             self._address = address(self._listening)
+            weakref.finalize(self, self._listening.close)  # a run that never begins leaves no open socket
 
     @contextlib.contextmanager
     def of(self, trainer: Trainer) -> Iterator[Observer]:

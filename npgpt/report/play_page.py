@@ -10,8 +10,8 @@ from npgpt.report.page import content_security_policy, data_script, document, ta
 SCRIPTS = ("inside.js", "play.js")
 
 
-def play_page(name: str, what: str, longest: int, vocab_size: int) -> tuple[str, str]:
-    """(the page as HTML, its content-security policy). name: of the model. what: a line that describes the model. longest: the
+def play_page(name: str, description: str, longest: int, vocab_size: int) -> tuple[str, str]:
+    """(the page as HTML, its content-security policy). name: of the model. description: of the model, in a line. longest: the
     largest number of tokens that the server draws."""
 
     def slider(label: str, key: str, low: float, high: float, step: float, value: float) -> object:
@@ -25,7 +25,7 @@ def play_page(name: str, what: str, longest: int, vocab_size: int) -> tuple[str,
     body = tag(
         "main",
         tag("h1", name),
-        tag("p", what, class_="note"),
+        tag("p", description, class_="note"),
         tag("label", "Prompt", for_="prompt"),
         tag("textarea", id="prompt", rows=4, spellcheck="false", placeholder="The text to continue. Empty: a new text."),
         tag(

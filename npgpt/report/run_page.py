@@ -1,6 +1,6 @@
 """The report of one run or of several: curves, samples as they grew, settings, likeness to the training text, advice.
 
-`report_page` makes the page of runs.py's data. A run that goes on is shown by the same page (serving/live.py).
+`report_page` makes the page from the data of runs.py. serving/live.py shows a run that goes on with the same page.
 """
 
 from __future__ import annotations
@@ -83,16 +83,14 @@ def _facts(i: int, run: Run, several: bool, time_left: str | None) -> list[Marku
     if run.end and run.end.get("reason"):
         parts.append(tag("p", str(run.end["reason"]), class_="error"))
     if run.end and run.end.get("advice"):
-        parts.append(tag("p", with_out(str(run.end["advice"]), run.name), class_="advice"))
+        parts.append(tag("p", with_out(str(run.end["advice"]), run.out), class_="advice"))
     return parts
 
 
 def _notes(runs: Sequence[Run]) -> list[Markup]:
     notes = []
     if without := [run.name for run in runs if not run.events]:
-        notes.append(
-            f"There is no log beside {', '.join(without)}, so only the losses that the checkpoint remembers are drawn."
-        )
+        notes.append(f"There is no log beside {', '.join(without)}, so the losses that the checkpoint holds are drawn.")
     if len({run.checkpoint.tokenizer.is_characters for run in runs}) > 1:
         notes.append("The runs have different tokens. Their losses per token cannot be compared, but bits per character can.")
     return [tag("p", note, class_="note") for note in notes]

@@ -44,7 +44,9 @@ class Evaluations:
 class Run:
     """One run: `checkpoint` says what was trained, `events` (a log; see storage/run.py) how it went."""
 
-    def __init__(self, name: str, checkpoint: Checkpoint, events: list[dict[str, Any]]) -> None:
+    def __init__(self, name: str, checkpoint: Checkpoint, events: list[dict[str, Any]], out: str | None = None) -> None:
+        """out: the path of the checkpoint, for commands that resume the run; by default the name."""
+        self.out = out or name
         self.name, self.checkpoint, self.events = name, checkpoint, events
         self.seconds = seconds_of(events)
         self.steps = self._steps()

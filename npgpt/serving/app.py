@@ -1,6 +1,6 @@
 """The application: a page, OpenAI's completions interface, the inside of the model, health, metrics.
 
-Needs the extra [serve]. batching.py draws the texts in another thread; here is only what goes over HTTP.
+Needs the extra [serve]. batching.py draws the texts, in other threads. Here is only what goes over HTTP.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Application:
         self.app: App = Protection(starlette, settings.hosts, settings.api_key, self._count)
 
     def stop(self) -> None:
-        """End all texts that are being drawn. Their clients hear that the server is shutting down."""
+        """End all texts that are being drawn. Their clients receive the error that the server is shutting down."""
         self._batcher.stop()
 
     @contextlib.asynccontextmanager
@@ -122,9 +122,10 @@ class Application:
     # ---------------------------------------------------------------- small answers
 
     async def _page(self, _: Request) -> Response:
-        config = self._model.config
-        what = f"{self._model.num_parameters():,} parameters, {config.n_layer} blocks, a context of {config.block_size} tokens"
-        page, policy = play_page(self._settings.name, what, self._settings.longest_completion, self._tokenizer.vocab_size)
+        config, settings = self._model.config, self._settings
+        size = f"{self._model.num_parameters():,} parameters, {config.n_layer} blocks"
+        description = f"{size}, a context of {config.block_size} tokens"
+        page, policy = play_page(settings.name, description, settings.longest_completion, self._tokenizer.vocab_size)
         return HTMLResponse(page, headers={"Content-Security-Policy": policy})
 
     async def _health(self, _: Request) -> Response:

@@ -37,6 +37,7 @@ class LiveReport:
         self._making = threading.Lock()
         self._version, self._page, self._has_ended = "", "", False
         self._not_before = 0.0  # when the next page may be made
+        self._is_over = False
         self._last_asked = -RECENTLY
         self._end_was_sent = threading.Event()
         starlette = Starlette(routes=[Route("/", self._whole), Route("/report", self._news)])
@@ -47,7 +48,7 @@ class LiveReport:
 
     def finish(self) -> None:
         """After the run: if a browser is watching, wait a few seconds until it has the last report."""
-        self._not_before = 0.0
+        self._is_over = True
         if time.monotonic() - self._last_asked < RECENTLY:
             self._end_was_sent.wait(SECONDS_TO_SHOW_THE_END)
 
@@ -73,7 +74,7 @@ class LiveReport:
         with self._making:
             size = self._log.stat().st_size if self._log.exists() else 0
             started = time.monotonic()
-            if not self._page or (str(size) != self._version and started >= self._not_before):
+            if not self._page or (str(size) != self._version and (self._is_over or started >= self._not_before)):
                 run = Run(self._name, self._checkpoint, read_log(self._log))
                 likeness = "Copied spans are not marked during the run. `npgpt report` marks them afterwards."
                 page = report_page([run], [likeness], run.time_left)

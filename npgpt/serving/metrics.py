@@ -16,7 +16,7 @@ class Metrics:
         registry = self._registry = CollectorRegistry()
         self.responses = Counter("npgpt_responses", "HTTP responses by status", ["status"], registry=registry)
         self.prompt_tokens = Counter("npgpt_prompt_tokens", "tokens of prompts", registry=registry)
-        self.completion_tokens = Counter("npgpt_completion_tokens", "tokens that were drawn", registry=registry)
+        self.completion_tokens = Counter("npgpt_completion_tokens", "tokens sent to clients", registry=registry)
         self.cancelled = Counter("npgpt_cancelled", "requests whose client went away", registry=registry)
         buckets = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
         self.first_token = Histogram("npgpt_first_token_seconds", "time to the first token", registry=registry, buckets=buckets)
