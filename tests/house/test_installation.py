@@ -14,7 +14,7 @@ def test_bin_scripts(trained, tmp_path):
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n', encoding="utf-8")
     python.chmod(0o755)
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    for name in ("train", "generate", "evaluate", "gradcheck", "inspect", "report", "serve"):
+    for name in ("train", "generate", "evaluate", "gradcheck", "inspect", "report", "inside", "serve"):
         script = ROOT / "bin" / name
         result = subprocess.run([script, "--help"], env=environment, capture_output=True, encoding="utf-8", check=False)
         assert result.returncode == 0, result.stderr

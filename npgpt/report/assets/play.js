@@ -3,6 +3,7 @@
 "use strict";
 
 const model = JSON.parse(document.getElementById("settings").textContent).model;
+const LONGEST_GIVEN = 400; // characters of the prompt that are repeated before a text
 const byId = (id) => document.getElementById(id);
 let running = null; // the AbortController of the request that is under way
 let drawn = []; // of each sample: { tokens: [{ text, bits }], box, place }
@@ -52,7 +53,7 @@ function startSample(index, prompt) {
   const place = element("div", { class: "text", "data-sample": String(index) });
   const inside = element("button", { type: "button", disabled: "disabled", onclick: () => lookInside(index) }, "Look inside");
   const given = element("span", { class: "given" });
-  given.textContent = prompt;
+  given.textContent = prompt.length > LONGEST_GIVEN ? `…${prompt.slice(-LONGEST_GIVEN)}` : prompt;
   place.append(given);
   const box = element("div", {}, place, inside);
   byId("texts").append(box);
