@@ -7,7 +7,7 @@ from pathlib import Path
 
 from npgpt.console.flags import file_to_write
 from npgpt.console.prompts import add_prompt_flags, given_prompt, known
-from npgpt.console.terminal import command_parser, say
+from npgpt.console.terminal import command_parser, file_size, say
 from npgpt.report.inside_page import inside_page
 from npgpt.report.page import save_page
 from npgpt.storage.checkpoint import load
@@ -34,5 +34,5 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = load(args.ckpt)
     prompt = known(checkpoint.tokenizer, given_prompt(args) or "", args.unknown)
     page = inside_page(Path(args.ckpt).name, checkpoint.model, checkpoint.tokenizer, prompt)
-    say(f"{out}: {save_page(out, page) / 1e6:.1f} MB; open it in a browser")
+    say(f"{out}: {file_size(save_page(out, page))}; open it in a browser")
     return 0

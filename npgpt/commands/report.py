@@ -8,7 +8,7 @@ from pathlib import Path
 from npgpt.config.fields import RequestError
 from npgpt.console.extras import check_installed
 from npgpt.console.flags import file_to_write
-from npgpt.console.terminal import command_parser, progress_bar, say
+from npgpt.console.terminal import command_parser, file_size, progress_bar, say
 from npgpt.report.copies import copies_of
 from npgpt.report.page import save_page
 from npgpt.report.run_page import report_page
@@ -41,5 +41,5 @@ def run(args: argparse.Namespace) -> int:
     names = short_names(paths)
     runs = [Run(name, load(path), read_log(log_path(path)), str(path)) for name, path in zip(names, paths, strict=True)]
     page = report_page(runs, [copies_of(run, progress_bar) for run in runs])
-    say(f"{out}: {save_page(out, page) / 1e6:.1f} MB; open it in a browser")
+    say(f"{out}: {file_size(save_page(out, page))}; open it in a browser")
     return 0

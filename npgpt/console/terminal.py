@@ -75,6 +75,11 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
+def file_size(n_bytes: int) -> str:
+    """A size as text: 120 kB, or 2.7 MB."""
+    return f"{n_bytes / 1e6:.1f} MB" if n_bytes >= 1e6 else f"{n_bytes / 1e3:.0f} kB"
+
+
 def progress_bar(iterable: Iterable[Any], **options: Any) -> Iterable[Any]:
     """tqdm(iterable, **options), shown only on a terminal, and only after the first second."""
     from tqdm import tqdm

@@ -1,5 +1,6 @@
 """`report` and `inside` as commands: the page is written, in time and small; missing extras are one line."""
 
+import re
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ import npgpt.cli
 def test_report(workshop):
     result = npgpt_command("report", "model.npz", cwd=workshop)
     assert (result.returncode, result.stdout) == (0, "")
-    assert result.stderr.startswith("report.html: 0.1 MB; open it in a browser")
+    assert re.fullmatch(r"report.html: \d+ kB; open it in a browser\n", result.stderr)
     page = (workshop / "report.html").read_text(encoding="utf-8")
     assert "the training text" in page
     assert "text.txt, 6,000 characters" in page
