@@ -143,15 +143,15 @@ def _weights(
 
 
 def _relative_error(tolerance: np.ndarray, settings: GenerateConfig) -> np.ndarray:
-    """(B,): by what part of itself a probability can be wrong if each logit can be wrong by the tolerance."""
+    """(B,): the largest relative error of a probability if each logit may be wrong by the tolerance."""
     return np.expm1(np.minimum(2 * tolerance / settings.temperature, LARGEST_EXPONENT))
 
 
 def _near(descending: np.ndarray, before: np.ndarray, top_p: float, error: float, more: float) -> slice:
     """The places (in descending order) of the ids that top-p may wrongly keep or drop.
 
-    before: (V,), for each id the sum of all higher probabilities. error: by what part of itself a probability can be wrong.
-    more: how wrong the sums can be beyond that.
+    before: (V,), for each id the sum of all higher probabilities. error: the relative error of a probability. more: a further
+    error of the sums.
     """
     of_sum = top_p * (1 - top_p) * error + more
     first, end = np.searchsorted(before, (top_p - of_sum, top_p + of_sum)).tolist()

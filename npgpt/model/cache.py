@@ -29,17 +29,10 @@ class KVCache:
         """most_tokens: room for this many tokens of each sequence, if there will not be more; by default block_size."""
         head_dim = config.n_embd // config.n_head
         self._room, self._xp, self._dtype = most_tokens or config.block_size, backend.xp, dtype
-        # For each block: keys and values, each (batch, n_head, block_size, head_dim). Only the first len(self) rows are used.
+        # For each block: keys and values, each (batch, n_head, block_size, head_dim). Only len(lengths) rows are used.
         # It starts as zeros, because what is `absent` must still be finite.
         self._memory: Array = backend.xp.zeros((config.n_layer, 2, batch, config.n_head, self._room, head_dim), dtype=dtype)
         self._set_lengths(np.zeros(batch, dtype=np.int64))
-
-    def __len__(self) -> int:
-        """The number of sequences."""
-        return len(self.lengths)
-
-    def __bool__(self) -> bool:
-        return True
 
     @property
     def length(self) -> int:
@@ -74,13 +67,13 @@ class KVCache:
         because a new token is stored where the oldest one was. If the lengths differ, T must be 1. The caller calls `advance`
         when all blocks are done.
         """
-        n, memory = k.shape[2], self._memory[layer, :, : len(self)]
+        n, memory = k.shape[2], self._memory[layer, :, : len(self.lengths)]
         if isinstance(self.positions, int):
             start = self.positions % self._room if n == 1 else self.positions
             kept = memory[:, :, :, : min(self.positions + n, self._room)]
             kept[0, :, :, start : start + n], kept[1, :, :, start : start + n] = k, v
             return kept[0], kept[1]
-        rows, at = np.arange(len(self)), self.positions % self._room
+        rows, at = np.arange(len(self.lengths)), self.positions % self._room
         memory[0][rows, :, at], memory[1][rows, :, at] = k[:, :, 0], v[:, :, 0]
         kept = memory[:, :, :, : min(int(self.positions.max()) + 1, self._room)]
         return kept[0], kept[1]
@@ -95,7 +88,7 @@ class KVCache:
 
     def append(self, other: KVCache, rows: Sequence[int]) -> None:
         """Add sequences of another cache of the same model after the own ones. A row of the other may occur more than once."""
-        n, m = len(self), len(rows)
+        n, m = len(self.lengths), len(rows)
         if n + m > self._memory.shape[2]:  # as a list grows: by at least its own size, so that a sequence is rarely copied
             grown = self._xp.zeros((*self._memory.shape[:2], max(2 * n, n + m), *self._memory.shape[3:]), dtype=self._dtype)
             grown[:, :, :n] = self._memory[:, :, :n]
@@ -106,7 +99,7 @@ class KVCache:
 
     def remove(self, row: int) -> None:
         """Remove one sequence. The last one takes its place."""
-        last = len(self) - 1
+        last = len(self.lengths) - 1
         lengths = self.lengths.copy()
         if row != last:
             longest = min(int(lengths[last]), self._room)

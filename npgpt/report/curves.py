@@ -126,7 +126,6 @@ def _svg(name: str, curves: list[Curve], x_label: str, y_label: str, look: Look)
         "svg.hashsalt": name,
         "font.family": "sans-serif",
         "font.size": 10.0,
-        "legend.fontsize": 9.0,
     }
     style |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
     with matplotlib.rc_context(style):

@@ -21,8 +21,8 @@ from npgpt.text.tokenizer import Tokenizer
 
 SCRIPTS = ("inside.js", "inside_start.js")
 MOST_WEIGHTS = 1_500_000  # of attention on a page; with more, only the last tokens are shown
-MOST_LOGITS = 256  # of each position, the largest; the page knows of the others how many have about which logit
-TAIL_STEP = 0.25  # the others are counted in steps of this size
+MOST_LOGITS = 256  # of each position, the largest; the others are counted in bins
+TAIL_STEP = 0.25  # the width of a bin
 IN_LENS = 5  # likeliest tokens of each layer
 LONGEST_TOKEN = 60  # characters of a token that are shown
 

@@ -36,7 +36,7 @@ def text(value: object) -> Markup:
 
 
 def visible_controls(value: str) -> str:
-    """A text whose control characters are signs for them; line feeds and tabs stay."""
+    """The text with a visible sign for each control character. Line feeds and tabs stay."""
     return CONTROL.sub(lambda match: chr(0x2400 + ord(match[0])) if match[0] < " " else "\ufffd", value)
 
 

@@ -5,14 +5,14 @@ The page talks to the server that it came from (serving/). Here is only what it 
 
 from __future__ import annotations
 
-from npgpt.report.page import content_security_policy, data_script, document, tag
+from npgpt.report.page import data_script, document, tag
 
 SCRIPTS = ("inside.js", "play.js")
 
 
-def play_page(name: str, description: str, longest: int, vocab_size: int) -> tuple[str, str]:
-    """(the page as HTML, its content-security policy). name: of the model. description: of the model, in a line. longest: the
-    largest number of tokens that the server draws."""
+def play_page(name: str, description: str, longest: int, vocab_size: int) -> str:
+    """The page as HTML. name: of the model. description: of the model, in a line. longest: the largest number of tokens that
+    the server draws."""
 
     def slider(label: str, key: str, low: float, high: float, step: float, value: float) -> object:
         output = tag("output", for_=key, id=f"{key}-value")
@@ -61,4 +61,4 @@ def play_page(name: str, description: str, longest: int, vocab_size: int) -> tup
         tag("noscript", tag("p", "This page needs JavaScript.")),
         data_script("settings", {"model": name}),
     )
-    return document(name, [body], SCRIPTS, connects=True), content_security_policy(SCRIPTS, connects=True)
+    return document(name, [body], SCRIPTS, connects=True)

@@ -1,1 +1,1 @@
-"""A model, and reports of runs, over HTTP. Answers what it is asked; never trains."""
+"""Serves a model, and the reports of runs, over HTTP. Nothing is trained here."""

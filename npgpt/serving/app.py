@@ -27,6 +27,8 @@ from npgpt.generation.sampling import likeliest_ids, log_probabilities
 from npgpt.model.gpt import GPT
 from npgpt.parallel.machine import blas_threads
 from npgpt.report.inside_page import inside_data
+from npgpt.report.page import content_security_policy
+from npgpt.report.play_page import SCRIPTS as PLAY_SCRIPTS
 from npgpt.report.play_page import play_page
 from npgpt.serving.batching import SIDE_BY_SIDE, Batcher, ClosedError, Job, Piece, QueueFullError
 from npgpt.serving.completions import (
@@ -125,7 +127,8 @@ class Application:
         config, settings = self._model.config, self._settings
         size = f"{self._model.num_parameters():,} parameters, {config.n_layer} blocks"
         description = f"{size}, a context of {config.block_size} tokens"
-        page, policy = play_page(settings.name, description, settings.longest_completion, self._tokenizer.vocab_size)
+        page = play_page(settings.name, description, settings.longest_completion, self._tokenizer.vocab_size)
+        policy = content_security_policy(PLAY_SCRIPTS, connects=True)
         return HTMLResponse(page, headers={"Content-Security-Policy": policy})
 
     async def _health(self, _: Request) -> Response:

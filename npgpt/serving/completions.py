@@ -34,7 +34,7 @@ UNSUPPORTED = {  # values without effect are accepted
     "logit_bias": (None, {}),
 }
 KNOWN = {"model", "prompt", "max_tokens", "n", "stop", "seed", "stream", "stream_options", "logprobs", "echo", "user"}
-KNOWN |= {"unknown"}
+KNOWN |= {"unknown"}  # beside OpenAI's own
 STREAM_OPTIONS = {"include_usage", "include_obfuscation"}
 
 

@@ -22,7 +22,7 @@ from npgpt.serving.protection import LOCAL_HOSTS, App, Protection
 from npgpt.storage.checkpoint import Checkpoint
 from npgpt.storage.run import read_log
 
-# Making a page takes time from the run. So the next one waits so many times as long, or so many seconds.
+# Making a page takes time from the run. So the next page waits 15 times as long as that took, but 10 seconds at most.
 REST, LONGEST_REST = 15, 10.0
 RECENTLY = 5.0  # seconds; a browser that asked within them still looks at the page
 SECONDS_TO_SHOW_THE_END = 4.0

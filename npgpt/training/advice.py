@@ -75,5 +75,5 @@ def advice(progress: Progress, config: TrainConfig, model: GPTConfig, outcome: O
 
 
 def with_out(line: str, out: str) -> str:
-    """An advice for the run with `--out out`, whose flag a command that resumes it needs too."""
+    """The advice with `--out` before `--resume`, unless the run has the default name."""
     return line if out == "model.npz" else line.replace("--resume", f"--out {shlex.quote(out)} --resume")

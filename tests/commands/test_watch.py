@@ -108,7 +108,6 @@ def test_tensorboard(workshop):
 
 def read_tensorboard(folder):
     """(scalars by name and step, texts by name and step) in TensorBoard's files."""
-    from tensorboardX.event_file_writer import RecordWriter  # noqa: F401 (the package that wrote them)
     from tensorboardX.proto.event_pb2 import Event
 
     scalars, texts = {}, {}

@@ -122,7 +122,7 @@ def test_several_files_and_names_without_a_prefix(tmp_path):
 
 
 def test_trained_weights(tmp_path):
-    """Trained weights give larger logits than random ones. The ids of this model stand for microbes, so there is no text."""
+    """Trained weights give larger logits than random ones. This model knows microbes, not text, by its ids."""
     wheels = list(INTEROP.glob("microformer*.whl"))
     if not wheels:
         pytest.skip("the trained weights are not there; `make interop` fetches them")
