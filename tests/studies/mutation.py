@@ -161,7 +161,7 @@ BUGS = [
     ("rotary: all planes turn equally fast", LAYERS, "self.base ** (-np.arange(0, self._head_dim, 2) / self._head_dim)", "np.ones(self._head_dim // 2)"),
     ("cache: the newest token replaces the wrong one", CACHE, "self.positions % self._room if n == 1", "self._room - 1 - self.positions % self._room if n == 1"),
     ("cache: a shorter sequence sees what is not there", CACHE, "np.arange(present.max()) >= present[:, None]", "np.arange(present.max()) > present[:, None]"),
-    ("cache: a sequence of its own length is stored in the wrong place", CACHE, "rows, at = np.arange(len(self)), self.positions % self._room", "rows, at = np.arange(len(self)), (self.positions - 1) % self._room"),
+    ("cache: a sequence of its own length is stored in the wrong place", CACHE, "rows, at = np.arange(len(self.lengths)), self.positions % self._room", "rows, at = np.arange(len(self.lengths)), (self.positions - 1) % self._room"),
     ("cache: a removed sequence stays", CACHE, "lengths[row] = lengths[last]", "pass"),
     ("cache: the sequence that takes a place loses its last token", CACHE, "longest = min(int(lengths[last]), self._room)", "longest = min(int(lengths[last]), self._room) - 1"),
     ("rotary: every sequence at the first one's position", LAYERS, "for at in position.tolist()", "for at in [position.tolist()[0]] * len(position)"),
