@@ -14,7 +14,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -35,53 +37,82 @@ TORCH_MODES = ["torch eager float32", "torch eager bfloat16", "torch compiled fl
 
 
 class Contender:
-    """A process that runs contender.py, and its measurements."""
+    """A process that runs contender.py, and its measurements.
 
-    def __init__(self, engine, workload):
-        self.engine, self.seconds, self.peak_memory = engine, [], None
+    A process that has died, or that has not answered after `patience` seconds, is out: `failure` says why.
+    """
+
+    def __init__(self, engine, workload, patience):
+        self.engine, self.seconds, self.peak_memory, self.failure, self._patience = engine, [], None, None, patience
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (close() closes it)
         self._process = subprocess.Popen(
             [sys.executable, HERE / "contender.py", engine, workload],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self._errors,
             encoding="utf-8",
             env=os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")])},
         )
 
-    def run(self, steps):
-        """Do some steps. Returns the seconds of each, or None if the process has died."""
+    def ask(self, steps):
+        """Ask for some steps."""
         try:
             self._process.stdin.write(f"{steps}\n")
             self._process.stdin.flush()
-            answer = json.loads(self._process.stdout.readline())
-        except (BrokenPipeError, json.JSONDecodeError):
-            return None
+        except BrokenPipeError:
+            self._has_died()
+
+    def answer(self):
+        """Wait for the steps that were asked for. Returns the seconds of each, none if the process is out."""
+        alarm = threading.Timer(self._patience, self._process.kill)
+        alarm.start()
+        line = "" if self.failure else self._process.stdout.readline()
+        in_time = alarm.is_alive()
+        alarm.cancel()
+        if not line:
+            self._has_died(None if in_time else f"no answer after {self._patience} s")
+            return []
+        answer = json.loads(line)
         self.peak_memory = answer["peak_memory"]
         return answer["seconds"]
 
+    def _has_died(self, failure=None):
+        status = self._process.wait()
+        self._errors.seek(0)
+        lines = self._errors.read().strip().splitlines() or [f"status {status}"]
+        self.failure = self.failure or failure or lines[-1]
+
     def close(self):
-        self._process.stdin.close()
+        with suppress(BrokenPipeError):  # the request that a dead process has not read
+            self._process.stdin.close()
         self._process.stdout.close()
         self._process.wait()
+        self._errors.close()
 
 
-def training(name, engines, rounds):
+def training(name, engines, rounds, patience=300):
     """Train one workload with all engines, taking turns.
 
-    Returns ({engine: its figures}, the engines that failed).
+    Returns ({engine: its figures}, {engine that failed: why}). An engine that does not answer for `patience` seconds fails.
     """
-    contenders = [Contender(engine, name) for engine in engines]
-    failed = {c.engine for c in contenders if c.run(2) is None}  # warm-up: caches, compilation
-    turns = [c for c in contenders if c.engine not in failed]
+    contenders = [Contender(engine, name, patience) for engine in engines]
+    for contender in contenders:
+        contender.ask(2)  # warm-up: caches, compilation
+    for contender in contenders:
+        contender.answer()
     for _ in range(rounds):
-        for contender in turns:
-            contender.seconds += contender.run(max(3, round(0.5 / statistics.median(contender.seconds or [0.5]))))
+        for contender in contenders:
+            if not contender.failure:
+                contender.ask(max(3, round(0.5 / statistics.median(contender.seconds or [0.5]))))
+                contender.seconds += contender.answer()
     for contender in contenders:
         contender.close()
     workload = (WORKLOADS | ON_A_GPU)[name]
     tokens = workload.batch_size * workload.block_size
     rows = {}
-    for c in turns:
+    for c in contenders:
+        if c.failure:
+            continue
         median = statistics.median(c.seconds)
         rows[c.engine] = {
             "ms": round(1e3 * median, 2),
@@ -90,7 +121,7 @@ def training(name, engines, rounds):
             "steps": len(c.seconds),
             "peak_memory_mb": c.peak_memory and round(c.peak_memory / 1e6),
         }
-    return rows, sorted(failed)
+    return rows, {c.engine: c.failure for c in contenders if c.failure}
 
 
 def seconds_of(function, repeat):
@@ -309,6 +340,10 @@ def main():
 
     for name in args.workloads:
         rows, failed = training(name, ["npgpt", "gemm", *modes], args.rounds)
+        for engine, why in failed.items():
+            print(f"  {engine} did not run: {why}", flush=True)
+        if own_failed := failed.keys() & {"npgpt", "gemm"}:
+            sys.exit(f"make bench: nothing to compare with, because {' and '.join(sorted(own_failed))} did not run")
         own = rows["npgpt"]["ms"]
         print(f"\n{name}: {'ms/step':>34} {'tokens/s':>9} {'rel. time':>9} {'peak MB':>8}")
         for engine, row in rows.items():
@@ -316,10 +351,7 @@ def main():
             print(
                 f"  {engine:28} {row['ms']:10.1f} {row['tokens_per_second']:9,} {ratio:8.2f}x {row['peak_memory_mb'] or 0:8,}"
             )
-        print(
-            f"  GEMM share {rows['gemm']['ms'] / own:.2f}" + (f"; did not run: {', '.join(failed)}" if failed else ""),
-            flush=True,
-        )
+        print(f"  GEMM share {rows['gemm']['ms'] / own:.2f}", flush=True)
         results["training"][name] = rows
 
     sizes = [n for n in (1_000_000, 10_000_000, 100_000_000, 1_000_000_000) if n <= args.largest_text]

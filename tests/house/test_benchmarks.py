@@ -17,3 +17,24 @@ def test_a_contender_answers(engine):
     result = subprocess.run(command, input="2\n1\n", capture_output=True, encoding="utf-8", cwd=ROOT, timeout=100, check=False)
     assert result.returncode == 0, result.stderr
     assert [len(json.loads(line)["seconds"]) for line in result.stdout.splitlines()] == [2, 1]
+
+
+@pytest.fixture
+def training(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "benchmarks"))
+    from bench import training
+
+    return training
+
+
+def test_a_contender_that_dies_does_not_end_the_others(training):
+    rows, failed = training("nano", ["gemm", "not an engine"], 1)
+    assert list(rows) == ["gemm"]
+    assert rows["gemm"]["steps"] >= 3
+    assert list(failed) == ["not an engine"]
+    assert "Error" in failed["not an engine"]
+
+
+def test_a_contender_that_does_not_answer_is_stopped(training):
+    rows, failed = training("nano", ["gemm"], 1, patience=0)
+    assert (rows, failed) == ({}, {"gemm": "no answer after 0 s"})
