@@ -7,10 +7,11 @@ exist side by side. There is no mathematics here. CuPy is imported only when som
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from npgpt.kernels.cpu import CpuKernels
 from npgpt.kernels.cuda.kernels import CudaKernels, Key
 from npgpt.kernels.cuda.launch import CudaLaunch
 from npgpt.kernels.cuda.products import CublasGemm
+from npgpt.kernels.cuda.recording import CudaGraph, Recording
 from npgpt.kernels.reference import Array, Kernels
 
 OLDEST_NUMPY_WITH_BFLOAT16 = "2.1.2"  # CuPy 14 has no bfloat16 with an older NumPy
@@ -38,6 +40,7 @@ class Backend:
     name: str  # "cpu" or "cuda"
     xp: Any
     kernels: Kernels
+    record: Callable[[Callable[[], Any]], Recording] | None = None  # records what a function computes, on a GPU
 
     @property
     def is_cpu(self) -> bool:
@@ -54,7 +57,12 @@ class Backend:
         """The random generator for dropout on this device; a pure function of the arguments. See streams.py."""
         if self.is_cpu:
             return generator(seed, stream, *counters)
-        return Key(int(seed_sequence(seed, stream, *counters).generate_state(1, np.uint64)[0]) >> 1)
+        return Key(self.asarray(random_key(seed, stream, *counters)))
+
+
+def random_key(seed: int, stream: Stream, *counters: int) -> np.ndarray:
+    """The content of a `Key`: one uint64, a pure function of the arguments."""
+    return seed_sequence(seed, stream, *counters).generate_state(1, np.uint64) >> np.uint64(1)
 
 
 CPU = Backend("cpu", np, CpuKernels())
@@ -172,5 +180,6 @@ def _cuda() -> Backend:
     import cupy
 
     if cupy.ndarray not in _backends:
-        _backends[cupy.ndarray] = Backend("cuda", cupy, CudaKernels(cupy, CudaLaunch(cupy), CublasGemm(cupy)))
+        kernels = CudaKernels(cupy, CudaLaunch(cupy), CublasGemm(cupy))
+        _backends[cupy.ndarray] = Backend("cuda", cupy, kernels, functools.partial(CudaGraph, cupy))
     return _backends[cupy.ndarray]

@@ -25,7 +25,7 @@ import numpy as np
 from npgpt.config.settings import GPTConfig
 from npgpt.model.gpt import GPT
 from npgpt.parallel.machine import blas_threads, keep_freed_memory
-from npgpt.parallel.step import Share, forward_backward
+from npgpt.parallel.step import Share, dropout_generators, forward_backward
 
 SECONDS_TO_PAY_OFF = 10.0  # processes start only if more than this remains, because starting them takes time
 
@@ -207,7 +207,8 @@ def work(answers_fd: int) -> None:
             x, y, share, seed, number = pickle.load(tasks)
             answer: float | MemoryError
             try:
-                answer = forward_backward(model, x.astype(np.int64), y.astype(np.int64), share, seed, number)
+                generators = dropout_generators(model, seed, number)
+                answer = forward_backward(model, x.astype(np.int64), y.astype(np.int64), share, generators)
             except MemoryError as error:
                 answer = MemoryError(*error.args)
             answers.write(pickle.dumps(answer))

@@ -22,6 +22,7 @@ from npgpt.engine.watch import NonFiniteError, detect_anomaly
 from npgpt.kernels.reference import Array
 from npgpt.model.gpt import GPT
 from npgpt.parallel.machine import keep_freed_memory
+from npgpt.parallel.recorded import RecordedStep
 from npgpt.parallel.workers import Workers, even_slices
 
 ALL_FINITE = "the loss and the gradient are finite"  # the answer of `diagnose` if nothing is wrong
@@ -58,6 +59,7 @@ class ParallelStep:
         keep_freed_memory()
         self.model, self.workers, self.micro_batch, self.dtype, self._use_tf32 = model, workers, micro_batch, dtype, use_tf32
         self._remote: RemoteWorkers | None = None
+        self._recorded: RecordedStep | None = None
         # Worker 0 uses the model itself. Other worker threads use models that share its weights.
         self._models = [model]
 
@@ -71,9 +73,12 @@ class ParallelStep:
         n_workers = min(self.workers.threads, len(micro_batches))
         shares = [micro_batches[worker :: self.workers.threads] for worker in range(n_workers)]
 
+        if self.model.backend.record:
+            return self._on_a_gpu(x, y, shares[0], seed, number)
+
         def work(worker: int) -> float:
-            with tf32(self.model.backend, self._use_tf32):
-                return forward_backward(self._models[worker], x, y, shares[worker], seed, number, self.dtype)
+            model = self._models[worker]
+            return forward_backward(model, x, y, shares[worker], dropout_generators(model, seed, number))
 
         losses = self._with_remote_workers(x, y, shares, seed, number) if self._remote and len(shares) > 1 else None
         if losses is None:
@@ -91,6 +96,16 @@ class ParallelStep:
         if others:
             self.workers.over(add_up, first.size)
         return sum(losses)
+
+    def _on_a_gpu(self, x: Array, y: Array, share: Share, seed: int, number: int) -> Array:
+        if not (self._recorded and self._recorded.fits(x, len(share))):
+
+            def compute(x: Array, y: Array, generators: Callable[[int], Any]) -> Array:
+                return forward_backward(self.model, x, y, share, generators, self.dtype)
+
+            self._recorded = RecordedStep(self.model, compute, x.shape, len(share))
+        with tf32(self.model.backend, self._use_tf32):
+            return self._recorded(x, y, seed, number)
 
     def use_remote_workers(self, start: Callable[[GPT, int], RemoteWorkers]) -> None:
         """From now on, remote workers share the steps instead of threads. `start(model, n)` starts n of them.
@@ -120,8 +135,9 @@ class ParallelStep:
             if not isfinite(p.data).all():
                 return f"the weight {names[id(p)]} is not finite"
         try:
+            share, generators = list(enumerate(self._micro_batches(x))), dropout_generators(self.model, seed, number)
             with detect_anomaly(), tf32(self.model.backend, self._use_tf32):
-                forward_backward(self.model, x, y, list(enumerate(self._micro_batches(x))), seed, number, self.dtype)
+                forward_backward(self.model, x, y, share, generators, self.dtype)
         except NonFiniteError as error:
             leaf = names.get(id(error.leaf))
             return f"{error}" + (f", near the weight {leaf}" if leaf else "")
@@ -146,7 +162,7 @@ class ParallelStep:
         try:
             for i, share in enumerate(shares[1:]):
                 self._remote.begin(i, x, y, share, seed, number)
-            losses = [forward_backward(self.model, x, y, shares[0], seed, number)]
+            losses = [forward_backward(self.model, x, y, shares[0], dropout_generators(self.model, seed, number))]
             losses += [self._remote.loss(i) for i in range(len(shares) - 1)]
             done = True
             return losses
@@ -167,20 +183,24 @@ class ParallelStep:
         return micro_batches(rows, tokens, self.micro_batch if self.model.backend.is_cpu else self.micro_batch or rows)
 
 
-def forward_backward(model: GPT, x: Array, y: Array, share: Share, seed: int, number: int, dtype: Any = None) -> Any:
-    """Compute the gradient of a share of step `number` into the model's parameters. Returns the share of the loss.
+def dropout_generators(model: GPT, seed: int, number: int) -> Callable[[int], Any]:
+    """A function that makes the random generator for the dropout of micro-batch i of step `number`."""
+    return lambda i: model.backend.generator(seed, Stream.DROPOUT, number, i)
 
-    The loss and the gradient of each micro-batch are weighted with its part of the batch.
+
+def forward_backward(model: GPT, x: Array, y: Array, share: Share, generators: Callable[[int], Any], dtype: Any = None) -> Any:
+    """Compute the gradient of a share of a step into the model's parameters. Returns the share of the loss.
+
+    The loss and the gradient of each micro-batch are weighted with its part of the batch. generators: see `dropout_generators`.
     """
     model.zero_grad()
     total: Any = 0
     for i, rows in share:
-        rng = model.backend.generator(seed, Stream.DROPOUT, number, i)
         with np.errstate(over="ignore", invalid="ignore"):  # the caller checks for a loss that is not finite
-            _, loss = model(x[rows], y[rows], rng, dtype=dtype)
+            _, loss = model(x[rows], y[rows], generators(i), dtype=dtype)
             assert loss is not None  # because there are targets
             part = (rows.stop - rows.start) / len(x)
-            loss.backward(model.backend.xp.asarray(part, dtype=loss.dtype))
+            loss.backward(model.backend.xp.full((), part, dtype=loss.dtype))
         total = total + part * (loss.item() if model.backend.is_cpu else loss.data)
     return total
 

@@ -56,7 +56,7 @@ def tests(seconds):
     them needs a GPU, and their packages may be missing here.
     """
     command = [sys.executable, "-m", "pytest", "-q", "-n", "8", "--maxfail", "20", "--tb", "short", "-m", "gpu"]
-    command += ["tests", "--ignore", "tests/serving"]
+    command += ["-p", "no:benchmark", "tests", "--ignore", "tests/serving"]  # pytest-benchmark warns beside pytest-xdist
     started = time.perf_counter()
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
@@ -113,12 +113,14 @@ def kernels(cupy, steps=10):
     figures = {"host_ms": 1e3 * statistics.median(t[0] for t in times), "step_ms": 1e3 * statistics.median(t[1] for t in times)}
     torch = torch_with_cuda()
     if torch:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
             for _ in range(steps):
                 step(x, y)
             cupy.cuda.Device().synchronize()
         launches, spent = Counter(), Counter()
         for event in profile.key_averages():
+            if not event.device_time_total:
+                continue  # a call of the host
             launches[event.key] += event.count / steps
             spent[event.key] += event.device_time_total / steps / 1e3
         figures |= {"launches": sum(launches.values()), "device_ms": sum(spent.values())}

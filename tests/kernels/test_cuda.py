@@ -14,6 +14,10 @@ from npgpt.kernels.cuda.kernels import CudaKernels, Key
 from npgpt.kernels.reference import AdamWStep, Kernels
 
 
+def key_of(number, xp=np):
+    return Key(xp.asarray(np.array([number], dtype=np.uint64)))
+
+
 class SameDraws(Kernels):
     """The reference with the dropout masks of the CUDA kernels."""
 
@@ -27,7 +31,7 @@ def same(cuda_kernels, name, inputs, dtype, *rest, key=None, size=1.0):
     before = [None if a is None else a.copy() for a in inputs]
     results = []
     for kernels in (SameDraws(cuda_kernels), cuda_kernels):
-        y, saved = getattr(kernels, f"{name}_forward")(*inputs, *rest, *([] if key is None else [Key(key)]))
+        y, saved = getattr(kernels, f"{name}_forward")(*inputs, *rest, *([] if key is None else [key_of(key)]))
         if kernels is cuda_kernels:
             # The backward pass of an embedding saves the same as the reference's.
             assert isinstance(saved, cuda.CudaSaved) or name == "embedding" or not inputs[0].size, "not the kernel"
@@ -96,16 +100,16 @@ def test_dropout_draws_are_philox(cuda_kernels):
 
     Also: every use and every row has other draws, and the draws are uniform.
     """
-    draws, threshold = cuda_kernels.dropout_draws((2, 9), 0.25, Key(0))
+    draws, threshold = cuda_kernels.dropout_draws((2, 9), 0.25, key_of(0))
     assert threshold == 16384
     np.testing.assert_array_equal(draws[0, :8].view(np.uint32), [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8])
-    key = Key(2**62 + 3)
+    key = key_of(2**62 + 3)
     many = [cuda_kernels.dropout_draws((200, 50), 0.25, key)[0] for _ in range(2)]
     assert (many[0] != many[1]).mean() > 0.99  # a second use of a key has other draws
     assert len({row.tobytes() for row in many[0]}) == 200
     counts = np.bincount(many[0].reshape(-1) // 4096, minlength=16)
     assert ((counts - 625) ** 2 / 625).sum() < 50  # chi-square, 15 degrees of freedom, a level of 1e-5
-    np.testing.assert_array_equal(cuda_kernels.dropout_draws((200, 50), 0.25, Key(2**62 + 3))[0], many[0])
+    np.testing.assert_array_equal(cuda_kernels.dropout_draws((200, 50), 0.25, key_of(2**62 + 3))[0], many[0])
 
 
 @on_cpu
@@ -186,7 +190,7 @@ def test_kernels_in_bfloat16(cuda_kernels, bf16, name, shapes, parameters, rest)
         given = [
             a.astype(np.float32) if kernels is not cuda_kernels and a is not None and a.dtype == bf16 else a for a in inputs
         ]
-        y, saved = getattr(kernels, f"{name}_forward")(*given, *rest, *([Key(5)] if rest else []))
+        y, saved = getattr(kernels, f"{name}_forward")(*given, *rest, *([key_of(5)] if rest else []))
         assert kernels is not cuda_kernels or isinstance(saved, cuda.CudaSaved), "not the kernel"
         dy = np.random.default_rng(1).standard_normal(y.shape).astype(bf16).astype(y.dtype)
         gradients = getattr(kernels, f"{name}_backward")(dy, saved)
@@ -299,7 +303,7 @@ def test_kernels_on_a_gpu_give_the_results_of_the_cpu(dtype):
     ]:
         results = []
         for kernels, xp in ((cpu, np), (gpu.kernels, gpu.xp)):
-            drawn = [Key(5)] if rest else []
+            drawn = [key_of(5, xp)] if rest else []
             y, saved = getattr(kernels, f"{name}_forward")(*map(xp.asarray, inputs), *rest, *drawn)
             gradients = getattr(kernels, f"{name}_backward")(y, saved)
             results.append([backend.to_numpy(a) for a in (y, *(gradients if isinstance(gradients, tuple) else [gradients]))])

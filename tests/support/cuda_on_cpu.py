@@ -66,7 +66,8 @@ def launch(name, dtype, grid, threads, arguments):
     assert 1 <= grid[0] < 2**31
     assert 1 <= grid[1] < 65_536
     in_python = {"T": DTYPES[dtype], "A": launching.ELEMENTS[dtype][2]}
-    types = in_python | {"long long": np.dtype(np.int64), "unsigned short": np.dtype(np.uint16)}
+    integers = {"long long": np.int64, "unsigned long long": np.uint64, "unsigned short": np.uint16}
+    types = in_python | {name: np.dtype(dtype) for name, dtype in integers.items()}
     values = []
     for parameter, argument in zip(parameters, arguments, strict=True):
         kind = parameter.replace("const ", "").strip().rsplit(" ", 1)[0]
@@ -78,7 +79,7 @@ def launch(name, dtype, grid, threads, arguments):
             values.append(ctypes.c_double(argument))
         else:
             assert type(argument) is int, (name, parameter)
-            assert kind in ("long long", "unsigned long long")
+            assert kind == "long long"
             values.append(ctypes.c_longlong(argument))
     getattr(library(dtype), f"run_{name}")(*grid, threads, *values)
 

@@ -28,6 +28,6 @@ def pretended_device(monkeypatch):
     use_two_warps(monkeypatch)
     xp = device_array.Module()
     kernels = CudaKernels(xp, device_array.launch_on(cuda_on_cpu.launch), device_array.gemm_on(cuda_on_cpu.Gemm()))
-    pretended = Backend("cuda", xp, kernels)
+    pretended = Backend("cuda", xp, kernels, device_array.Recording)
     monkeypatch.setitem(backend._backends, device_array.ndarray, pretended)
     return pretended

@@ -67,13 +67,17 @@ __device__ inline void philox(const unsigned counter[4], unsigned long long key,
     out[3] = d;
 }
 
-// The draws of the 8 elements of one group of a row, 16 bits each. `use` numbers the operations that draw with this key.
+// The draws of the 8 elements of one group of a row, 16 bits each. `use` numbers the operations that draw with this key. The key
+// is in device memory, so that a recorded step can be replayed with another one. Without a key, every draw is the largest.
 struct Draws {
     unsigned words[4];
 
-    __device__ Draws(unsigned long long key, long long use, long long row, long long group) {
+    __device__ Draws(const unsigned long long* key, long long use, long long row, long long group) {
         const unsigned counter[4] = {(unsigned)group, (unsigned)row, (unsigned)(row >> 32), (unsigned)use};
-        philox(counter, key, words);
+        if (key)
+            philox(counter, *key, words);
+        else
+            for (int i = 0; i < 4; i++) words[i] = 0xffffffffu;
     }
 
     __device__ long long operator[](int i) const { return words[i / 2] >> 16 * (i % 2) & 0xffffu; }

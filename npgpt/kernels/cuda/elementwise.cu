@@ -42,7 +42,7 @@ extern "C" __global__ void rotary(
 // y = x * scale where the draw is at least the threshold, else 0. If `onto` is not null, it is added to y. All arrays are
 // (n, c). The backward pass is the same kernel with dy for x, so the mask is never stored. A thread works on one group.
 extern "C" __global__ void dropout(
-    const T* x, const T* onto, T* y, long long n, long long c, unsigned long long key, long long use, long long threshold, double scale) {
+    const T* x, const T* onto, T* y, long long n, long long c, const unsigned long long* key, long long use, long long threshold, double scale) {
     long long groups = (c + GROUP - 1) / GROUP;
     for (long long i = thread_number(); i < n * groups; i += thread_count()) {
         long long row = i / groups, first = i % groups * GROUP;
@@ -58,7 +58,7 @@ extern "C" __global__ void dropout(
 }
 
 // y (n, c) = the draws.
-extern "C" __global__ void draw(unsigned short* y, long long n, long long c, unsigned long long key, long long use) {
+extern "C" __global__ void draw(unsigned short* y, long long n, long long c, const unsigned long long* key, long long use) {
     long long groups = (c + GROUP - 1) / GROUP;
     for (long long i = thread_number(); i < n * groups; i += thread_count()) {
         long long row = i / groups, first = i % groups * GROUP;

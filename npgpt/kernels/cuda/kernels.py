@@ -34,14 +34,18 @@ class Key:
     can draw the numbers of its forward pass again. See `philox` in common.cu.
     """
 
-    def __init__(self, key: int) -> None:
-        """key: an integer below 2**63."""
+    def __init__(self, key: Array) -> None:
+        """key: an array with one uint64, on the device. A recorded step reads it at each replay."""
         self.key, self.uses = key, 0
 
-    def use(self) -> tuple[int, int]:
+    def use(self) -> tuple[Array, int]:
         """The key, and a number that no other operation gets. One operation draws with both."""
         self.uses += 1
         return self.key, self.uses - 1
+
+
+# Arguments of a kernel that can drop elements and shall not: see `_dropout_arguments`.
+NO_DROPOUT: tuple[Array | None, int, int, float] = (None, 0, 0, 1.0)
 
 
 class CudaSaved(tuple[Any, ...]):
@@ -136,7 +140,7 @@ class CudaKernels(Kernels):
             return super().causal_attention_forward(q, k, v, dropout, rng)
         q, k, v = (self.xp.ascontiguousarray(x) for x in (q, k, v))
         p = self._product(q, k.swapaxes(-1, -2))  # the scores; the kernel replaces them by probabilities
-        kept, drawn = None, (0, 0, 0, 1.0)
+        kept, drawn = None, NO_DROPOUT
         if dropout > 0 and rng is not None:
             kept = self.xp.empty_like(p)
             drawn = _dropout_arguments(dropout, rng)
@@ -329,7 +333,7 @@ def _rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
     return prod(shape[:-1]), shape[-1] if shape else 1
 
 
-def _dropout_arguments(p: float, rng: Key) -> tuple[int, int, int, float]:
+def _dropout_arguments(p: float, rng: Key) -> tuple[Array | None, int, int, float]:
     """(key, use, threshold, scale) for the dropout kernels: a draw below the threshold drops an element."""
     return *rng.use(), round(p * 65536), float(1 / (1 - p)) if p < 1 else 0.0
 

@@ -7,6 +7,8 @@ and it can round float32 operands to TF32.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from itertools import pairwise
 from math import prod
 from typing import Any, NamedTuple, Protocol
@@ -14,6 +16,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from npgpt.kernels.reference import Array
+
+WORKSPACE = 32 << 20  # bytes; what cuBLAS recommends for Hopper GPUs
 
 
 class Operand(NamedTuple):
@@ -35,15 +39,21 @@ class Gemm(Protocol):
 
 
 class CublasGemm:
-    """cublasGemmStridedBatchedEx, through CuPy, on its current stream.
+    """cublasGemmStridedBatchedEx, on CuPy's current stream.
 
     With `tf32`, products of float32 round their operands to the 10 bits of mantissa of TF32.
+
+    The call goes to the library itself. CuPy's own function refuses to be recorded in a CUDA graph. The workspace belongs to
+    this object, so cuBLAS chooses the same algorithm for a product in a graph as for the same product outside.
     """
 
     def __init__(self, cupy: Any) -> None:
         self.tf32 = False
         cublas, runtime = cupy.cuda.cublas, cupy.cuda.runtime
-        self._gemm, self._handle = cublas.gemmStridedBatchedEx, cupy.cuda.device.get_cublas_handle
+        self._library = _cublas(cublas, runtime.runtimeGetVersion())
+        self._gemm, self._current_stream = self._library.cublasGemmStridedBatchedEx, cupy.cuda.get_current_stream
+        self._handle, self._stream = cublas.create(), -1  # no stream yet
+        self._workspace = cupy.empty(WORKSPACE, dtype=np.uint8)
         self._algorithm, self._tf32 = cublas.CUBLAS_GEMM_DEFAULT, cublas.CUBLAS_COMPUTE_32F_FAST_TF32
         self._kinds = {"float32": runtime.CUDA_R_32F, "float64": runtime.CUDA_R_64F, "bfloat16": runtime.CUDA_R_16BF}
         self._computing = dict.fromkeys(self._kinds, cublas.CUBLAS_COMPUTE_32F) | {"float64": cublas.CUBLAS_COMPUTE_64F}
@@ -57,10 +67,42 @@ class CublasGemm:
         computing = self._tf32 if self.tf32 and name == "float32" else self._computing[name]
         first, second, result = self._place(a), self._place(b), self._place(out)
         transposed = int(a.transposed), int(b.transposed)
-        self._gemm(self._handle(), *transposed, *sizes, one, *first, *second, zero, *result, count, computing, self._algorithm)
+        self._use_current_stream()
+        _check(
+            self._gemm(
+                self._handle, *transposed, *sizes, one, *first, *second, zero, *result, count, computing, self._algorithm
+            )
+        )
+
+    def _use_current_stream(self) -> None:
+        stream = self._current_stream().ptr
+        if stream != self._stream:
+            _check(self._library.cublasSetStream_v2(self._handle, stream))
+            # After each change of the stream, because that change takes the workspace away.
+            _check(self._library.cublasSetWorkspace_v2(self._handle, self._workspace.data.ptr, WORKSPACE))
+            self._stream = stream
 
     def _place(self, operand: Operand) -> tuple[int, int, int, int]:
         return operand.array.data.ptr, self._kinds[operand.array.dtype.name], operand.leading, operand.stride
+
+
+def _cublas(extension: Any, version: int) -> ctypes.CDLL:
+    """The cuBLAS that CuPy has loaded. extension: CuPy's module for it. version: of CUDA, such as 13020."""
+    # Elsewhere than on Windows, a search in a library also finds the functions of the libraries that it needs.
+    library = ctypes.CDLL(f"cublas64_{version // 1000}.dll" if sys.platform == "win32" else extension.__file__)
+    pointer, integer = ctypes.c_void_p, ctypes.c_int
+    sizes: list[Any] = [pointer, *[integer] * 5]  # handle, transposed, transposed, m, n, k
+    matrix: list[Any] = [pointer, integer, integer, ctypes.c_longlong]  # address, type, leading dimension, stride
+    last: list[Any] = [integer] * 3  # number of matrices, type of the computation, algorithm
+    library.cublasGemmStridedBatchedEx.argtypes = [*sizes, pointer, *matrix, *matrix, pointer, *matrix, *last]
+    library.cublasSetStream_v2.argtypes = [pointer, pointer]
+    library.cublasSetWorkspace_v2.argtypes = [pointer, pointer, ctypes.c_size_t]
+    return library
+
+
+def _check(status: int) -> None:
+    if status:
+        raise RuntimeError(f"cuBLAS answered with status {status}; https://docs.nvidia.com/cuda/cublas/ lists them")
 
 
 def product(xp: Any, gemm: Gemm, a: Array, b: Array, dtype: Any = None) -> Array:

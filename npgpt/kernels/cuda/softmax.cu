@@ -4,7 +4,7 @@
 // (n, n_key), one row for each query. Row r belongs to query r % n_query; the queries are the last n_query of n_key
 // positions. p may be the same array as scores.
 extern "C" __global__ void causal_softmax_forward(
-    const T* scores, T* p, T* kept, long long n, long long n_query, long long n_key, double scale, unsigned long long key,
+    const T* scores, T* p, T* kept, long long n, long long n_query, long long n_key, double scale, const unsigned long long* key,
     long long use, long long threshold, double kept_scale) {
     long long row = row_of_warp();
     if (row >= n) return;
@@ -38,7 +38,7 @@ extern "C" __global__ void causal_softmax_forward(
 // Input: dkept, the gradient of kept. Output: dscores, the gradient of scores. With threshold 0 there was no dropout. dscores may be the same array as dkept.
 extern "C" __global__ void causal_softmax_backward(
     const T* dkept, const T* p, T* dscores, long long n, long long n_query, long long n_key, double scale,
-    unsigned long long key, long long use, long long threshold, double kept_scale) {
+    const unsigned long long* key, long long use, long long threshold, double kept_scale) {
     long long row = row_of_warp();
     if (row >= n) return;
     long long seen = n_key - n_query + row % n_query + 1;
