@@ -87,8 +87,12 @@ class SliceGradient:
     def expanded(self, source: Node | Leaf) -> Array:
         """The gradient as an array of the shape and dtype of `source`."""
         array = backend_of(self.values).xp.zeros(source.shape, dtype=source.dtype)
-        array[self.index] = self.values
+        self.add_into(array)
         return array
+
+    def add_into(self, total: Array) -> None:
+        """Add the values to their slice of `total`."""
+        backend_of(total).kernels.add_into(total, self.index, self.values)
 
 
 # ---------------------------------------------------------------- watching
@@ -196,11 +200,12 @@ class _PendingGradients:
             if node not in self._owned:
                 self._gradients[node] = backend_of(dx.values).xp.array(self._gradients[node])
                 self._owned.add(node)
-            self._gradients[node][dx.index] += dx.values
+            dx.add_into(self._gradients[node])
         elif node in self._owned:
             self._gradients[node] += _unbroadcast(dx, node)
         else:
-            total = self._gradients[node] + _unbroadcast(dx, node)
+            before, dx = self._gradients[node], _unbroadcast(dx, node)
+            total = backend_of(dx).kernels.add(before, dx) if node.shape else before + dx
             self._gradients[node] = np.asarray(total) if isinstance(total, np.generic) else total  # of shape ()
             self._owned.add(node)
 

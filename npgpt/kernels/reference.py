@@ -330,6 +330,16 @@ class Kernels:
         dlogits -= onehot * dy[..., None]
         return dlogits
 
+    # ---------------------------------------------------------------- sums of gradients
+
+    def add(self, a: Array, b: Array) -> Array:
+        """a + b, of one shape and dtype."""
+        return a + b
+
+    def add_into(self, total: Array, index: Any, values: Array) -> None:
+        """total[index] += values, in place, for an index of slices and integers."""
+        total[index] += values
+
     # ---------------------------------------------------------------- clipping by the norm
     #
     # "On the difficulty of training recurrent neural networks" (Pascanu et al., 2013). The factor for the gradient stays in an

@@ -80,6 +80,26 @@ def test_attention(cuda_kernels, dtype, n_query, n_key, dropout):
 
 
 @on_cpu
+@pytest.mark.parametrize("head_dim", [3, 8, 20])
+def test_sums_of_gradients(cuda_kernels, dtype, head_dim, monkeypatch):
+    """Of whole arrays, and into the slices of an array that three heads share. The kernels run, and write to nothing else."""
+    launched = []
+    launch = cuda_kernels._launch
+    monkeypatch.setattr(cuda_kernels, "_launch", lambda name, *rest: (launched.append(name), launch(name, *rest)))
+    a, b = normal(dtype, 2, 5, 3, 2, head_dim), normal(dtype, 2, 5, 2, head_dim, seed=1)
+    np.testing.assert_array_equal(cuda_kernels.add(a, a[::-1]), a + a[::-1])
+    expected = a.copy()
+    for values, index in [(b, np.s_[:, :, 1]), (b.transpose(0, 2, 1, 3).copy().transpose(0, 2, 1, 3), np.s_[:, :, 2])]:
+        expected[index] += values
+        cuda_kernels.add_into(a, index, values)
+        np.testing.assert_array_equal(a, expected)
+    assert launched == ["dropout", "copy", "copy"]
+    cuda_kernels.add_into(a, np.s_[0, 1], b[0, 0, 0])  # of one dimension, broadcast: not the kernel
+    expected[0, 1] += b[0, 0, 0]
+    np.testing.assert_array_equal(a, expected)
+
+
+@on_cpu
 def test_attention_of_huge_scores_stays_finite(cuda_kernels):
     q = np.full((1, 1, 4, 2), 1e4, dtype=np.float32)
     out, saved = cuda_kernels.causal_attention_forward(q, -q, q)

@@ -23,7 +23,7 @@ typedef SCALAR T;
 typedef ACCUMULATOR A;
 
 const int WARP = 32;
-const long long GROUP = 8;  // elements that share one call of the random number generator
+const long long GROUP = 8;  // neighbouring elements that one thread works on; they share one call of the random number generator
 
 __device__ inline int lane() { return threadIdx.x % WARP; }
 
@@ -32,6 +32,56 @@ __device__ inline long long row_of_warp() { return (long long)blockIdx.x * (bloc
 __device__ inline long long thread_number() { return (long long)blockIdx.x * blockDim.x + threadIdx.x; }
 
 __device__ inline long long thread_count() { return (long long)gridDim.x * blockDim.x; }
+
+// What one instruction reads or writes: 16 bytes.
+template <typename Element>
+struct alignas(16) Bytes16 {
+    Element at[16 / sizeof(Element)];
+};
+
+// A group of neighbouring elements, in registers. `count` says how many of them there are in memory; it may be larger than GROUP.
+struct Group {
+    A at[GROUP];
+
+    template <typename Element>
+    __device__ static bool is_whole(const Element* address, long long count) {
+        return count >= GROUP && (unsigned long long)address % 16 == 0;
+    }
+
+    template <typename Element>
+    __device__ void load(const Element* from, long long count) {
+        const int SIZE = 16 / sizeof(Element);
+        if (is_whole(from, count)) {
+            #pragma unroll
+            for (int i = 0; i < GROUP / SIZE; i++) {
+                Bytes16<Element> bytes = ((const Bytes16<Element>*)from)[i];
+                #pragma unroll
+                for (int j = 0; j < SIZE; j++) at[i * SIZE + j] = (A)bytes.at[j];
+            }
+        } else {
+            #pragma unroll
+            for (int j = 0; j < GROUP; j++) at[j] = j < count ? (A)from[j] : (A)0;
+        }
+    }
+
+    template <typename Element>
+    __device__ void store(Element* to, long long count) const {
+        const int SIZE = 16 / sizeof(Element);
+        if (is_whole(to, count)) {
+            #pragma unroll
+            for (int i = 0; i < GROUP / SIZE; i++) {
+                Bytes16<Element> bytes;
+                #pragma unroll
+                for (int j = 0; j < SIZE; j++) bytes.at[j] = (Element)at[i * SIZE + j];
+                ((Bytes16<Element>*)to)[i] = bytes;
+            }
+        } else {
+            #pragma unroll
+            for (int j = 0; j < GROUP; j++)
+                if (j < count) to[j] = (Element)at[j];
+        }
+    }
+};
 
 // Every thread of the warp gets the same sum, added up in the same order.
 __device__ inline A warp_sum(A value) {

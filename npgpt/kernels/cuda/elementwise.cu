@@ -3,27 +3,65 @@
 const double GELU_SCALE = 0.7978845608028654;  // sqrt(2 / pi)
 const double GELU_CUBIC = 0.044715;
 
-// y (n, c) += bias, in place. A thread works on one column: the rows blockIdx.y, blockIdx.y + gridDim.y, and so on.
+// y (n, c) += bias, in place. A thread works on one group.
 extern "C" __global__ void add_bias(T* y, const A* bias, long long n, long long c) {
-    long long column = thread_number();
-    if (column >= c) return;
-    for (long long row = blockIdx.y; row < n; row += gridDim.y) y[row * c + column] = (T)((A)y[row * c + column] + bias[column]);
-}
-
-extern "C" __global__ void gelu_forward(const T* x, T* y, long long n) {
-    for (long long i = thread_number(); i < n; i += thread_count()) {
-        A v = (A)x[i];
-        y[i] = (T)((A)0.5 * v * (1 + tanh((A)GELU_SCALE * (v + (A)GELU_CUBIC * v * v * v))));
+    long long groups = (c + GROUP - 1) / GROUP;
+    for (long long i = thread_number(); i < n * groups; i += thread_count()) {
+        long long row = i / groups, first = i % groups * GROUP;
+        Group values, added;
+        values.load(y + row * c + first, c - first);
+        added.load(bias + first, c - first);
+        #pragma unroll
+        for (int j = 0; j < GROUP; j++) values.at[j] += added.at[j];
+        values.store(y + row * c + first, c - first);
     }
 }
 
-// The tanh is computed again from x: that costs less than reading it from memory.
+// y = x, or y += x, for views x and y of shape (b, h, t, d). Their first three axes have the strides xb, xh, xt and yb, yh, yt, in
+// elements, and the last one has stride 1. A thread works on one group.
+extern "C" __global__ void copy(
+    const T* x, T* y, long long b, long long h, long long t, long long d, long long xb, long long xh, long long xt, long long yb,
+    long long yh, long long yt, long long add) {
+    long long groups = (d + GROUP - 1) / GROUP;
+    for (long long i = thread_number(); i < b * h * t * groups; i += thread_count()) {
+        long long row = i / groups, first = i % groups * GROUP, at_t = row % t, at_h = row / t % h, at_b = row / t / h;
+        T* to = y + at_b * yb + at_h * yh + at_t * yt + first;
+        Group values, before;
+        values.load(x + at_b * xb + at_h * xh + at_t * xt + first, d - first);
+        before.load(to, add ? d - first : 0);
+        #pragma unroll
+        for (int j = 0; j < GROUP; j++) values.at[j] += before.at[j];
+        values.store(to, d - first);
+    }
+}
+
+// (1 + tanh(u)) / 2 for the u of GELU. This is the logistic function of 2 u, so one exponential is enough.
+__device__ inline A gelu_factor(A v) { return 1 / (1 + exp(-2 * (A)GELU_SCALE * (v + (A)GELU_CUBIC * v * v * v))); }
+
+// A thread works on one group, here and in the backward pass.
+extern "C" __global__ void gelu_forward(const T* x, T* y, long long n) {
+    for (long long i = thread_number() * GROUP; i < n; i += thread_count() * GROUP) {
+        Group values;
+        values.load(x + i, n - i);
+        #pragma unroll
+        for (int j = 0; j < GROUP; j++) values.at[j] *= gelu_factor(values.at[j]);
+        values.store(y + i, n - i);
+    }
+}
+
+// The factor f is computed again from x: that costs less than reading it from memory. (1 - tanh(u)^2) / 2 is 2 f (1 - f).
 extern "C" __global__ void gelu_backward(const T* dy, const T* x, T* dx, long long n) {
-    for (long long i = thread_number(); i < n; i += thread_count()) {
-        A v = (A)x[i];
-        A t = tanh((A)GELU_SCALE * (v + (A)GELU_CUBIC * v * v * v));
-        A du_dx = (A)GELU_SCALE * (1 + 3 * (A)GELU_CUBIC * v * v);
-        dx[i] = (T)((A)dy[i] * ((A)0.5 * (1 + t) + (A)0.5 * v * (1 - t * t) * du_dx));
+    for (long long i = thread_number() * GROUP; i < n; i += thread_count() * GROUP) {
+        Group values, gradient;
+        values.load(x + i, n - i);
+        gradient.load(dy + i, n - i);
+        #pragma unroll
+        for (int j = 0; j < GROUP; j++) {
+            A v = values.at[j], f = gelu_factor(v);
+            A du_dx = (A)GELU_SCALE * (1 + 3 * (A)GELU_CUBIC * v * v);
+            gradient.at[j] *= f + 2 * v * f * (1 - f) * du_dx;
+        }
+        gradient.store(dx + i, n - i);
     }
 }
 
@@ -45,15 +83,17 @@ extern "C" __global__ void dropout(
     const T* x, const T* onto, T* y, long long n, long long c, const unsigned long long* key, long long use, long long threshold, double scale) {
     long long groups = (c + GROUP - 1) / GROUP;
     for (long long i = thread_number(); i < n * groups; i += thread_count()) {
-        long long row = i / groups, first = i % groups * GROUP;
+        long long row = i / groups, first = i % groups * GROUP, at = row * c + first;
         Draws draws(key, use, row, i % groups);
+        Group values, sum;
+        values.load(x + at, c - first);
+        if (onto) sum.load(onto + at, c - first);
         #pragma unroll
         for (int j = 0; j < GROUP; j++) {
-            if (first + j >= c) break;
-            long long at = row * c + first + j;
-            A kept = draws[j] >= threshold ? (A)x[at] * (A)scale : (A)0;
-            y[at] = (T)(onto ? (A)onto[at] + kept : kept);
+            A kept = draws[j] >= threshold ? values.at[j] * (A)scale : (A)0;
+            sum.at[j] = onto ? sum.at[j] + kept : kept;
         }
+        sum.store(y + at, c - first);
     }
 }
 

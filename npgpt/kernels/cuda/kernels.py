@@ -20,6 +20,7 @@ from npgpt.kernels.cuda.products import Gemm, product
 from npgpt.kernels.reference import AdamWStep, Array, Kernels, Saved
 
 THREADS = 256  # threads in a block
+GROUP = 8  # elements that one thread reads at once; see Group in common.cu
 MAX_BLOCKS = 4096  # blocks of an elementwise kernel; each thread loops over further elements
 MAX_SUM_BLOCKS = 256  # blocks of a sum; each warp writes one partial sum
 MIN_CHUNK = 64  # the fewest rows that one thread adds up, one after the other
@@ -71,7 +72,7 @@ class CudaKernels(Kernels):
         rows, rounded = x.reshape(prod(x.shape[:-1]), x.shape[-1]), weight.astype(x.dtype, copy=False)
         y = self._product(rows, rounded)
         if bias is not None and y.size:
-            grid = -(-y.shape[1] // THREADS), min(MAX_BLOCKS, y.shape[0])
+            grid = _elementwise_grid(y.shape[0] * _groups(y.shape[1]))
             self._launch("add_bias", y.dtype.name, grid, THREADS, (y, self.xp.ascontiguousarray(bias), *y.shape))
         return y.reshape(*x.shape[:-1], weight.shape[-1]), CudaSaved((rows, rounded, x.shape))
 
@@ -102,7 +103,7 @@ class CudaKernels(Kernels):
         draws = self.xp.empty(shape, dtype=np.uint16)
         n, c = _rows_and_columns(shape)
         if draws.size:
-            self._launch("draw", "float32", _elementwise_grid(n * -(-c // 8)), THREADS, (draws, n, c, *rng.use()))
+            self._launch("draw", "float32", _elementwise_grid(n * _groups(c)), THREADS, (draws, n, c, *rng.use()))
         return draws, round(p * 65536)
 
     def dropout_forward(self, x: Array, p: float, rng: Any) -> tuple[Array, Saved]:
@@ -125,20 +126,20 @@ class CudaKernels(Kernels):
         x, onto = self.xp.ascontiguousarray(x), None if onto is None else self.xp.ascontiguousarray(onto)
         n, c = _rows_and_columns(y.shape)
         if x.size:
-            self._launch("dropout", x.dtype.name, _elementwise_grid(n * -(-c // 8)), THREADS, (x, onto, y, n, c, *drawn))
+            self._launch("dropout", x.dtype.name, _elementwise_grid(n * _groups(c)), THREADS, (x, onto, y, n, c, *drawn))
         return y
 
     # ---------------------------------------------------------------- causal attention
     #
     # The heads arrive as views into the output of the projection. They are copied once, because cuBLAS needs matrices with
-    # one constant distance between them.
+    # one constant distance between them. The result is a view again, so that the next projection reads whole rows.
 
     def causal_attention_forward(
         self, q: Array, k: Array, v: Array, dropout: float = 0.0, rng: Any = None
     ) -> tuple[Array, Saved]:
         if not (_are_activations(q, k, v) and q.size):
             return super().causal_attention_forward(q, k, v, dropout, rng)
-        q, k, v = (self.xp.ascontiguousarray(x) for x in (q, k, v))
+        q, k, v = map(self._contiguous, (q, k, v))
         p = self._product(q, k.swapaxes(-1, -2))  # the scores; the kernel replaces them by probabilities
         kept, drawn = None, NO_DROPOUT
         if dropout > 0 and rng is not None:
@@ -148,18 +149,46 @@ class CudaKernels(Kernels):
         scale = 1 / sqrt(q.shape[-1])
         self._launch("causal_softmax_forward", p.dtype.name, _row_grid(sizes[0]), THREADS, (p, p, kept, *sizes, scale, *drawn))
         kept = p if kept is None else kept
-        return self._product(kept, v), CudaSaved((q, k, v, p, kept, scale, drawn))
+        y = self._contiguous(self._product(kept, v).swapaxes(1, 2)).swapaxes(1, 2)
+        return y, CudaSaved((q, k, v, p, kept, scale, drawn))
 
     def causal_attention_backward(self, dy: Array, saved: Saved) -> tuple[Array, Array, Array]:
         if not isinstance(saved, CudaSaved):
             return super().causal_attention_backward(dy, saved)
         q, k, v, p, kept, scale, drawn = saved
-        dy = self.xp.ascontiguousarray(dy)
+        dy = self._contiguous(dy)
         dv = self._product(kept.swapaxes(-1, -2), dy)
         ds = self._product(dy, v.swapaxes(-1, -2))
         sizes = _attention_sizes(q, k)
         self._launch("causal_softmax_backward", ds.dtype.name, _row_grid(sizes[0]), THREADS, (ds, p, ds, *sizes, scale, *drawn))
         return self._product(ds, k), self._product(ds.swapaxes(-1, -2), q), dv
+
+    def _contiguous(self, x: Array) -> Array:
+        """x (B, H, T, head_dim), copied if it is a view."""
+        if x.flags.c_contiguous or not _has_rows(x):
+            return self.xp.ascontiguousarray(x)
+        y = self.xp.empty(x.shape, dtype=x.dtype)
+        self._copy(x, y, add=0)
+        return y
+
+    def _copy(self, x: Array, y: Array, add: int) -> None:
+        strides = [stride // x.itemsize for array in (x, y) for stride in array.strides[:-1]]
+        grid = _elementwise_grid(prod(x.shape[:-1]) * _groups(x.shape[-1]))
+        self._launch("copy", x.dtype.name, grid, THREADS, (x, y, *x.shape, *strides, add))
+
+    # ---------------------------------------------------------------- sums of gradients
+
+    def add(self, a: Array, b: Array) -> Array:
+        if not (_are_activations(a, b) and a.shape == b.shape and a.ndim):
+            return super().add(a, b)
+        return self._dropout(b, NO_DROPOUT, onto=a)
+
+    def add_into(self, total: Array, index: Any, values: Array) -> None:
+        view = total[index]
+        if not (_are_activations(view, values) and view.shape == values.shape and _has_rows(view) and _has_rows(values)):
+            super().add_into(total, index, values)
+        elif view.size:
+            self._copy(values, view, add=1)
 
     # ---------------------------------------------------------------- layer norm
 
@@ -202,7 +231,7 @@ class CudaKernels(Kernels):
             return super().gelu_forward(x)
         y = self.xp.empty(x.shape, dtype=x.dtype)
         x = self.xp.ascontiguousarray(x)
-        self._launch("gelu_forward", x.dtype.name, _elementwise_grid(x.size), THREADS, (x, y, x.size))
+        self._launch("gelu_forward", x.dtype.name, _elementwise_grid(_groups(x.size)), THREADS, (x, y, x.size))
         return y, CudaSaved((x,))
 
     def gelu_backward(self, dy: Array, saved: Saved) -> Array:
@@ -211,7 +240,7 @@ class CudaKernels(Kernels):
         (x,) = saved
         dx = self.xp.empty(dy.shape, dtype=x.dtype)
         arguments = (self.xp.ascontiguousarray(dy), x, dx, x.size)
-        self._launch("gelu_backward", x.dtype.name, _elementwise_grid(x.size), THREADS, arguments)
+        self._launch("gelu_backward", x.dtype.name, _elementwise_grid(_groups(x.size)), THREADS, arguments)
         return dx
 
     # ---------------------------------------------------------------- rotary positions
@@ -341,6 +370,16 @@ def _dropout_arguments(p: float, rng: Key) -> tuple[Array | None, int, int, floa
 def _attention_sizes(q: Array, k: Array) -> tuple[int, int, int]:
     """(rows of scores, queries, keys)."""
     return prod(q.shape[:-1]), q.shape[-2], k.shape[-2]
+
+
+def _has_rows(x: Array) -> bool:
+    """Whether x is a view of four axes whose last one is contiguous."""
+    return x.ndim == 4 and x.strides[-1] == x.itemsize and min(x.strides) >= 0
+
+
+def _groups(n: int) -> int:
+    """How many groups n neighbouring elements make; see Group in common.cu."""
+    return -(-n // GROUP)
 
 
 def _row_grid(n: int) -> tuple[int, int]:

@@ -6,15 +6,27 @@ extern "C" __global__ void layer_norm_forward(
     long long row = row_of_warp();
     if (row >= n) return;
     x += row * c;
-    y += row * c;
     A sum = 0, squares = 0;
-    for (long long i = lane(); i < c; i += WARP) sum += (A)x[i];
+    Group values, factors, added;
+    for (long long first = lane() * GROUP; first < c; first += WARP * GROUP) {
+        values.load(x + first, c - first);
+        #pragma unroll
+        for (int j = 0; j < GROUP; j++) sum += values.at[j];  // elements past the end are 0
+    }
     A m = warp_sum(sum) / (A)c;
-    for (long long i = lane(); i < c; i += WARP) squares += ((A)x[i] - m) * ((A)x[i] - m);
+    for (long long first = lane() * GROUP; first < c; first += WARP * GROUP) {
+        values.load(x + first, c - first);
+        #pragma unroll
+        for (int j = 0; j < GROUP; j++) squares += first + j < c ? (values.at[j] - m) * (values.at[j] - m) : (A)0;
+    }
     A r = 1 / sqrt(warp_sum(squares) / (A)c + (A)eps);
-    for (long long i = lane(); i < c; i += WARP) {
-        A value = ((A)x[i] - m) * r * weight[i];
-        y[i] = (T)(bias ? value + bias[i] : value);
+    for (long long first = lane() * GROUP; first < c; first += WARP * GROUP) {
+        values.load(x + first, c - first);
+        factors.load(weight + first, c - first);
+        added.load(bias + first, bias ? c - first : 0);
+        #pragma unroll
+        for (int j = 0; j < GROUP; j++) values.at[j] = (values.at[j] - m) * r * factors.at[j] + added.at[j];
+        values.store(y + row * c + first, c - first);
     }
     if (lane() == 0) {
         mean[row] = m;
@@ -28,17 +40,30 @@ extern "C" __global__ void layer_norm_backward(
     if (row >= n) return;
     dy += row * c;
     x += row * c;
-    dx += row * c;
     A m = mean[row], r = rstd[row], sum_g = 0, sum_g_xhat = 0;
-    for (long long i = lane(); i < c; i += WARP) {
-        A g = (A)dy[i] * weight[i];
-        sum_g += g;
-        sum_g_xhat += g * ((A)x[i] - m) * r;
+    Group gradient, values, factors;
+    for (long long first = lane() * GROUP; first < c; first += WARP * GROUP) {
+        gradient.load(dy + first, c - first);  // 0 past the end
+        values.load(x + first, c - first);
+        factors.load(weight + first, c - first);
+        #pragma unroll
+        for (int j = 0; j < GROUP; j++) {
+            A g = gradient.at[j] * factors.at[j];
+            sum_g += g;
+            sum_g_xhat += g * (values.at[j] - m) * r;
+        }
     }
     A mean_g = warp_sum(sum_g) / (A)c, mean_g_xhat = warp_sum(sum_g_xhat) / (A)c;
-    for (long long i = lane(); i < c; i += WARP) {
-        A xhat = ((A)x[i] - m) * r;
-        dx[i] = (T)(r * ((A)dy[i] * weight[i] - mean_g - xhat * mean_g_xhat));
+    for (long long first = lane() * GROUP; first < c; first += WARP * GROUP) {
+        gradient.load(dy + first, c - first);
+        values.load(x + first, c - first);
+        factors.load(weight + first, c - first);
+        #pragma unroll
+        for (int j = 0; j < GROUP; j++) {
+            A xhat = (values.at[j] - m) * r;
+            values.at[j] = r * (gradient.at[j] * factors.at[j] - mean_g - xhat * mean_g_xhat);
+        }
+        values.store(dx + row * c + first, c - first);
     }
 }
 
@@ -49,6 +74,7 @@ extern "C" __global__ void layer_norm_backward_weight(
     if (column >= c) return;
     long long first = blockIdx.y * chunk, last = first + chunk < n ? first + chunk : n;
     A dweight = 0, dbias = 0;
+    #pragma unroll 8  // so that several loads are under way at once, here and below
     for (long long row = first; row < last; row++) {
         A d = (A)dy[row * c + column];
         dweight += d * ((A)x[row * c + column] - mean[row]) * rstd[row];
@@ -64,6 +90,7 @@ extern "C" __global__ void column_sums(const T* x, A* partial, long long n, long
     if (column >= c) return;
     long long first = blockIdx.y * chunk, last = first + chunk < n ? first + chunk : n;
     A sum = 0;
+    #pragma unroll 8
     for (long long row = first; row < last; row++) sum += (A)x[row * c + column];
     partial[blockIdx.y * c + column] = sum;
 }
@@ -72,6 +99,7 @@ extern "C" __global__ void column_sums(const T* x, A* partial, long long n, long
 extern "C" __global__ void sum_of_rows(const A* x, A* y, long long n, long long c) {
     for (long long column = thread_number(); column < c; column += thread_count()) {
         A sum = 0;
+        #pragma unroll 16
         for (long long row = 0; row < n; row++) sum += x[row * c + column];
         y[column] = sum;
     }

@@ -10,28 +10,35 @@ extern "C" __global__ void causal_softmax_forward(
     if (row >= n) return;
     long long seen = n_key - n_query + row % n_query + 1;
     scores += row * n_key;
-    p += row * n_key;
     A top = (A)scale * (A)scores[0], total = 0;
-    for (long long i = lane(); i < seen; i += WARP) {
-        A score = (A)scale * (A)scores[i];
-        top = score > top ? score : top;
-    }
-    top = warp_max(top);
-    for (long long i = lane(); i < seen; i += WARP) total += exp((A)scale * (A)scores[i] - top);
-    total = warp_sum(total);
-    for (long long i = lane(); i < n_key; i += WARP)
-        p[i] = i < seen ? (T)(exp((A)scale * (A)scores[i] - top) / total) : (T)0;
-    if (!kept) return;
-    kept += row * n_key;
-    __syncwarp();  // the next loop reads what other threads of the warp wrote
-    for (long long group = lane(); group * GROUP < n_key; group += WARP) {
-        Draws draws(key, use, row, group);
+    Group values, dropped;
+    for (long long first = lane() * GROUP; first < seen; first += WARP * GROUP) {
+        values.load(scores + first, n_key - first);
         #pragma unroll
         for (int j = 0; j < GROUP; j++) {
-            long long i = group * GROUP + j;
-            if (i >= n_key) break;
-            kept[i] = draws[j] >= threshold ? (T)((A)p[i] * (A)kept_scale) : (T)0;
+            A score = (A)scale * values.at[j];
+            top = first + j < seen && score > top ? score : top;
         }
+    }
+    top = warp_max(top);
+    for (long long first = lane() * GROUP; first < seen; first += WARP * GROUP) {
+        values.load(scores + first, n_key - first);
+        #pragma unroll
+        for (int j = 0; j < GROUP; j++) total += first + j < seen ? exp((A)scale * values.at[j] - top) : (A)0;
+    }
+    total = warp_sum(total);
+    for (long long first = lane() * GROUP; first < n_key; first += WARP * GROUP) {
+        long long count = n_key - first;
+        values.load(scores + first, first < seen ? count : 0);
+        #pragma unroll
+        for (int j = 0; j < GROUP; j++)  // rounded to T, as the backward pass will read it
+            values.at[j] = first + j < seen ? (A)(T)(exp((A)scale * values.at[j] - top) / total) : (A)0;
+        values.store(p + row * n_key + first, count);
+        if (!kept) continue;
+        Draws draws(first < seen ? key : nullptr, use, row, first / GROUP);
+        #pragma unroll
+        for (int j = 0; j < GROUP; j++) dropped.at[j] = draws[j] >= threshold ? values.at[j] * (A)kept_scale : (A)0;
+        dropped.store(kept + row * n_key + first, count);
     }
 }
 
@@ -46,21 +53,28 @@ extern "C" __global__ void causal_softmax_backward(
     p += row * n_key;
     dscores += row * n_key;
     A sum = 0;
-    for (long long group = lane(); group * GROUP < n_key; group += WARP) {
-        Draws draws(key, use, row, group);
+    Group gradient, values;
+    for (long long first = lane() * GROUP; first < seen; first += WARP * GROUP) {
+        Draws draws(key, use, row, first / GROUP);
+        gradient.load(dkept + first, n_key - first);
+        values.load(p + first, n_key - first);
         #pragma unroll
         for (int j = 0; j < GROUP; j++) {
-            long long i = group * GROUP + j;
-            if (i >= n_key) break;
-            A dp = i < seen && draws[j] >= threshold ? (A)dkept[i] * (A)kept_scale : (A)0;
-            dscores[i] = (T)dp;
-            sum += dp * (A)p[i];
+            A dp = first + j < seen && draws[j] >= threshold ? gradient.at[j] * (A)kept_scale : (A)0;
+            gradient.at[j] = dp;
+            sum += dp * values.at[j];
         }
+        gradient.store(dscores + first, n_key - first);  // this thread reads it again
     }
     sum = warp_sum(sum);
-    __syncwarp();
-    for (long long i = lane(); i < n_key; i += WARP)
-        dscores[i] = i < seen ? (T)((A)p[i] * ((A)dscores[i] - sum) * (A)scale) : (T)0;
+    for (long long first = lane() * GROUP; first < n_key; first += WARP * GROUP) {
+        gradient.load(dscores + first, first < seen ? n_key - first : 0);
+        values.load(p + first, first < seen ? n_key - first : 0);
+        #pragma unroll
+        for (int j = 0; j < GROUP; j++)
+            gradient.at[j] = first + j < seen ? values.at[j] * (gradient.at[j] - sum) * (A)scale : (A)0;
+        gradient.store(dscores + first, n_key - first);
+    }
 }
 
 // losses[row] = log(sum(exp(logits[row]))) - logits[row, target], with logits (n, v). The backward pass needs the two parts of
