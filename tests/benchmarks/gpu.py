@@ -7,6 +7,7 @@ installed with CUDA, npgpt is compared with it, and PyTorch's profiler measures 
 import argparse
 import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -192,9 +193,10 @@ def main():
         results[stage], passed = measure[stage]()
         missed += [] if passed else [stage]
         args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8", newline="\n")
-    print(f"written to {args.out}" + (f"; not passed: {', '.join(missed)}" if missed else ""))
+    print(f"written to {args.out}" + (f"; not passed: {', '.join(missed)}" if missed else ""), flush=True)
     return 1 if missed else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    os._exit(status)  # after PyTorch's profiler, the interpreter sometimes frees memory twice at its end, and is aborted

@@ -23,6 +23,7 @@ TESTS += ["training/test_muon.py"]
 DRAWING_TESTS = ["model", "generation"]
 PAGE_TESTS = ["report", "serving"]
 GPU_TESTS = ["kernels/test_cuda.py", "kernels/test_products.py", "engine/test_device.py", "training/test_device.py"]
+GPU_TESTS += ["parallel/test_recorded.py"]
 REFERENCE, CPU = "kernels/reference.py", "kernels/cpu.py"
 GRAPH, TENSOR, OPS = "engine/graph.py", "engine/tensor.py", "engine/ops.py"
 GPT, LAYERS, CACHE, MUON = "model/gpt.py", "model/layers.py", "model/cache.py", "training/muon.py"
@@ -31,7 +32,7 @@ PROTECTION, BATCHING, APP, RUN = "serving/protection.py", "serving/batching.py",
 INSIDE, SIDE_BY_SIDE, SAMPLING = "model/inside.py", "generation/side_by_side.py", "generation/sampling.py"
 NORM, ELEMENTWISE, SOFTMAX = "kernels/cuda/norm.cu", "kernels/cuda/elementwise.cu", "kernels/cuda/softmax.cu"
 EMBEDDING, COMMON = "kernels/cuda/embedding.cu", "kernels/cuda/common.cu"
-CUDA, PRODUCTS = "kernels/cuda/kernels.py", "kernels/cuda/products.py"
+CUDA, PRODUCTS, RECORDED = "kernels/cuda/kernels.py", "kernels/cuda/products.py", "parallel/recorded.py"
 
 BPE, DESCRIPTION, READING, RECORD, RESIZE = (
     "text/bpe.py",
@@ -49,7 +50,7 @@ OF_TEXTS = {BPE, DESCRIPTION, READING, RECORD, RESIZE, LOSS, COMPARISON, JUDGED}
 OF_TEXTS |= {ARCHITECTURES, HUGGING_FACE, SAFETENSORS, WEIGHTS, GGUF}
 OF_DRAWING = {CACHE, INSIDE, SIDE_BY_SIDE, SAMPLING}  # DRAWING_TESTS cover these files
 OF_PAGES = {PAGE, INSIDE_PAGE, INSIDE_JS, PROTECTION, BATCHING, APP, RUN}  # PAGE_TESTS cover these files
-OF_A_GPU = {NORM, ELEMENTWISE, SOFTMAX, EMBEDDING, COMMON, CUDA, PRODUCTS}  # GPU_TESTS cover these files
+OF_A_GPU = {NORM, ELEMENTWISE, SOFTMAX, EMBEDDING, COMMON, CUDA, PRODUCTS, RECORDED}  # GPU_TESTS cover these files
 
 # (name, file, text that occurs once in the file, text that replaces it).
 BUGS = [
@@ -131,9 +132,9 @@ BUGS = [
     ("tensor: sum to the wrong places", TENSOR, "dy.reshape(kept), shape)", "dy.reshape(kept)[..., :1], shape)"),
     ("tensor: transpose not undone", TENSOR, "(dy.transpose(back),)", "(dy.transpose(order),)"),
     ("tensor: repeated index counts once", TENSOR, "xp.add.at(dx, index, dy)", "dx[index] = dy"),
-    ("graph: a slice's gradient replaces the others", GRAPH, "self._gradients[node][dx.index] += dx.values", "self._gradients[node][dx.index] = dx.values"),
+    ("graph: a slice's gradient replaces the others", REFERENCE, "total[index] += values", "total[index] = values"),
     ("graph: a borrowed gradient is written to", GRAPH, "self._gradients[node] = backend_of(dx.values).xp.array(self._gradients[node])", "pass"),
-    ("graph: the second use is forgotten", GRAPH, "total = self._gradients[node] + _unbroadcast(dx, node)", "total = self._gradients[node]"),
+    ("graph: the second use is forgotten", GRAPH, "kernels.add(before, dx) if", "kernels.add(before, 0 * dx) if"),
     ("graph: the third use is forgotten", GRAPH, "            self._gradients[node] += _unbroadcast(dx, node)", "            pass"),
     ("graph: a leaf's gradients do not add up", GRAPH, "leaf.grad += gradient", "leaf.grad[...] = gradient"),
     ("graph: a leaf shares its gradient", GRAPH, "leaf.grad = backend_of(leaf.data).xp.array(gradient)", "leaf.grad = gradient"),
@@ -144,13 +145,14 @@ BUGS = [
     ("graph: the graph is not freed", GRAPH, "node.inputs, node.backward = (), _used_up", "pass"),
     ("ops: mean loss without 1/N", OPS, 'losses.mean() if reduction == "mean"', 'losses.sum() if reduction == "mean"'),
     ("ops: a bias's gradient is dropped", OPS, "bias is not None and bias.requires_grad)", "False)"),
-    ("cuda: layer norm without its mean", NORM, "sum += (A)x[i];", "sum += 0;"),
+    ("cuda: layer norm without its mean", NORM, "sum += values.at[j];", "sum += 0;"),
     ("cuda: layer norm adds eps twice", NORM, "(A)c + (A)eps)", "(A)c + 2 * (A)eps)"),
-    ("cuda: layer norm's mean term forgotten", NORM, "weight[i] - mean_g - xhat", "weight[i] - xhat"),
+    ("cuda: layer norm's mean term forgotten", NORM, "factors.at[j] - mean_g - xhat", "factors.at[j] - xhat"),
     ("cuda: layer norm's variance term without xhat", NORM, "- xhat * mean_g_xhat", "- mean_g_xhat"),
     ("cuda: layer norm's dweight without rstd", NORM, "mean[row]) * rstd[row]", "mean[row])"),
     ("cuda: layer norm leaves out the last row of a chunk", NORM, "row < last; row++) {\n        A d", "row < last - 1; row++) {\n        A d"),
-    ("cuda: layer norm never adds the bias", NORM, "bias ? value + bias[i] : value", "value"),
+    ("cuda: layer norm never adds the bias", NORM, "factors.at[j] + added.at[j]", "factors.at[j]"),
+    ("cuda: layer norm's variance counts what is past the end", NORM, "first + j < c ? (values.at[j] - m) * (values.at[j] - m) : (A)0", "(values.at[j] - m) * (values.at[j] - m)"),
     ("cuda: the last partial sum forgotten", NORM, "row < n; row++) sum", "row < n - 1; row++) sum"),
     ("rotary: turned the wrong way", REFERENCE, "even - sin * odd", "even + sin * odd"),
     ("rotary: the gradient is not turned back", REFERENCE, "rotation[..., 0::2], -rotation[..., 1::2])", "rotation[..., 0::2], rotation[..., 1::2])"),
@@ -204,23 +206,27 @@ BUGS = [
     ("cuda: rotary's gradient is not turned back", CUDA, "self._rotary(dy, saved, -1.0)", "self._rotary(dy, saved, 1.0)"),
     ("cuda: rotary with the wrong positions", ELEMENTWISE, "i / half / inner % positions", "i / half % positions"),
     ("cuda: gelu's cubic term without its 3", ELEMENTWISE, "1 + 3 * (A)GELU_CUBIC", "1 + (A)GELU_CUBIC"),
-    ("cuda: gelu's second term forgotten", ELEMENTWISE, " + (A)0.5 * v * (1 - t * t) * du_dx", ""),
-    ("cuda: dropout's threshold halved", ELEMENTWISE, "draws[j] >= threshold ? (A)x", "draws[j] >= threshold / 2 ? (A)x"),
-    ("cuda: dropout without scale", ELEMENTWISE, "(A)x[at] * (A)scale", "(A)x[at]"),
+    ("cuda: gelu's second term forgotten", ELEMENTWISE, "f + 2 * v * f * (1 - f) * du_dx", "f"),
+    ("cuda: dropout's threshold halved", ELEMENTWISE, "draws[j] >= threshold ? values", "draws[j] >= threshold / 2 ? values"),
+    ("cuda: dropout without scale", ELEMENTWISE, "values.at[j] * (A)scale : (A)0", "values.at[j] : (A)0"),
     ("cuda: AdamW without a correction", ELEMENTWISE, "sqrt(v / (A)correction2)", "sqrt(v)"),
     ("cuda: AdamW's decay without the learning rate", ELEMENTWISE, "(1 - lr * weight_decay)", "(1 - weight_decay)"),
     ("cuda: softmax sees one token of the future", SOFTMAX, "row % n_query + 1;\n    scores", "row % n_query + 2;\n    scores"),
-    ("cuda: softmax does not subtract its largest score", SOFTMAX, "top = score > top ? score : top;", "top = 0;"),
-    ("cuda: softmax's row term forgotten", SOFTMAX, "((A)dscores[i] - sum)", "((A)dscores[i])"),
-    ("cuda: softmax's scale forgotten on the way back", SOFTMAX, "- sum) * (A)scale)", "- sum))"),
-    ("cuda: attention's dropout without scale on the way back", SOFTMAX, "(A)dkept[i] * (A)kept_scale", "(A)dkept[i]"),
+    ("cuda: softmax does not subtract its largest score", SOFTMAX, "top = first + j < seen && score > top ? score : top;", "top = 0;"),
+    ("cuda: softmax's sum sees the future", SOFTMAX, "total += first + j < seen ? fast_exp", "total += first + j < n_key ? fast_exp"),
+    ("cuda: softmax's row term forgotten", SOFTMAX, "(gradient.at[j] - sum)", "(gradient.at[j])"),
+    ("cuda: softmax's scale forgotten on the way back", SOFTMAX, "- sum) * (A)scale :", "- sum) :"),
+    ("cuda: attention's dropout without scale on the way back", SOFTMAX, "gradient.at[j] * (A)kept_scale", "gradient.at[j]"),
+    ("cuda: probabilities of the future are not cleared", SOFTMAX, "values.store(p + row * n_key + first, count);", "values.store(p + row * n_key + first, first < seen ? count : 0);"),
     ("cuda: other dropout draws in the backward pass", SOFTMAX, "dscores += row * n_key;\n    A sum = 0;", "dscores += row * n_key;\n    use++;\n    A sum = 0;"),
     ("cuda: cross-entropy's target forgotten", SOFTMAX, "(p - (i == targets[row] ? (A)1 : (A)0))", "p"),
     ("cuda: cross-entropy's gradient of the loss forgotten", SOFTMAX, "(T)(dy[row] * (p", "(T)((p"),
     ("cuda: embedding without its last row", EMBEDDING, "row < last; row++", "row < last - 1; row++"),
     ("cuda: embedding's table of sums not cleared", EMBEDDING, "table[id * c] = 0", "table[id * c] += 0"),
-    ("cuda: the residual sum forgotten", ELEMENTWISE, "onto ? (A)onto[at] + kept : kept", "kept"),
-    ("cuda: the first column's bias for all columns", ELEMENTWISE, "+ bias[column]", "+ bias[0]"),
+    ("cuda: the residual sum forgotten", ELEMENTWISE, "onto ? sum.at[j] + kept : kept", "kept"),
+    ("cuda: the first column's bias for all columns", ELEMENTWISE, "added.load(bias + first, c - first);", "added.load(bias, c);"),
+    ("cuda: a copy mixes up heads and positions", ELEMENTWISE, "at_h = row / t % h", "at_h = row / h % t"),
+    ("cuda: a sum into a slice replaces it", ELEMENTWISE, "values.at[j] += before.at[j];", ";"),
     ("cuda: a bias's gradient without its last row", NORM, "row < last; row++) sum", "row < last - 1; row++) sum"),
     ("cuda: the norm uses the first 32 partial sums only", ELEMENTWISE, "i = lane(); i < n; i += WARP) sum += partial", "i = lane(); i < WARP; i += WARP) sum += partial"),
     ("cuda: clipping to twice the norm", ELEMENTWISE, "(A)max_norm / norm", "2 * (A)max_norm / norm"),
@@ -243,6 +249,13 @@ BUGS = [
     ("residual: the branch's gradient not thinned out", REFERENCE, "return dy, self.dropout_backward(dy, saved)", "return dy, dy"),
     ("astype: the gradient stays in the other dtype", TENSOR, "lambda dy: (dy.astype(before),)", "lambda dy: (0 * dy.astype(before),)"),
     ("cuda: one random number for two elements", COMMON, "16 * (i % 2)", "0"),
+    ("cuda: 16 bytes at an address that is not a multiple of 16", COMMON, "count >= GROUP && (unsigned long long)address % 16 == 0", "count >= GROUP"),
+    ("cuda: a group stores past the end of its row", COMMON, "if (j < count) to[j] = (Element)at[j];", "to[j] = (Element)at[j];"),
+    ("recorded: every replay draws the same masks", RECORDED, "self._keys[...] = backend.asarray(np.concatenate(keys))", "pass"),
+    ("recorded: every replay sees the first batch", RECORDED, "self._x[...], self._y[...] = backend.asarray(x), backend.asarray(y)", "self._y[...] = backend.asarray(y)"),
+    ("recorded: a replay overwrites an earlier loss", RECORDED, "return loss.copy()", "return loss"),
+    ("recorded: a recording goes on with old weights", RECORDED, " and self._model.flat.data is self._weights", ""),
+    ("recorded: one key for all micro-batches", RECORDED, "self._keys[i : i + 1]", "self._keys[:1]"),
     ("cuda: Philox with nine rounds", COMMON, "round < 10", "round < 9"),
     ("cuda: warps share a row", COMMON, "+ threadIdx.x / WARP; }", "; }"),
     ("text: a cut between two spaces", DESCRIPTION, r'(?<=\S)(?= )|', r'(?= )|'),

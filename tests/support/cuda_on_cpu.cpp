@@ -17,6 +17,7 @@ using std::sqrt;
 using std::tanh;
 
 #define __device__
+#define __expf(value) std::exp(value)  // CUDA's fast approximation; the C library has an __expf of its own
 #define __global__
 
 static unsigned __float_as_uint(float value) {

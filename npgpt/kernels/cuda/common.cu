@@ -83,6 +83,9 @@ struct Group {
     }
 };
 
+// exp for results that will be rounded to T. For 8 bits of precision, the approximation of the hardware is enough.
+__device__ inline A fast_exp(A x) { return sizeof(T) == 2 ? (A)__expf((float)x) : exp(x); }
+
 // Every thread of the warp gets the same sum, added up in the same order.
 __device__ inline A warp_sum(A value) {
     for (int distance = WARP / 2; distance; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);

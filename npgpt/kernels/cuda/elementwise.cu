@@ -36,7 +36,7 @@ extern "C" __global__ void copy(
 }
 
 // (1 + tanh(u)) / 2 for the u of GELU. This is the logistic function of 2 u, so one exponential is enough.
-__device__ inline A gelu_factor(A v) { return 1 / (1 + exp(-2 * (A)GELU_SCALE * (v + (A)GELU_CUBIC * v * v * v))); }
+__device__ inline A gelu_factor(A v) { return 1 / (1 + fast_exp(-2 * (A)GELU_SCALE * (v + (A)GELU_CUBIC * v * v * v))); }
 
 // A thread works on one group, here and in the backward pass.
 extern "C" __global__ void gelu_forward(const T* x, T* y, long long n) {

@@ -24,15 +24,15 @@ extern "C" __global__ void causal_softmax_forward(
     for (long long first = lane() * GROUP; first < seen; first += WARP * GROUP) {
         values.load(scores + first, n_key - first);
         #pragma unroll
-        for (int j = 0; j < GROUP; j++) total += first + j < seen ? exp((A)scale * values.at[j] - top) : (A)0;
+        for (int j = 0; j < GROUP; j++) total += first + j < seen ? fast_exp((A)scale * values.at[j] - top) : (A)0;
     }
-    total = warp_sum(total);
+    A factor = 1 / warp_sum(total);
     for (long long first = lane() * GROUP; first < n_key; first += WARP * GROUP) {
         long long count = n_key - first;
         values.load(scores + first, first < seen ? count : 0);
         #pragma unroll
         for (int j = 0; j < GROUP; j++)  // rounded to T, as the backward pass will read it
-            values.at[j] = first + j < seen ? (A)(T)(exp((A)scale * values.at[j] - top) / total) : (A)0;
+            values.at[j] = first + j < seen ? (A)(T)(fast_exp((A)scale * values.at[j] - top) * factor) : (A)0;
         values.store(p + row * n_key + first, count);
         if (!kept) continue;
         Draws draws(first < seen ? key : nullptr, use, row, first / GROUP);
