@@ -6,7 +6,7 @@ from support.steps import CONFIG, batch
 
 from npgpt import GPT
 from npgpt.engine.backend import to_numpy
-from npgpt.parallel.step import ParallelStep
+from npgpt.parallel.step import ParallelStep, dropout_generators, forward_backward, micro_batches
 from npgpt.parallel.workers import Workers
 
 
@@ -19,7 +19,7 @@ def loss_and_gradient(step, x, y, number):
 @pytest.mark.parametrize("micro_batch", [None, 3])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_replay_gives_the_bytes_of_the_step(device, bf16, micro_batch, dtype):
-    """With other tokens, other dropout masks and other weights at each step. A new ParallelStep has no recording yet."""
+    """With other tokens, other dropout masks and other weights at each step."""
     model = GPT(CONFIG, seed=1, backend=device)
     dtype = bf16 if dtype == "bfloat16" else None
     x, y = batch()
@@ -28,7 +28,10 @@ def test_a_replay_gives_the_bytes_of_the_step(device, bf16, micro_batch, dtype):
         step = ParallelStep(model, workers, micro_batch, dtype)
         for number in range(5):
             found = loss_and_gradient(step, x, y, number)
-            assert found == loss_and_gradient(ParallelStep(model, workers, micro_batch, dtype), x, y, number)
+            share = list(enumerate(micro_batches(len(x), x.shape[1], micro_batch or len(x))))
+            there = device.asarray(x), device.asarray(y)
+            loss = forward_backward(model, *there, share, dropout_generators(model, 3, number), dtype)
+            assert found == (float(loss), to_numpy(model.flat.grad).tobytes())
             losses.append(found[0])
             x, y = y, x
             model.flat.data *= 1.01
@@ -43,9 +46,11 @@ def test_another_batch_shape_and_other_arrays_need_another_recording(device):
         for rows in (7, 7, 7, 2, 2, 7):
             found = loss_and_gradient(step, x[:rows], y[:rows], 4)
             assert found == loss_and_gradient(ParallelStep(model, workers), x[:rows], y[:rows], 4)
+        before = step._recorded
         data = device.xp.zeros(model.flat.data.shape, dtype=np.float32)
         model.flat.bind(data, device.xp.zeros(data.shape, dtype=np.float32))
         assert float(step(x, y, seed=3, number=4)) == pytest.approx(np.log(CONFIG.vocab_size), abs=1e-5)
+        assert step._recorded is not before
 
 
 def test_an_earlier_loss_keeps_its_value(device):
