@@ -1,9 +1,12 @@
 """The package's metadata: name, dependencies, extras, commands. Tools are configured in pyproject.toml."""
 
+import hashlib
+import os
 import re
+import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "npgpt" / "__init__.py").read_text(encoding="utf-8")).group(1)
@@ -22,6 +25,27 @@ TEST += [*PLOT, *SERVE, *TENSORBOARD, *BROWSER]
 # `make oldest` runs the tests with exactly these versions. threadpoolctl 3.4 does not find the BLAS of NumPy's own packages.
 CORE = ["numpy>=2.0", "threadpoolctl>=3.5", "tqdm>=4.60"]
 
+NATIVE = ROOT / "npgpt" / "kernels" / "native"
+NATIVE_SOURCES = sorted(path for path in NATIVE.iterdir() if path.suffix in (".c", ".h"))
+
+
+def native():
+    """The kernels in C. Without a compiler they are left out, and NumPy computes everything. So they are on Windows."""
+    if sys.platform == "win32" or os.environ.get("NPGPT_NATIVE") == "0":
+        return []
+    hashed = hashlib.sha256(b"".join(path.read_bytes() for path in NATIVE_SOURCES)).hexdigest()[:16]
+    return [
+        Extension(
+            "npgpt.kernels.native._native",
+            sources=[str(path.relative_to(ROOT)) for path in NATIVE_SOURCES if path.name.startswith("processors_")],
+            depends=[str(path.relative_to(ROOT)) for path in NATIVE_SOURCES],
+            define_macros=[("SOURCES", f'"{hashed}"')],  # library.py does not load a library of other sources
+            extra_compile_args=["-O3", "-std=gnu11", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi"],
+            optional=True,
+        )
+    ]
+
+
 setup(
     name="npgpt",
     version=VERSION,
@@ -31,7 +55,8 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["npgpt", "npgpt.*"]),
-    package_data={"npgpt": ["py.typed", "kernels/cuda/*.cu", "report/assets/*"]},
+    package_data={"npgpt": ["py.typed", "kernels/cuda/*.cu", "kernels/native/*.[ch]", "report/assets/*"]},
+    ext_modules=native(),
     install_requires=CORE,
     extras_require={
         "cuda12": ["cupy-cuda12x[ctk]>=14", "ml_dtypes>=0.5", "numpy>=2.1.2"],

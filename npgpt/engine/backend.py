@@ -24,6 +24,8 @@ from npgpt.kernels.cuda.kernels import CudaKernels, Key
 from npgpt.kernels.cuda.launch import CudaLaunch
 from npgpt.kernels.cuda.products import CublasGemm
 from npgpt.kernels.cuda.recording import CudaGraph, Recording
+from npgpt.kernels.native.kernels import NativeKernels
+from npgpt.kernels.native.library import library
 from npgpt.kernels.reference import Array, Kernels
 
 OLDEST_NUMPY_WITH_BFLOAT16 = "2.1.2"  # CuPy 14 has no bfloat16 with an older NumPy
@@ -65,7 +67,12 @@ def random_key(seed: int, stream: Stream, *counters: int) -> np.ndarray:
     return seed_sequence(seed, stream, *counters).generate_state(1, np.uint64) >> np.uint64(1)
 
 
-CPU = Backend("cpu", np, CpuKernels())
+def _cpu() -> Backend:
+    native = library()
+    return Backend("cpu", np, NativeKernels(native) if native else CpuKernels())
+
+
+CPU = _cpu()
 
 _backends: dict[type, Backend] = {np.ndarray: CPU}
 

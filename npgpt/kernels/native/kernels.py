@@ -1,0 +1,224 @@
+"""The operations of a CPU that have a kernel in C: which kernel runs, with which arrays.
+
+The kernels are in the `.c` files beside this file, one family a file. They compute what reference.py defines, in float32.
+Matrix products stay with NumPy's BLAS. An operation without a kernel, or with another dtype, falls back to NumPy (cpu.py).
+"""
+
+from __future__ import annotations
+
+from math import prod, sqrt
+from typing import Any
+
+import numpy as np
+
+from npgpt.kernels.cpu import QUERY_BLOCK, CpuKernels
+from npgpt.kernels.native.library import Library
+from npgpt.kernels.reference import AdamWStep, Array, Saved
+
+
+class NativeSaved(tuple[Any, ...]):
+    """The saved values of a forward pass of this file. Any other value was saved by CpuKernels."""
+
+
+class NativeKernels(CpuKernels):
+    """The kernels of cpu.py, with overrides in C for float32."""
+
+    def __init__(self, library: Library) -> None:
+        super().__init__()
+        self._run = library
+        self.processor = library.processor
+
+    # ---------------------------------------------------------------- linear
+
+    def linear_backward(
+        self, dy: Array, saved: Saved, needs: tuple[bool, bool, bool] = (True, True, True)
+    ) -> tuple[Array | None, Array | None, Array | None]:
+        if not (needs[2] and _are_float32(dy)):
+            return super().linear_backward(dy, saved, needs)
+        dx, dweight, _ = super().linear_backward(dy, saved, (*needs[:2], False))
+        dy = np.ascontiguousarray(dy)
+        dbias = np.empty(dy.shape[-1], dtype=dy.dtype)
+        self._run("column_sums", dy, dbias, *_rows_and_columns(dy))
+        return dx, dweight, dbias
+
+    # ---------------------------------------------------------------- GELU
+
+    def gelu_forward(self, x: Array) -> tuple[Array, Saved]:
+        if not _are_float32(x):
+            return super().gelu_forward(x)
+        x = np.ascontiguousarray(x)
+        y = np.empty_like(x)
+        self._run("gelu_forward", x, y, x.size)
+        return y, NativeSaved((x,))
+
+    def gelu_backward(self, dy: Array, saved: Saved) -> Array:
+        if not isinstance(saved, NativeSaved):
+            return super().gelu_backward(dy, saved)
+        (x,) = saved
+        dx = np.empty_like(x)
+        self._run("gelu_backward", np.ascontiguousarray(dy), x, dx, x.size)
+        return dx
+
+    # ---------------------------------------------------------------- dropout
+    #
+    # The masks are those of NumPy's generator, so a seed gives the same masks with and without these kernels.
+
+    def dropout_forward(self, x: Array, p: float, rng: Any) -> tuple[Array, Saved]:
+        if not _are_float32(x):
+            return super().dropout_forward(x, p, rng)
+        saved = NativeSaved((*self.dropout_draws(x.shape, p, rng), 1 / (1 - p) if p < 1 else 0.0))
+        return self._dropout(x, None, saved), saved
+
+    def dropout_backward(self, dy: Array, saved: Saved) -> Array:
+        if not isinstance(saved, NativeSaved):
+            return super().dropout_backward(dy, saved)
+        return self._dropout(dy, None, saved)
+
+    def residual_forward(self, x: Array, branch: Array, p: float, rng: Any) -> tuple[Array, Saved]:
+        if not _are_float32(x, branch):
+            return super().residual_forward(x, branch, p, rng)
+        saved = NativeSaved((*self.dropout_draws(x.shape, p, rng), 1 / (1 - p) if p < 1 else 0.0))
+        return self._dropout(branch, np.ascontiguousarray(x), saved), saved
+
+    def _dropout(self, x: Array, onto: Array | None, saved: tuple[Any, ...]) -> Array:
+        draws, threshold, scale = saved
+        x = np.ascontiguousarray(x)
+        y = np.empty_like(x)
+        self._run("dropout", x, onto, draws, y, x.size, threshold, scale)
+        return y
+
+    # ---------------------------------------------------------------- causal attention
+    #
+    # As in cpu.py: blocks of queries, and exponentials that are never divided. A kernel turns scores into exponentials. One
+    # array holds them and the dropout mask, as their sign.
+
+    def causal_attention_forward(
+        self, q: Array, k: Array, v: Array, dropout: float = 0.0, rng: Any = None
+    ) -> tuple[Array, Saved]:
+        if not _are_float32(q, k, v):
+            return super().causal_attention_forward(q, k, v, dropout, rng)
+        b, h, n_query, head_dim = q.shape
+        n_key = k.shape[2]
+        q = np.multiply(q, np.float32(1 / sqrt(head_dim)), out=np.empty(q.shape, dtype=q.dtype))
+        k, v = np.ascontiguousarray(k), np.ascontiguousarray(v)
+        draws, threshold, keep = None, 0, 1.0
+        if dropout > 0 and rng is not None:
+            draws, threshold = self.dropout_draws((b, h, n_query, n_key), dropout, rng)
+            keep = 1 - dropout
+        # In this memory layout, joining the heads afterwards needs no copy.
+        out = np.empty((b, n_query, h, head_dim), dtype=q.dtype).transpose(0, 2, 1, 3)
+        factor = np.empty((b, h, n_query, 1), dtype=q.dtype)
+        blocks = []
+        for start in range(0, n_query, QUERY_BLOCK):
+            rows = slice(start, min(start + QUERY_BLOCK, n_query))
+            n_rows, seen = rows.stop - start, n_key - n_query + rows.stop
+            e = q[:, :, rows] @ k[:, :, :seen].swapaxes(-1, -2)  # the scores, (B, H, n_rows, seen)
+            kept = e if draws is None else np.empty_like(e)
+            sizes = (b * h, n_rows, seen, start, n_query, n_key)
+            self._run("attention_forward", e, kept, factor, draws, *sizes, threshold, keep)
+            np.matmul(kept, v[:, :, :seen], out=out[:, :, rows])
+            out[:, :, rows] *= factor[:, :, rows]
+            blocks.append((rows, seen, e))
+        return out, NativeSaved((q, k, v, out, factor, keep, draws is not None, blocks))
+
+    def causal_attention_backward(self, dy: Array, saved: Saved) -> tuple[Array, Array, Array]:
+        if not isinstance(saved, NativeSaved):
+            return super().causal_attention_backward(dy, saved)
+        q, k, v, out, factor, keep, dropped, blocks = saved
+        b, h, n_query, head_dim = q.shape
+        g = np.multiply(dy, factor, out=np.empty(q.shape, dtype=q.dtype))
+        row_term = np.einsum("bhtd,bhtd->bht", dy, out)[..., None] * factor * np.float32(keep)
+        scale = np.float32(1 / sqrt(head_dim))
+        new = np.empty if blocks else np.zeros  # without queries, the gradients of keys and values are zero
+        dq, dk, dv = new(q.shape, dtype=q.dtype), new(k.shape, dtype=k.dtype), new(v.shape, dtype=v.dtype)
+        written = False
+        while blocks:  # from the last block, which sees every key; each block's memory is freed after its turn
+            rows, seen, e = blocks.pop()
+            kept = e
+            if dropped:
+                kept = np.empty_like(e)
+                self._run("attention_kept", e, kept, e.size)
+            dv_part = kept.swapaxes(-1, -2) @ g[:, :, rows]
+            ds = np.matmul(g[:, :, rows], v[:, :, :seen].swapaxes(-1, -2), out=kept if dropped else None)
+            self._run("attention_backward", ds, e, row_term, b * h, rows.stop - rows.start, seen, rows.start, n_query)
+            np.multiply(ds @ k[:, :, :seen], scale, out=dq[:, :, rows])
+            dk_part = ds.swapaxes(-1, -2) @ q[:, :, rows]
+            if written:
+                dk[:, :, :seen] += dk_part
+                dv[:, :, :seen] += dv_part
+            else:
+                dk[...], dv[...] = dk_part, dv_part
+                written = True
+        return dq, dk, dv
+
+    # ---------------------------------------------------------------- layer norm
+
+    def layer_norm_forward(self, x: Array, weight: Array, bias: Array | None, eps: float = 1e-5) -> tuple[Array, Saved]:
+        if not _are_float32(x, weight, *([] if bias is None else [bias])):
+            return super().layer_norm_forward(x, weight, bias, eps)
+        x, weight = np.ascontiguousarray(x), np.ascontiguousarray(weight)
+        bias = None if bias is None else np.ascontiguousarray(bias)
+        n, c = _rows_and_columns(x)
+        y, mean, rstd = np.empty_like(x), np.empty(n, dtype=x.dtype), np.empty(n, dtype=x.dtype)
+        self._run("layer_norm_forward", x, weight, bias, y, mean, rstd, n, c, eps)
+        return y, NativeSaved((x, weight, mean, rstd))
+
+    def layer_norm_backward(self, dy: Array, saved: Saved) -> tuple[Array, Array, Array]:
+        if not isinstance(saved, NativeSaved):
+            return super().layer_norm_backward(dy, saved)
+        x, weight, mean, rstd = saved
+        dx, dweight, dbias = np.empty_like(x), np.empty_like(weight), np.empty_like(weight)
+        self._run(
+            "layer_norm_backward", np.ascontiguousarray(dy), x, weight, mean, rstd, dx, dweight, dbias, *_rows_and_columns(x)
+        )
+        return dx, dweight, dbias
+
+    # ---------------------------------------------------------------- embedding
+
+    def embedding_backward(self, dy: Array, saved: Saved) -> Array:
+        shape, ids = saved
+        if not (_are_float32(dy) and len(shape) == 2):
+            return super().embedding_backward(dy, saved)
+        # A negative id counts from the end, as in the forward pass.
+        ids = np.ascontiguousarray(np.where(ids < 0, ids + shape[0], ids), dtype=np.int64)
+        dweight = np.empty(shape, dtype=dy.dtype)
+        self._run("embedding_backward", np.ascontiguousarray(dy), ids, dweight, ids.size, shape[1], shape[0])
+        return dweight
+
+    # ---------------------------------------------------------------- cross-entropy
+
+    def cross_entropy_forward(self, logits: Array, targets: Array) -> tuple[Array, Saved]:
+        if not (_are_float32(logits) and logits.size):
+            return super().cross_entropy_forward(logits, targets)
+        logits, targets = np.ascontiguousarray(logits), np.ascontiguousarray(targets, dtype=np.int64)
+        losses, p = np.empty(targets.shape, dtype=logits.dtype), np.empty_like(logits)
+        self._run("cross_entropy_forward", logits, targets, losses, p, *_rows_and_columns(logits))
+        return losses, NativeSaved((p, targets))
+
+    def cross_entropy_backward(self, dy: Array, saved: Saved) -> Array:
+        if not isinstance(saved, NativeSaved):
+            return super().cross_entropy_backward(dy, saved)
+        p, targets = saved
+        dlogits = np.empty_like(p)
+        self._run("cross_entropy_backward", np.ascontiguousarray(dy), p, targets, dlogits, *_rows_and_columns(p))
+        return dlogits
+
+    # ---------------------------------------------------------------- AdamW
+
+    def adamw(self, parameter: Array, gradient: Array, exp_avg: Array, exp_avg_sq: Array, numbers: AdamWStep) -> None:
+        arrays = (parameter, gradient, exp_avg, exp_avg_sq)
+        step, lr, (beta1, beta2), eps, weight_decay, n_decay, scale = numbers
+        if scale is not None or not _are_float32(*arrays) or not all(a.flags.c_contiguous for a in arrays):
+            super().adamw(*arrays, numbers)
+            return
+        sizes = (parameter.size, parameter.size if n_decay is None else min(n_decay, parameter.size))
+        self._run("adamw", *arrays, *sizes, lr, beta1, beta2, 1 - beta1**step, 1 - beta2**step, eps, weight_decay)
+
+
+def _are_float32(*arrays: Array) -> bool:
+    return all(a.dtype == np.float32 for a in arrays)
+
+
+def _rows_and_columns(x: Array) -> tuple[int, int]:
+    """The sizes of an array that is seen as rows along its last axis."""
+    return prod(x.shape[:-1]), x.shape[-1]

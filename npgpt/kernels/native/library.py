@@ -1,0 +1,97 @@
+"""Loading the kernels in C: which file, and which functions for this processor. What they compute is in the `.c` files.
+
+`setup.py` compiles them if there is a compiler. The library is loaded with ctypes, which releases Python's lock during a call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib.machinery
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FOLDER = Path(__file__).parent
+# The arguments of each function: p is the address of an array or NULL, n an int64, d a double.
+FUNCTIONS = {
+    "gelu_forward": "ppn",
+    "gelu_backward": "pppn",
+    "dropout": "ppppnnd",
+    "adamw": "ppppnnddddddd",
+    "layer_norm_forward": "ppppppnnd",
+    "layer_norm_backward": "ppppppppnn",
+    "column_sums": "ppnn",
+    "embedding_backward": "pppnnn",
+    "attention_forward": "ppppnnnnnnnd",
+    "attention_kept": "ppn",
+    "attention_backward": "pppnnnnn",
+    "cross_entropy_forward": "ppppnn",
+    "cross_entropy_backward": "ppppnn",
+}
+TYPES: dict[str, Any] = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "d": ctypes.c_double}
+
+
+class Library:
+    """The functions for one kind of processor: `library("gelu_forward", x, y, n)`."""
+
+    def __init__(self, loaded: ctypes.CDLL, processor: str) -> None:
+        """processor: "avx512", "avx2" or "any"; see the files processors_*.c."""
+        self.processor = processor
+        self._functions = {name: getattr(loaded, f"{name}_{processor}") for name in FUNCTIONS}
+        for name, function in self._functions.items():
+            function.argtypes, function.restype = [TYPES[kind] for kind in FUNCTIONS[name]], None
+
+    def __call__(self, name: str, *arguments: Any) -> None:
+        """arguments: NumPy arrays, which must be contiguous; None for a null pointer; numbers."""
+        self._functions[name](*[a.__array_interface__["data"][0] if isinstance(a, np.ndarray) else a for a in arguments])
+
+
+def processors() -> tuple[str, ...]:
+    """The kinds of processor for which this machine can run kernels, the best one first."""
+    loaded = _loaded()
+    if loaded is None:
+        return ()
+    kinds = ("avx512", "avx2", "any")
+    return kinds[kinds.index(loaded.best_processor().decode()) :]
+
+
+@functools.cache
+def library(processor: str | None = None) -> Library | None:
+    """The kernels for this processor, or for one of `processors()`; None if there are none here.
+
+    There are none if no compiler was there at installation, or if the variable NPGPT_NATIVE is 0.
+    """
+    loaded = _loaded()
+    return Library(loaded, processor or processors()[0]) if loaded is not None else None
+
+
+@functools.cache
+def _loaded() -> ctypes.CDLL | None:
+    if os.environ.get("NPGPT_NATIVE") == "0":
+        return None
+    paths = [FOLDER / f"_native{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    found = [path for path in paths if path.exists()]
+    if not found:
+        return None
+    loaded = ctypes.CDLL(str(found[0]))
+    loaded.best_processor.restype = loaded.sources.restype = ctypes.c_char_p
+    if loaded.sources().decode() != hash_of_sources(FOLDER):
+        warnings.warn(
+            f"{found[0].name} was built from other sources than those beside it, so NumPy computes everything; "
+            "build it again with: make venv (or pip install -e .)",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+    return loaded
+
+
+def hash_of_sources(folder: Path) -> str:
+    """A hash of the C files in a folder. A library contains that of the files it was built from. setup.py has this too."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".c", ".h"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]

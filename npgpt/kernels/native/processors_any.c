@@ -1,0 +1,23 @@
+// The kernels for any processor, and the choice among those that were built.
+
+#include <stdint.h>
+#include <string.h>
+
+#define PROCESSOR any
+#define BYTES 16
+#include "kernels.h"
+
+// The name of the best kernels for this processor.
+const char *best_processor(void) {
+#ifdef __x86_64__
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+        return "avx512";
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "avx2";
+#endif
+    return "any";
+}
+
+// The hash of the sources that this library was built from; see library.py.
+const char *sources(void) { return SOURCES; }
