@@ -158,6 +158,25 @@ def tf32(backend: Backend, enabled: bool = True) -> Iterator[None]:
         gemm.tf32 = not enabled
 
 
+@contextmanager
+def bfloat16_products(backend: Backend, enabled: bool = True) -> Iterator[None]:
+    """Inside `with`, and if `enabled`, linear layers on a CPU round the operands of their products to bfloat16.
+
+    Raises DeviceError if this processor has no such products.
+    """
+    if not enabled:
+        yield
+        return
+    kernels = backend.kernels
+    if not (isinstance(kernels, NativeKernels) and kernels.has_bfloat16):
+        raise DeviceError("products of bfloat16 need a processor with AVX512-BF16, and a C compiler when npgpt is installed")
+    before, kernels.bfloat16_products = kernels.bfloat16_products, True
+    try:
+        yield
+    finally:
+        kernels.bfloat16_products = before
+
+
 def to_numpy(array: Array) -> np.ndarray:
     """The array in host memory. A NumPy array is returned as it is."""
     get = getattr(array, "get", None)  # cupy.ndarray.get copies from the device

@@ -6,6 +6,7 @@ Matrix products stay with NumPy's BLAS. An operation without a kernel, or with a
 
 from __future__ import annotations
 
+import threading
 from math import prod, sqrt
 from typing import Any
 
@@ -21,25 +22,59 @@ class NativeSaved(tuple[Any, ...]):
 
 
 class NativeKernels(CpuKernels):
-    """The kernels of cpu.py, with overrides in C for float32."""
+    """The kernels of cpu.py, with overrides in C for float32.
+
+    While `bfloat16_products` is true, linear layers round the operands of their products to bfloat16 and add up in float32. Set
+    it with `backend.bfloat16_products`. It needs `has_bfloat16`.
+    """
 
     def __init__(self, library: Library) -> None:
         super().__init__()
         self._run = library
-        self.processor = library.processor
+        self.processor, self.has_bfloat16 = library.processor, library.has_bfloat16
+        self.bfloat16_products = False
+        self._of_thread = threading.local()  # scratch memory for products
 
     # ---------------------------------------------------------------- linear
+
+    def linear_forward(self, x: Array, weight: Array, bias: Array | None) -> tuple[Array, Saved]:
+        if not (self.bfloat16_products and _are_float32(x, weight)):
+            return super().linear_forward(x, weight, bias)
+        rows = x.reshape(prod(x.shape[:-1]), x.shape[-1])
+        y = self._product(rows, weight, None if bias is None else np.ascontiguousarray(bias))
+        return y.reshape(*x.shape[:-1], weight.shape[-1]), (rows, weight, x.shape)
 
     def linear_backward(
         self, dy: Array, saved: Saved, needs: tuple[bool, bool, bool] = (True, True, True)
     ) -> tuple[Array | None, Array | None, Array | None]:
-        if not (needs[2] and _are_float32(dy)):
+        rows, weight, x_shape = saved
+        if not _are_float32(dy, rows, weight):
             return super().linear_backward(dy, saved, needs)
-        dx, dweight, _ = super().linear_backward(dy, saved, (*needs[:2], False))
-        dy = np.ascontiguousarray(dy)
-        dbias = np.empty(dy.shape[-1], dtype=dy.dtype)
-        self._run("column_sums", dy, dbias, *_rows_and_columns(dy))
+        dy = np.ascontiguousarray(dy.reshape(len(rows), weight.shape[-1]))
+        product = self._product if self.bfloat16_products else np.matmul
+        dx = product(dy, weight.T).reshape(x_shape) if needs[0] else None
+        dweight = product(rows.T, dy) if needs[1] else None
+        dbias = np.empty(dy.shape[-1], dtype=dy.dtype) if needs[2] else None
+        if dbias is not None:
+            self._run("column_sums", dy, dbias, *dy.shape)
         return dx, dweight, dbias
+
+    def _product(self, a: Array, b: Array, bias: Array | None = None) -> Array:
+        """a (m, k) @ b (k, n) + bias (n,), with operands rounded to bfloat16."""
+        a, b = (x if x.itemsize in x.strides and min(x.strides) >= 0 else np.ascontiguousarray(x) for x in (a, b))
+        (m, k), n = a.shape, b.shape[1]
+        y = np.empty((m, n), dtype=np.float32)
+        strides = [stride // 4 for x in (a, b) for stride in x.strides]
+        self._run("product", a, b, bias, y, self._scratch(n), m, n, k, *strides, 0)
+        return y
+
+    def _scratch(self, n: int) -> Array:
+        """Memory for a product with n columns. Each thread has its own, and keeps it."""
+        needed = self._run.scratch_bytes(n)
+        scratch: Array | None = getattr(self._of_thread, "scratch", None)
+        if scratch is None or scratch.nbytes < needed:
+            scratch = self._of_thread.scratch = np.empty(needed, dtype=np.uint8)
+        return scratch
 
     # ---------------------------------------------------------------- GELU
 

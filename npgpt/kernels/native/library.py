@@ -33,6 +33,7 @@ FUNCTIONS = {
     "cross_entropy_forward": "ppppnn",
     "cross_entropy_backward": "ppppnn",
 }
+PROCESSORS = {"avx512bf16": "AVX-512, bfloat16", "avx512": "AVX-512", "avx2": "AVX2", "any": "any processor"}  # the best first
 TYPES: dict[str, Any] = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "d": ctypes.c_double}
 
 
@@ -40,11 +41,18 @@ class Library:
     """The functions for one kind of processor: `library("gelu_forward", x, y, n)`."""
 
     def __init__(self, loaded: ctypes.CDLL, processor: str) -> None:
-        """processor: "avx512", "avx2" or "any"; see the files processors_*.c."""
+        """processor: one of PROCESSORS; see the files processors_*.c."""
         self.processor = processor
+        self.has_bfloat16 = processor == "avx512bf16"
         self._functions = {name: getattr(loaded, f"{name}_{processor}") for name in FUNCTIONS}
         for name, function in self._functions.items():
             function.argtypes, function.restype = [TYPES[kind] for kind in FUNCTIONS[name]], None
+        if self.has_bfloat16:
+            product, scratch = loaded.product_avx512bf16, loaded.product_scratch_bytes_avx512bf16
+            product.argtypes, product.restype = [TYPES[kind] for kind in "pppppnnnnnnnn"], None
+            scratch.argtypes, scratch.restype = [ctypes.c_int64], ctypes.c_int64
+            self._functions |= {"product": product}
+            self.scratch_bytes = scratch  # of a product with n columns
 
     def __call__(self, name: str, *arguments: Any) -> None:
         """arguments: NumPy arrays, which must be contiguous; None for a null pointer; numbers."""
@@ -56,7 +64,7 @@ def processors() -> tuple[str, ...]:
     loaded = _loaded()
     if loaded is None:
         return ()
-    kinds = ("avx512", "avx2", "any")
+    kinds = tuple(PROCESSORS)
     return kinds[kinds.index(loaded.best_processor().decode()) :]
 
 

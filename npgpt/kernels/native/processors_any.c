@@ -13,7 +13,11 @@ const char *best_processor(void) {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl"))
+#if __GNUC__ >= 10 || __clang_major__ >= 9
+        return __builtin_cpu_supports("avx512bf16") ? "avx512bf16" : "avx512";
+#else
         return "avx512";
+#endif
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "avx2";
 #endif
     return "any";
