@@ -158,6 +158,11 @@ def tf32(backend: Backend, enabled: bool = True) -> Iterator[None]:
         gemm.tf32 = not enabled
 
 
+def has_bfloat16_products(backend: Backend) -> bool:
+    """Whether products on a CPU can round to bfloat16; see `bfloat16_products`."""
+    return isinstance(backend.kernels, NativeKernels) and backend.kernels.has_bfloat16
+
+
 @contextmanager
 def bfloat16_products(backend: Backend, enabled: bool = True) -> Iterator[None]:
     """Inside `with`, and if `enabled`, linear layers on a CPU round the operands of their products to bfloat16.
@@ -175,6 +180,18 @@ def bfloat16_products(backend: Backend, enabled: bool = True) -> Iterator[None]:
         yield
     finally:
         kernels.bfloat16_products = before
+
+
+def rounds_to_bfloat16(backend: Backend) -> bool:
+    """Whether products on a CPU round to bfloat16 now; see `bfloat16_products`."""
+    return isinstance(backend.kernels, NativeKernels) and backend.kernels.bfloat16_products
+
+
+@contextmanager
+def rounded_products(backend: Backend, use_tf32: bool, bf16_products: bool) -> Iterator[None]:
+    """Both `tf32` and `bfloat16_products`."""
+    with tf32(backend, use_tf32), bfloat16_products(backend, bf16_products):
+        yield
 
 
 def to_numpy(array: Array) -> np.ndarray:

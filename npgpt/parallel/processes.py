@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from npgpt.config.settings import GPTConfig
+from npgpt.engine.backend import bfloat16_products, rounds_to_bfloat16
 from npgpt.model.gpt import GPT
 from npgpt.parallel.machine import blas_threads, keep_freed_memory
 from npgpt.parallel.step import Share, dropout_generators, forward_backward
@@ -115,6 +116,7 @@ class Processes:
         self._children: list[subprocess.Popen[bytes]] = []
         self.gradients = arrays[2:]
         setup = {"config": vars(model.config), "dtype": flat.data.dtype.str, "memory": self._memory.name}
+        setup["bf16_products"] = rounds_to_bfloat16(model.backend)
         started = False
         try:
             for i in range(number):
@@ -194,7 +196,7 @@ def work(answers_fd: int) -> None:
     keep_freed_memory()
     # The parent may end at any moment, even in the middle of a message. Then this process ends too.
     ends = contextlib.suppress(EOFError, BrokenPipeError, pickle.UnpicklingError)
-    with blas_threads(1), ends, os.fdopen(answers_fd, "wb") as answers:
+    with blas_threads(1), ends, os.fdopen(answers_fd, "wb") as answers, contextlib.ExitStack() as precision:
         setup = pickle.load(tasks)
         memory = SharedMemory.open(setup["memory"], setup["size"])
         model = GPT(GPTConfig(**setup["config"]), seed=None, dtype=np.dtype(setup["dtype"]))
@@ -203,6 +205,7 @@ def work(answers_fd: int) -> None:
             np.frombuffer(memory, flat.data.dtype, flat.data.size),
             np.frombuffer(memory, flat.data.dtype, flat.data.size, setup["gradient"]),
         )
+        precision.enter_context(bfloat16_products(model.backend, setup["bf16_products"]))
         while True:
             x, y, share, seed, number = pickle.load(tasks)
             answer: float | MemoryError

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from npgpt.engine.backend import tf32
+from npgpt.engine.backend import bfloat16, rounded_products
 from npgpt.engine.streams import Stream
 from npgpt.engine.watch import NonFiniteError, detect_anomaly
 from npgpt.kernels.reference import Array
@@ -50,14 +50,25 @@ class ParallelStep:
     """Forward and backward pass of a batch over workers: `loss = step(x, y, seed, number)`."""
 
     def __init__(
-        self, model: GPT, workers: Workers, micro_batch: int | None = None, dtype: Any = None, use_tf32: bool = False
+        self,
+        model: GPT,
+        workers: Workers,
+        micro_batch: int | None = None,
+        bf16: bool = False,
+        use_tf32: bool = False,
     ) -> None:
         """micro_batch: sequences in a micro-batch. None: about MICRO_BATCH_TOKENS tokens; on a GPU, the whole batch.
-        dtype: the dtype of activations, on a GPU; see GPT.
+        bf16: on a GPU, activations are bfloat16; on a CPU, the operands of linear layers' products are rounded to bfloat16.
         use_tf32: whether products round float32 operands to TF32, on a GPU.
+
+        Raises DeviceError if the device cannot do what bf16 asks for.
         """
         keep_freed_memory()
-        self.model, self.workers, self.micro_batch, self.dtype, self._use_tf32 = model, workers, micro_batch, dtype, use_tf32
+        self.model, self.workers, self.micro_batch = model, workers, micro_batch
+        self.dtype = bfloat16() if bf16 and not model.backend.is_cpu else None
+        self._rounded = {"use_tf32": use_tf32, "bf16_products": bf16 and model.backend.is_cpu}
+        with rounded_products(model.backend, **self._rounded):
+            pass  # raises the error now
         self._remote: RemoteWorkers | None = None
         self._recorded: RecordedStep | None = None
         # Worker 0 uses the model itself. Other worker threads use models that share its weights.
@@ -80,11 +91,12 @@ class ParallelStep:
             model = self._models[worker]
             return forward_backward(model, x, y, shares[worker], dropout_generators(model, seed, number))
 
-        losses = self._with_remote_workers(x, y, shares, seed, number) if self._remote and len(shares) > 1 else None
-        if losses is None:
-            while len(self._models) < len(shares):
-                self._models.append(self._replica())
-            losses = self.workers.map(work, range(len(shares)))
+        with rounded_products(self.model.backend, **self._rounded):
+            losses = self._with_remote_workers(x, y, shares, seed, number) if self._remote and len(shares) > 1 else None
+            if losses is None:
+                while len(self._models) < len(shares):
+                    self._models.append(self._replica())
+                losses = self.workers.map(work, range(len(shares)))
         gradients = self._remote.gradients if self._remote else [replica.flat.grad for replica in self._models[1:]]
         first, others = self.model.flat.grad, gradients[: len(shares) - 1]
 
@@ -104,7 +116,7 @@ class ParallelStep:
                 return forward_backward(self.model, x, y, share, generators, self.dtype)
 
             self._recorded = RecordedStep(self.model, compute, x.shape, len(share))
-        with tf32(self.model.backend, self._use_tf32):
+        with rounded_products(self.model.backend, **self._rounded):
             return self._recorded(x, y, seed, number)
 
     def use_remote_workers(self, start: Callable[[GPT, int], RemoteWorkers]) -> None:
@@ -114,7 +126,8 @@ class ParallelStep:
         cannot be started.
         """
         self.close()
-        self._remote = start(self.model, self.workers.threads - 1)
+        with rounded_products(self.model.backend, **self._rounded):  # the workers round as this process does now
+            self._remote = start(self.model, self.workers.threads - 1)
         del self._models[1:]
 
     def close(self) -> None:
@@ -136,7 +149,7 @@ class ParallelStep:
                 return f"the weight {names[id(p)]} is not finite"
         try:
             share, generators = list(enumerate(self._micro_batches(x))), dropout_generators(self.model, seed, number)
-            with detect_anomaly(), tf32(self.model.backend, self._use_tf32):
+            with detect_anomaly(), rounded_products(self.model.backend, **self._rounded):
                 forward_backward(self.model, x, y, share, generators, self.dtype)
         except NonFiniteError as error:
             leaf = names.get(id(error.leaf))

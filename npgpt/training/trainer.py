@@ -18,7 +18,7 @@ from typing import Any
 
 from npgpt.config.fields import RequestError
 from npgpt.config.settings import GenerateConfig, TrainConfig
-from npgpt.engine.backend import bfloat16
+from npgpt.engine.backend import has_bfloat16_products
 from npgpt.evaluation.loss import Loss, evaluate
 from npgpt.generation.generate import generate_text
 from npgpt.model.gpt import GPT
@@ -80,8 +80,7 @@ class Trainer:
         self._workers = Workers(config.threads if model.backend.is_cpu else 1)
         precision = "".join(f", {name}" for name in ("bf16", "tf32") if getattr(config, name))
         self.machine = describe_machine(model.backend.name + precision, self._workers.threads)
-        dtype = bfloat16() if config.bf16 else None
-        self._forward_backward = ParallelStep(model, self._workers, config.micro_batch, dtype, config.tf32)
+        self._forward_backward = ParallelStep(model, self._workers, config.micro_batch, config.bf16, config.tf32)
         self.optimizer = optimizer_for(model, config)
         self._update = Update(self.optimizer, config.grad_clip or math.inf)
 
@@ -101,12 +100,14 @@ class Trainer:
                 f"the dataset's ids go up to {largest}, the model knows 0..{model.config.vocab_size - 1}; "
                 "encode the text with the model's own tokenizer"
             )
-        for name in ("bf16", "tf32"):
-            if getattr(config, name) and model.backend.is_cpu:
-                raise RequestError(
-                    f"{name} works on a GPU only, and this run is on the CPU; use --no-{name}, or --device cuda to see what is "
-                    "missing"
-                )
+        if config.bf16 and model.backend.is_cpu and not has_bfloat16_products(model.backend):
+            raise RequestError(
+                "bf16 needs a GPU, or a processor with AVX512-BF16 and a C compiler when npgpt is installed; use --no-bf16"
+            )
+        if config.tf32 and model.backend.is_cpu:
+            raise RequestError(
+                "tf32 works on a GPU only, and this run is on the CPU; use --no-tf32, or --device cuda to see what is missing"
+            )
 
     # ---------------------------------------------------------------- resuming
 

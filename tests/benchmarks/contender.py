@@ -23,7 +23,7 @@ from workloads import ON_A_GPU, WORKLOADS
 def npgpt_step(workload, mode, wait=True):
     """A function that does one training step on x and y. wait: whether it returns only when the step is done."""
     import npgpt
-    from npgpt.engine.backend import bfloat16, select
+    from npgpt.engine.backend import select
     from npgpt.parallel.processes import Processes
     from npgpt.parallel.step import ParallelStep
     from npgpt.parallel.workers import Workers
@@ -35,8 +35,7 @@ def npgpt_step(workload, mode, wait=True):
     optimizer = npgpt.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99))
     workers = Workers(None if backend.name == "cpu" else 1).__enter__()
     update = Update(optimizer, 1.0)
-    dtype = bfloat16() if "bfloat16" in mode else None
-    forward_backward = ParallelStep(model, workers, dtype=dtype, use_tf32="TF32" in mode)
+    forward_backward = ParallelStep(model, workers, bf16="bfloat16" in mode, use_tf32="TF32" in mode)
     if workers.threads > 1:  # as in a training run that takes longer than some seconds
         forward_backward.use_remote_workers(Processes)
     number = iter(range(1 << 62))

@@ -21,16 +21,15 @@ def loss_and_gradient(step, x, y, number):
 def test_a_replay_gives_the_bytes_of_the_step(device, bf16, micro_batch, dtype):
     """With other tokens, other dropout masks and other weights at each step."""
     model = GPT(CONFIG, seed=1, backend=device)
-    dtype = bf16 if dtype == "bfloat16" else None
     x, y = batch()
     losses = []
     with Workers(1) as workers:
-        step = ParallelStep(model, workers, micro_batch, dtype)
+        step = ParallelStep(model, workers, micro_batch, bf16=dtype == "bfloat16")
         for number in range(5):
             found = loss_and_gradient(step, x, y, number)
             share = list(enumerate(micro_batches(len(x), x.shape[1], micro_batch or len(x))))
             there = device.asarray(x), device.asarray(y)
-            loss = forward_backward(model, *there, share, dropout_generators(model, 3, number), dtype)
+            loss = forward_backward(model, *there, share, dropout_generators(model, 3, number), step.dtype)
             assert found == (float(loss), to_numpy(model.flat.grad).tobytes())
             losses.append(found[0])
             x, y = y, x

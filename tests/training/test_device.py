@@ -17,6 +17,7 @@ from npgpt import (
 )
 from npgpt.engine import backend
 from npgpt.engine.backend import CPU
+from npgpt.kernels.cpu import CpuKernels
 from npgpt.parallel.step import ParallelStep
 from npgpt.parallel.workers import Workers
 from npgpt.training import trainer
@@ -32,14 +33,14 @@ def steps_in_groups(monkeypatch):
     monkeypatch.setattr(trainer, "SECONDS_IN_GROUP", 1e9)
 
 
-def losses_of_training(device, dropout, steps=20, dtype=None, muon=False, **options):
+def losses_of_training(device, dropout, steps=20, bf16=False, muon=False, **options):
     config = GPTConfig(13, block_size=40, n_layer=2, n_head=2, n_embd=24, dropout=dropout, **options)
     model = GPT(config, seed=1, backend=device)
     optimizer = Muon(model.flat, model.hidden_matrices(), 3e-3) if muon else AdamW(model.parameters(), lr=3e-3)
     dataset = Dataset(np.arange(5000) ** 2 // 7 % 13, 40, 4)
     losses = []
     with Workers(1) as workers:
-        step = ParallelStep(model, workers, dtype=dtype)
+        step = ParallelStep(model, workers, bf16=bf16)
         for number in range(steps):
             losses.append(float(step(*dataset.get_batch("train", number), seed=1, number=number)))
             clip_grad_norm(model.parameters(), 1.0)
@@ -63,9 +64,9 @@ def test_training_with_dropout_repeats_itself(device):
 
 def test_training_in_bfloat16(device, bf16, monkeypatch):
     """The losses are close to those in float32. The weights and their gradients are float32."""
-    found, wide = (losses_of_training(device, 0.2, steps=3, dtype=dtype, position="rotary") for dtype in (bf16, None))
+    found, wide = (losses_of_training(device, 0.2, steps=3, bf16=yes, position="rotary") for yes in (True, False))
     np.testing.assert_allclose(found, wide, rtol=5 * BFLOAT16_EPS)
-    found, wide = (losses_of_training(device, 0.2, steps=25, dtype=dtype) for dtype in (bf16, None))
+    found, wide = (losses_of_training(device, 0.2, steps=25, bf16=yes) for yes in (True, False))
     np.testing.assert_allclose(found, wide, rtol=5 * BFLOAT16_EPS)
     assert found != wide
     assert found[-1] < found[0] - 0.2
@@ -169,10 +170,16 @@ def test_a_run_continues_after_an_exception_and_after_diverging(device, monkeypa
     np.testing.assert_array_equal(backend.to_numpy(run.model.flat.data), expected)
 
 
-@pytest.mark.parametrize("flag", ["bf16", "tf32"])
-def test_bf16_and_tf32_are_refused_on_a_cpu(flag):
-    with pytest.raises(RequestError, match=f"{flag} works on a GPU only, and this run is on the CPU; use --no-{flag}"):
-        run_of_trainer(CPU, None, **{flag: True})
+def test_tf32_is_refused_on_a_cpu():
+    with pytest.raises(RequestError, match="tf32 works on a GPU only, and this run is on the CPU; use --no-tf32"):
+        run_of_trainer(CPU, None, tf32=True)
+
+
+def test_bf16_is_refused_on_a_processor_without_it(monkeypatch):
+    """The message comes before the first step, and is one line."""
+    monkeypatch.setitem(backend._backends, np.ndarray, backend.Backend("cpu", np, CpuKernels()))
+    with pytest.raises(RequestError, match=r"bf16 needs a GPU, or a processor with AVX512-BF16 .* use --no-bf16"):
+        run_of_trainer(backend._backends[np.ndarray], None, bf16=True)
 
 
 @on_cpu
@@ -187,7 +194,7 @@ def test_a_step_reads_nothing_back(cuda_kernels, bf16, monkeypatch, dtype, optio
     optimizer = AdamW(model.flat) if "position" not in options else Muon(model.flat, model.hidden_matrices())
     update, dataset = Update(optimizer, 1.0), Dataset(np.arange(3000) % 7, 16, 4)
     with Workers(1) as workers:
-        step = ParallelStep(model, workers, dtype=bf16 if dtype == "bfloat16" else None)
+        step = ParallelStep(model, workers, bf16=dtype == "bfloat16")
         device_array.waits.clear()
         for number in range(3):
             update.step(step(*dataset.get_batch("train", number, device), seed=1, number=number))

@@ -1,0 +1,196 @@
+"""The kernels in C: all operations against the reference in float64, the ends of the range of float32, and what is loaded."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.arrays import close, normal
+from support.native import native_kernels
+from support.op_cases import CASES, Dims, inputs_of
+
+from npgpt import GPT, GPTConfig, Tensor
+from npgpt.engine import backend
+from npgpt.engine.backend import CPU, Backend, DeviceError, bfloat16_products
+from npgpt.kernels.cpu import CpuKernels
+from npgpt.kernels.native.kernels import NativeSaved
+from npgpt.kernels.native.library import PROCESSORS, hash_of_sources, processors
+from npgpt.kernels.reference import Kernels
+from npgpt.parallel.step import ParallelStep
+from npgpt.parallel.workers import Workers
+
+REFERENCE = Kernels(np)
+WITH_FLOAT64 = {"array operand", "array matmul"}  # one operand is an array of float64, and so is the result
+OF_FLOATS = np.finfo(np.float32)
+
+
+@pytest.fixture(params=PROCESSORS)
+def kernels(request):
+    return native_kernels(request.param)
+
+
+@pytest.fixture
+def use(monkeypatch):
+    """Makes these kernels those of the CPU."""
+
+    def use(kernels):
+        monkeypatch.setitem(backend._backends, np.ndarray, Backend("cpu", np, kernels))
+
+    return use
+
+
+@pytest.mark.parametrize(
+    "dims", [Dims(), Dims(lead=(), a=7, b=2, c=1, past=0), Dims(lead=(33,), a=65, b=40, c=8), Dims(lead=(0,))]
+)
+@pytest.mark.parametrize("name", sorted(set(CASES) - WITH_FLOAT64))
+def test_every_operation_in_float32(kernels, use, name, dims):
+    """The results and gradients equal those of the reference in float64, for each set of kernels."""
+    case, results = CASES[name], []
+    arrays = inputs_of(case, dims, np.random.default_rng(7))
+    for chosen, dtype in [(REFERENCE, np.float64), (CpuKernels(), np.float32), (kernels, np.float32)]:
+        use(chosen)
+        inputs = [Tensor(a.astype(dtype), requires_grad=True) for a in arrays]
+        y = case.fn(*inputs)
+        y.backward(np.random.default_rng(1).standard_normal(y.shape).astype(dtype))
+        results.append([np.asarray(y.data), *(x.grad for x in inputs)])
+    for exact, *others in zip(*results, strict=True):
+        for found in others:
+            close(found, exact.astype(np.float32), np.dtype(np.float32), 10)
+
+
+def test_exponentials_are_within_two_units_in_the_last_place(kernels):
+    """Over the whole range of float32, through the cross-entropy of two logits: p = 1 / (1 + exp(-x))."""
+    x = np.linspace(0, 87, 1 << 16, dtype=np.float32)
+    logits = np.stack([np.zeros_like(x), -x], axis=1)
+    _, (p, _) = kernels.cross_entropy_forward(logits, np.zeros(len(x), dtype=np.int64))
+    exact = np.exp(-x.astype(np.float64))
+    exact /= 1 + exact
+    units = np.abs(p[:, 1] - exact) / np.spacing(exact.astype(np.float32))
+    assert units.max() <= 4  # two of the exponential, and the rounding of a sum and of a product
+
+
+def test_exponentials_at_the_ends_of_the_range(kernels):
+    """Denormal results, zeros, and rows of infinities."""
+    x = np.array([[0, -87.5, -95, -103, -104, -200, -np.inf]], dtype=np.float32)
+    _, (p, _) = kernels.cross_entropy_forward(x, np.zeros(1, dtype=np.int64))
+    np.testing.assert_allclose(p[0], np.exp(x[0].astype(np.float64)), rtol=1e-6, atol=2 * OF_FLOATS.smallest_subnormal)
+    q = np.full((1, 1, 3, 2), 1e30, dtype=np.float32)  # all scores are -inf
+    with np.errstate(over="ignore"):
+        out, saved = kernels.causal_attention_forward(q, -q, q)
+        gradients = kernels.causal_attention_backward(out, saved)
+    np.testing.assert_array_equal(out, 0)
+    for gradient in gradients:
+        np.testing.assert_array_equal(gradient, 0)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("at", [0, 15, 16, 36])
+def test_what_is_not_finite_stays_so(kernels, value, at):
+    """One bad number in a row, also in its last, incomplete vector. Other rows do not change."""
+    x = normal(np.float32, 3, 37)
+    x[1, at] = value
+    ones, zeros = np.ones(37, dtype=np.float32), np.zeros(37, dtype=np.float32)
+    for name, arguments in [("gelu", ()), ("layer_norm", (ones, zeros)), ("cross_entropy", (np.array([1, 1, 1]),))]:
+        clean = np.where(np.isfinite(x), x, 0)
+        with np.errstate(invalid="ignore"):
+            y, saved = getattr(kernels, f"{name}_forward")(x, *arguments)
+            expected, _ = getattr(kernels, f"{name}_forward")(clean, *arguments)
+            reference, _ = getattr(REFERENCE, f"{name}_forward")(x.astype(np.float64), *arguments)
+            assert isinstance(saved, NativeSaved)
+            dx = getattr(kernels, f"{name}_backward")(np.ones_like(y), saved)
+        np.testing.assert_array_equal(y[[0, 2]], expected[[0, 2]])
+        np.testing.assert_array_equal(np.isnan(y[1]), np.isnan(reference[1]))
+        if np.isnan(value):
+            assert np.isnan(y[1]).any()
+            assert np.isnan((dx[0] if isinstance(dx, tuple) else dx)[1]).any()
+
+
+def test_gelu_of_huge_and_tiny_values(kernels):
+    x = np.array([1e30, -1e30, 1e20, -1e20, 50, -50, 5, -5, 1e-30, -1e-30, 1e-42, 0, -0.0], dtype=np.float32)
+    y, saved = kernels.gelu_forward(x)
+    dx = kernels.gelu_backward(np.ones_like(x), saved)
+    np.testing.assert_allclose(
+        y, np.where(np.abs(x) > 40, np.maximum(x, 0), REFERENCE.gelu_forward(x.astype(np.float64))[0]), rtol=2e-6, atol=1e-6
+    )
+    assert np.isfinite(dx).all()
+    np.testing.assert_allclose(dx[np.abs(x) > 40], (x > 0)[np.abs(x) > 40])
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (5, 7, 9), (130, 600, 70), (12, 512, 32), (13, 513, 33), (3, 0, 4), (0, 3, 4), (121, 1, 1)]
+)
+def test_products_of_bfloat16(kernels, shape):
+    """Against float64 products of the rounded operands: all layouts of the operands, all gradients."""
+    if not kernels.has_bfloat16:
+        with pytest.raises(DeviceError, match="AVX512-BF16"), bfloat16_products(Backend("cpu", np, kernels)):
+            pass
+        return
+    m, k, n = shape
+    x, weight, bias = normal(np.float32, m, k), normal(np.float32, k, n, seed=1), normal(np.float32, n, seed=2)
+    dy = normal(np.float32, m, n, seed=3)
+    for layout in (np.ascontiguousarray, np.asfortranarray, lambda a: np.repeat(a, 2, axis=1)[:, ::2]):
+        with bfloat16_products(Backend("cpu", np, kernels)):
+            assert kernels.bfloat16_products
+            y, saved = kernels.linear_forward(layout(x), layout(weight), bias)
+            without, _ = kernels.linear_forward(layout(x), layout(weight), None)
+            dx, dweight, dbias = kernels.linear_backward(layout(dy), saved)
+        assert not kernels.bfloat16_products
+        rounded = [_rounded(a) for a in (x, weight, dy)]
+        for found, exact in [
+            (y, rounded[0] @ rounded[1] + bias),
+            (without, rounded[0] @ rounded[1]),
+            (dx, rounded[2] @ rounded[1].T),
+            (dweight, rounded[0].T @ rounded[2]),
+            (dbias, dy.sum(axis=0, dtype=np.float64)),
+        ]:
+            close(found, exact.astype(np.float32), np.dtype(np.float32), 10)
+
+
+def _rounded(x):
+    """x, rounded to bfloat16, as float64."""
+    bits = np.ascontiguousarray(x).view(np.uint32).astype(np.uint64)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16 << 16).astype(np.uint32).view(np.float32).astype(np.float64)
+
+
+def test_training_with_products_of_bfloat16():
+    """Threads round as the caller's thread does, and the losses stay close to those in float32. Evaluations are not rounded."""
+    if not getattr(CPU.kernels, "has_bfloat16", False):
+        pytest.skip("this processor has no AVX512-BF16")
+    config = GPTConfig(13, block_size=16, n_layer=2, n_head=2, n_embd=32, dropout=0.1)
+    ids = np.random.default_rng(0).integers(0, 13, (8, 17))
+    losses = {}
+    for bf16, threads in [(False, 1), (True, 1), (True, 2)]:
+        model = GPT(config, seed=1)
+        with Workers(threads) as workers:
+            step = ParallelStep(model, workers, 2, bf16=bf16)
+            losses[bf16, threads] = [step(ids[:, :-1], ids[:, 1:], seed=1, number=i) for i in range(3)]
+            gradient = model.flat.grad.copy()
+        assert gradient.dtype == np.float32
+    assert losses[True, 1] != losses[False, 1]
+    np.testing.assert_allclose(losses[True, 1], losses[False, 1], rtol=2e-3)
+    np.testing.assert_allclose(losses[True, 2], losses[True, 1], rtol=1e-6)
+
+
+def test_threads_do_not_share_scratch_memory():
+    if not getattr(CPU.kernels, "has_bfloat16", False):
+        pytest.skip("this processor has no AVX512-BF16")
+    x, weight = normal(np.float32, 200, 300), normal(np.float32, 300, 100)
+    with Workers(4) as workers, bfloat16_products(CPU):
+        many = workers.map(lambda i: CPU.kernels.linear_forward(x * np.float32(i + 1), weight, None)[0], range(40))
+        for i, y in enumerate(many):
+            np.testing.assert_array_equal(y, CPU.kernels.linear_forward(x * np.float32(i + 1), weight, None)[0])
+
+
+def test_the_library_is_of_these_sources():
+    """Its hash is that of the files; setup.py computes it in the same way."""
+    if not processors():
+        pytest.skip("the kernels in C are not built")
+    folder = Path(__file__).parent.parent.parent / "npgpt" / "kernels" / "native"
+    assert len(hash_of_sources(folder)) == 16
+    code = "from npgpt.engine.backend import CPU; print(type(CPU.kernels).__name__)"
+    for value, expected in [("1", "NativeKernels"), ("0", "CpuKernels")]:
+        environment = os.environ | {"NPGPT_NATIVE": value}
+        found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert found.stdout.strip() == expected
