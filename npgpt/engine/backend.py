@@ -67,12 +67,13 @@ def random_key(seed: int, stream: Stream, *counters: int) -> np.ndarray:
     return seed_sequence(seed, stream, *counters).generate_state(1, np.uint64) >> np.uint64(1)
 
 
-def _cpu() -> Backend:
+def _cpu_kernels() -> CpuKernels:
     native = library()
-    return Backend("cpu", np, NativeKernels(native) if native else CpuKernels())
+    return NativeKernels(native) if native else CpuKernels()
 
 
-CPU = _cpu()
+CPU_KERNELS = _cpu_kernels()
+CPU = Backend("cpu", np, CPU_KERNELS)
 
 _backends: dict[type, Backend] = {np.ndarray: CPU}
 

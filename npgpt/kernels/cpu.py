@@ -99,6 +99,64 @@ class CpuKernels(Kernels):
     def __init__(self) -> None:
         super().__init__(np)
 
+    # ---------------------------------------------------------------- one more token of each sequence
+    #
+    # The same operations for a few rows, without anything for a backward pass. To decode a token, a model multiplies vectors
+    # with matrices, so the time is the time to read the weights. Blocks for thousands of rows would take half as long again.
+
+    def linear_decode(
+        self, x: Array, weight: Array, bias: Array | None, onto: Array | None = None, blas_threads: int = 1
+    ) -> Array:
+        """x (B, in) -> x @ weight + bias (B, out). With `onto` (B, out), this is added to it in place, and it is returned.
+
+        blas_threads: how many threads the BLAS has; see `few_rows_product`.
+        """
+        y = few_rows_product(x, weight, blas_threads)
+        if bias is not None:
+            y += bias
+        if onto is None:
+            return y
+        onto += y
+        return onto
+
+    def layer_norm_decode(self, x: Array, weight: Array, bias: Array | None, eps: float) -> Array:
+        """x (B, C) -> (B, C)."""
+        averaging = np.full(x.shape[1], 1 / x.shape[1], dtype=x.dtype)  # x @ averaging is the mean of each row, from the BLAS
+        y = x - (x @ averaging)[:, None]
+        variance = (y * y) @ averaging
+        y *= (1 / np.sqrt(variance + x.dtype.type(eps)))[:, None]
+        y *= weight
+        if bias is not None:
+            y += bias
+        return y
+
+    def gelu_decode(self, x: Array) -> Array:
+        """Elementwise."""
+        g = x * x
+        g *= GELU_SCALE * GELU_CUBIC
+        g += GELU_SCALE
+        g *= x
+        np.tanh(g, out=g)
+        g += 1
+        g *= x
+        g *= 0.5
+        return g
+
+    def attention_decode(self, q: Array, k: Array, v: Array, absent: Array | None) -> Array:
+        """q (B, H, 1, head_dim), k and v (B, H, S, head_dim) -> (B, H, head_dim).
+
+        absent: None, or (B, 1, S, 1) with -inf where a sequence has no key; see KVCache.
+        """
+        e = k @ (q * q.dtype.type(1 / sqrt(q.shape[-1]))).swapaxes(2, 3)  # the scores, (B, H, S, 1)
+        if absent is not None:
+            e += absent
+        e -= e.max(axis=2, keepdims=True)
+        np.exp(e, out=e)
+        total = e.sum(axis=2)
+        y = (e.swapaxes(2, 3) @ v)[:, :, 0]
+        y /= total
+        return y
+
     # ---------------------------------------------------------------- causal attention
     #
     # A block of queries is multiplied only with the keys up to its own end. So little above the

@@ -17,7 +17,7 @@ import numpy as np
 
 from npgpt.config.settings import GPTConfig
 from npgpt.engine import ops
-from npgpt.engine.backend import CPU, Backend
+from npgpt.engine.backend import CPU, CPU_KERNELS, Backend
 from npgpt.engine.streams import Stream, generator
 from npgpt.engine.tensor import Tensor
 from npgpt.kernels.reference import Array
@@ -65,20 +65,13 @@ class MultiHeadSelfAttention(Module):
         future = x.backend.xp.triu(x.backend.xp.ones((t, t), dtype=bool), 1)
         return ops.softmax(ops.masked_fill(scores, future, -math.inf))
 
-    def decode(self, x: Array, cache: KVCache, blas_threads: int) -> Array:
+    def decode(self, x: Array, cache: KVCache, blas_threads: int, onto: Array) -> Array:
         b, c = x.shape
         qkv = self.qkv.decode(x, blas_threads).reshape(b, 3, self.n_head, 1, c // self.n_head)
         qk = self.rotary.decode(qkv[:, :2], cache.positions) if self.rotary else qkv
         k, v = cache.extend(self.layer, qk[:, 1], qkv[:, 2])  # (B, n_head, tokens so far, head_dim) each
-        e = k @ (qk[:, 0] * self._scale).swapaxes(2, 3)  # the scores, (B, n_head, tokens so far, 1)
-        if cache.absent is not None:
-            e += cache.absent
-        e -= e.max(axis=2, keepdims=True)
-        np.exp(e, out=e)
-        total = e.sum(axis=2)
-        y = (e.swapaxes(2, 3) @ v)[:, :, 0]
-        y /= total
-        return self.out.decode(y.reshape(b, c), blas_threads)
+        y = CPU_KERNELS.attention_decode(qk[:, 0], k, v, cache.absent)
+        return self.out.decode(y.reshape(b, c), blas_threads, onto)
 
 
 class FeedForward(Module):
@@ -93,8 +86,8 @@ class FeedForward(Module):
     def __call__(self, x: Tensor) -> Tensor:
         return self.proj(self.activation(self.fc(x)))
 
-    def decode(self, x: Array, blas_threads: int) -> Array:
-        return self.proj.decode(self.activation.decode(self.fc.decode(x, blas_threads)), blas_threads)
+    def decode(self, x: Array, blas_threads: int, onto: Array) -> Array:
+        return self.proj.decode(self.activation.decode(self.fc.decode(x, blas_threads)), blas_threads, onto)
 
 
 class Block(Module):
@@ -114,9 +107,8 @@ class Block(Module):
 
     def decode(self, x: Array, cache: KVCache, blas_threads: int) -> Array:
         """x (B, C) -> (B, C), in place."""
-        x += self.attn.decode(self.ln_1.decode(x), cache, blas_threads)
-        x += self.mlp.decode(self.ln_2.decode(x), blas_threads)
-        return x
+        self.attn.decode(self.ln_1.decode(x), cache, blas_threads, onto=x)
+        return self.mlp.decode(self.ln_2.decode(x), blas_threads, onto=x)
 
 
 class GPT(Module):

@@ -18,15 +18,18 @@ from typing import Any
 import numpy as np
 
 from npgpt.engine import ops
-from npgpt.engine.backend import CPU, Backend
+from npgpt.engine.backend import CPU, CPU_KERNELS, Backend
 from npgpt.engine.tensor import Tensor
-from npgpt.kernels.cpu import few_rows_product
-from npgpt.kernels.reference import GELU_CUBIC, GELU_SCALE, Array
+from npgpt.kernels.reference import Array
 from npgpt.model.module import Module
 
 
 def _parameter(backend: Backend, shape: tuple[int, ...], dtype: Any, fill: float = 0.0) -> Tensor:
     return Tensor(backend.xp.full(shape, fill, dtype=dtype), requires_grad=True)
+
+
+def _data(parameter: Tensor | None) -> Array | None:
+    return None if parameter is None else parameter.data
 
 
 class Linear(Module):
@@ -40,12 +43,9 @@ class Linear(Module):
         """x (..., in) -> (..., out)."""
         return ops.linear(x, self.weight, self.bias)
 
-    def decode(self, x: Array, blas_threads: int = 1) -> Array:
-        """x (B, in) -> (B, out). blas_threads: how many threads the BLAS has; see `few_rows_product`."""
-        y = few_rows_product(x, self.weight.data, blas_threads)
-        if self.bias is not None:
-            y += self.bias.data
-        return y
+    def decode(self, x: Array, blas_threads: int = 1, onto: Array | None = None) -> Array:
+        """x (B, in) -> (B, out), added to `onto` if it is given. blas_threads: how many threads the BLAS has."""
+        return CPU_KERNELS.linear_decode(x, self.weight.data, _data(self.bias), onto, blas_threads)
 
 
 class Embedding(Module):
@@ -108,7 +108,6 @@ class LayerNorm(Module):
     def __init__(self, dim: int, bias: bool = True, backend: Backend = CPU, dtype: Any = np.float32):
         self.weight = _parameter(backend, (dim,), dtype, fill=1.0)
         self.bias = _parameter(backend, (dim,), dtype) if bias else None
-        self._averaging = np.full(dim, 1 / dim, dtype=dtype)  # x @ _averaging is the mean of each row, computed by the BLAS
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (..., dim) -> (..., dim)."""
@@ -116,13 +115,7 @@ class LayerNorm(Module):
 
     def decode(self, x: Array) -> Array:
         """x (B, dim) -> (B, dim)."""
-        y = x - (x @ self._averaging)[:, None]
-        variance = (y * y) @ self._averaging
-        y *= (1 / np.sqrt(variance + x.dtype.type(self.eps)))[:, None]
-        y *= self.weight.data
-        if self.bias is not None:
-            y += self.bias.data
-        return y
+        return CPU_KERNELS.layer_norm_decode(x, self.weight.data, _data(self.bias), self.eps)
 
 
 class GELU(Module):
@@ -132,15 +125,7 @@ class GELU(Module):
         return ops.gelu(x)
 
     def decode(self, x: Array) -> Array:
-        g = x * x
-        g *= GELU_SCALE * GELU_CUBIC
-        g += GELU_SCALE
-        g *= x
-        np.tanh(g, out=g)
-        g += 1
-        g *= x
-        g *= 0.5
-        return g
+        return CPU_KERNELS.gelu_decode(x)
 
 
 class ReLU(Module):

@@ -147,11 +147,51 @@ def test_every_override_runs_and_is_tested():
     """Each class of kernels uses its own overrides, and has no method that the reference does not have."""
     in_numpy = {"causal_attention", "rotary", "layer_norm", "gelu", "embedding", "adamw"}
     in_c = in_numpy - {"rotary"} | {"linear", "dropout", "residual", "cross_entropy"}
+    decoding = {"linear_decode", "layer_norm_decode", "gelu_decode", "attention_decode"}
     for kernels, tested in [(CpuKernels, in_numpy), (native.NativeKernels, in_c)]:
-        overridden = {name for name in vars(kernels) if not name.startswith("_")}
+        methods = {name for name in vars(kernels) if not name.startswith("_")}
+        assert decoding <= methods
+        overridden = methods - decoding
         assert overridden <= set(dir(Kernels)), "an operation that the reference does not have"
         assert {name.removesuffix("_forward").removesuffix("_backward") for name in overridden} == tested
     assert type(CPU.kernels) is (native.NativeKernels if library.processors() else CpuKernels)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 6, 7, 16, 33])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 3), (8, 64), (9, 65), (40, 130), (33, 2100)])
+def test_a_few_rows_of_a_linear_layer(fast, dtype, rows, shape):
+    x, weight, bias = normal(dtype, rows, shape[0]), normal(dtype, *shape, seed=1), normal(dtype, shape[1], seed=2)
+    onto = normal(dtype, rows, shape[1], seed=3)
+    exact = (x.astype(np.float64) @ weight.astype(np.float64)).astype(dtype)
+    close(fast.linear_decode(x, weight, bias), exact + bias, dtype, 10)
+    close(fast.linear_decode(x, np.asfortranarray(weight), None), exact, dtype, 10)
+    before = onto.copy()
+    assert fast.linear_decode(x, weight, bias, onto) is onto
+    close(onto, exact + bias + before, dtype, 10)
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (5, 40), (2, 384)])
+def test_a_few_rows_of_layer_norm_and_gelu(fast, dtype, shape):
+    x, weight, bias = normal(dtype, *shape) + 3, normal(dtype, shape[1]), normal(dtype, shape[1], seed=1)
+    close(fast.layer_norm_decode(x, weight, bias, 1e-5), REFERENCE.layer_norm_forward(x, weight, bias, 1e-5)[0], dtype, 4)
+    close(fast.layer_norm_decode(x, weight, None, 1e-5), REFERENCE.layer_norm_forward(x, weight, None, 1e-5)[0], dtype, 4)
+    close(fast.gelu_decode(x), REFERENCE.gelu_forward(x)[0], dtype)
+
+
+@pytest.mark.parametrize(("tokens", "head_dim"), [(1, 4), (17, 16), (40, 33), (129, 64)])
+def test_attention_of_one_more_token(fast, dtype, tokens, head_dim):
+    """Over a cache with room for more tokens, for queries that are views, and for sequences that lack some keys."""
+    cache = normal(dtype, 2, 3, 2, tokens + 5, head_dim)
+    k, v = cache[0, :, :, :tokens], cache[1, :, :, :tokens]
+    q = normal(dtype, 3, 3, 2, 1, head_dim)[:, 1]  # as in the output of the layer that makes queries, keys and values
+    absent = np.zeros((3, 1, tokens, 1), dtype=dtype)
+    absent[1, :, tokens // 2 + 1 :] = -np.inf
+    scores = np.einsum("bhod,bhsd->bhs", q, k) / np.sqrt(head_dim)
+    for given in (None, absent):
+        p = np.exp(scores if given is None else scores + given[:, :, :, 0])
+        p /= p.sum(axis=-1, keepdims=True)
+        close(fast.attention_decode(q, k, v, given), np.einsum("bhs,bhsd->bhd", p, v).astype(dtype), dtype)
+    close(fast.attention_decode(q, k[:, ::-1], v[:, ::-1], None)[:, ::-1], fast.attention_decode(q[:, ::-1], k, v, None), dtype)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 16, 32, 33])

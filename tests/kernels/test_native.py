@@ -1,5 +1,6 @@
 """The kernels in C: all operations against the reference in float64, the ends of the range of float32, and what is loaded."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from npgpt.engine import backend
 from npgpt.engine.backend import CPU, Backend, DeviceError, bfloat16_products
 from npgpt.kernels.cpu import CpuKernels
 from npgpt.kernels.native.kernels import NativeSaved
-from npgpt.kernels.native.library import PROCESSORS, hash_of_sources, processors
+from npgpt.kernels.native.library import HEAD, PROCESSORS, hash_of_sources, processors
 from npgpt.kernels.reference import Kernels
 from npgpt.parallel.step import ParallelStep
 from npgpt.parallel.workers import Workers
@@ -181,6 +182,13 @@ def test_threads_do_not_share_scratch_memory():
         many = workers.map(lambda i: CPU.kernels.linear_forward(x * np.float32(i + 1), weight, None)[0], range(40))
         for i, y in enumerate(many):
             np.testing.assert_array_equal(y, CPU.kernels.linear_forward(x * np.float32(i + 1), weight, None)[0])
+
+
+def test_where_an_array_begins():
+    """The library finds the elements of views, of read-only arrays and of arrays without elements."""
+    x = normal(np.float32, 6, 5)
+    for view in (x, x[2:], x[1, 2:], x[::-1], np.broadcast_to(x[0], (3, 5)), x[:0], x[1, 2, ...]):
+        assert ctypes.c_void_p.from_address(id(view) + HEAD).value == view.ctypes.data
 
 
 def test_the_library_is_of_these_sources():

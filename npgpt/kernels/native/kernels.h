@@ -9,3 +9,4 @@
 #include "elementwise.c"
 #include "norm.c"
 #include "softmax.c"
+#include "decode.c"

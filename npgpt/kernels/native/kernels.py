@@ -76,6 +76,37 @@ class NativeKernels(CpuKernels):
             scratch = self._of_thread.scratch = np.empty(needed, dtype=np.uint8)
         return scratch
 
+    # ---------------------------------------------------------------- one more token of each sequence
+
+    def linear_decode(
+        self, x: Array, weight: Array, bias: Array | None, onto: Array | None = None, blas_threads: int = 1
+    ) -> Array:
+        if not (_are_float32(x, weight) and x.flags.c_contiguous and weight.flags.c_contiguous):
+            return super().linear_decode(x, weight, bias, onto, blas_threads)
+        (rows, n), m = x.shape, weight.shape[1]
+        y = np.empty((rows, m), dtype=x.dtype) if onto is None else onto
+        self._run("few_rows_product", x, weight, bias, y, rows, n, m, onto is not None)
+        return y
+
+    def layer_norm_decode(self, x: Array, weight: Array, bias: Array | None, eps: float) -> Array:
+        if not _are_float32(x, weight):
+            return super().layer_norm_decode(x, weight, bias, eps)
+        return self.layer_norm_forward(x, weight, bias, eps)[0]
+
+    def gelu_decode(self, x: Array) -> Array:
+        return self.gelu_forward(x)[0] if _are_float32(x) else super().gelu_decode(x)
+
+    def attention_decode(self, q: Array, k: Array, v: Array, absent: Array | None) -> Array:
+        # Both caches are views of one array, and the heads of a query follow each other.
+        b, h, tokens, head_dim = k.shape
+        if not (_are_float32(q, k, v) and k.strides == v.strides and k.strides[2:] == (4 * head_dim, 4)):
+            return super().attention_decode(q, k, v, absent)
+        q = q if q.strides[1] == 4 * head_dim and q.strides[3] == 4 else np.ascontiguousarray(q)
+        y, scores = np.empty((b, h, head_dim), dtype=q.dtype), np.empty(tokens, dtype=q.dtype)
+        strides = (q.strides[0] // 4, k.strides[0] // 4, k.strides[1] // 4)
+        self._run("decode_attention", q, k, v, absent, y, scores, b, h, tokens, head_dim, *strides, 1 / sqrt(head_dim))
+        return y
+
     # ---------------------------------------------------------------- GELU
 
     def gelu_forward(self, x: Array) -> tuple[Array, Saved]:

@@ -32,8 +32,12 @@ FUNCTIONS = {
     "attention_backward": "pppnnnnn",
     "cross_entropy_forward": "ppppnn",
     "cross_entropy_backward": "ppppnn",
+    "few_rows_product": "ppppnnnn",
+    "decode_attention": "ppppppnnnnnnnd",
 }
 PROCESSORS = {"avx512bf16": "AVX-512, bfloat16", "avx512": "AVX-512", "avx2": "AVX2", "any": "any processor"}  # the best first
+HEAD = object.__basicsize__  # bytes
+_pointer_at = ctypes.c_void_p.from_address
 TYPES: dict[str, Any] = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "d": ctypes.c_double}
 
 
@@ -56,7 +60,9 @@ class Library:
 
     def __call__(self, name: str, *arguments: Any) -> None:
         """arguments: NumPy arrays, which must be contiguous; None for a null pointer; numbers."""
-        self._functions[name](*[a.__array_interface__["data"][0] if isinstance(a, np.ndarray) else a for a in arguments])
+        # NumPy's attributes that tell the address of the elements take as long as a small kernel. An array is a Python object
+        # whose first field after the object's head is this address (NumPy's documentation of PyArrayObject).
+        self._functions[name](*[_pointer_at(id(a) + HEAD).value if isinstance(a, np.ndarray) else a for a in arguments])
 
 
 def processors() -> tuple[str, ...]:

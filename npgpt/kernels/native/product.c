@@ -8,7 +8,6 @@
 #define COLUMNS 32
 #define K_BLOCK 512  // values along k in a panel: a panel of b stays in the first-level cache
 #define M_BLOCK 120  // rows of a that are packed at once; they stay in the second-level cache
-#define UNROLL _Pragma("GCC unroll 16")
 
 typedef uint32_t pair;  // two values that are neighbours along k, in bfloat16; the first one is in the lower half
 

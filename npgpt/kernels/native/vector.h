@@ -5,6 +5,7 @@
 // sums or ignore infinities and NaN is used: a loss that is not finite stays so.
 
 #define LANES (BYTES / 4)
+#define UNROLL _Pragma("GCC unroll 16")  // before a short loop whose arrays are to be in registers
 
 typedef float vec __attribute__((vector_size(BYTES)));
 typedef int32_t ivec __attribute__((vector_size(BYTES)));
@@ -65,11 +66,15 @@ static inline void store_some(float *to, int64_t n, vec value) {
 static inline vec larger(vec a, vec b) { return where((a > b) | (a != a), a, b); }
 
 static inline float sum_of(vec value) {
+#if BYTES == 64
+    return _mm512_reduce_add_ps((__m512)value);
+#else
     float half[LANES];
     memcpy(half, &value, sizeof half);
     for (int n = LANES / 2; n; n /= 2)
         for (int i = 0; i < n; i++) half[i] += half[i + n];
     return half[0];
+#endif
 }
 
 static inline float largest_of(vec value) {

@@ -1,0 +1,104 @@
+// One more token of each sequence: products of a few rows, and attention over the cache. The time of such a product is the time to
+// read the weights, so they are read once, in the order in which they lie in memory.
+
+#define VECTORS (BYTES == 64 ? 4 : 2)  // vectors of a row that are in registers at once
+#define AT_ONCE 6                      // rows of x that are
+#define TILE 2048                      // columns of a single row; it stays in the first-level cache
+
+static inline void one_row_product(const float *x, const float *w, float *y, int64_t n, int64_t m) {
+    for (int64_t tile = 0; tile < m; tile += TILE) {
+        const int64_t end = m - tile < TILE ? m : tile + TILE;
+        int64_t i = 0;
+        for (; i + 8 <= n; i += 8)  // eight rows of w at once, so that y is read and written less often
+            for (int64_t j = tile; j < end; j += LANES) {
+                const float *from = w + i * m + j;
+                vec sum = load_some(y + j, end - j, 0);
+                UNROLL for (int r = 0; r < 8; r++, from += m) sum += x[i + r] * load_some(from, end - j, 0);
+                store_some(y + j, end - j, sum);
+            }
+        for (; i < n; i++)
+            for (int64_t j = tile; j < end; j += LANES)
+                store_some(y + j, end - j, load_some(y + j, end - j, 0) + x[i] * load_some(w + i * m + j, end - j, 0));
+    }
+}
+
+// VECTORS vectors of `rows` <= AT_ONCE rows of y, from column j on; all these columns exist.
+static inline __attribute__((always_inline)) void block_product(
+    const float *x, const float *w, float *y, int64_t n, int64_t m, const int rows) {
+    vec sum[AT_ONCE][VECTORS];
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < VECTORS; v++) sum[r][v] = load(y + r * m + v * LANES);
+    for (int64_t i = 0; i < n; i++, w += m) {
+        vec part[VECTORS];
+        for (int v = 0; v < VECTORS; v++) part[v] = load(w + v * LANES);
+        for (int r = 0; r < rows; r++)
+            for (int v = 0; v < VECTORS; v++) sum[r][v] += x[r * n + i] * part[v];
+    }
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < VECTORS; v++) store(y + r * m + v * LANES, sum[r][v]);
+}
+
+// y (rows, m) = x (rows, n) @ w (n, m) + bias (m,); without a bias, bias is null. With `add`, y is added to what it holds.
+void NAME(few_rows_product)(
+    const float *x, const float *w, const float *bias, float *y, int64_t rows, int64_t n, int64_t m, int64_t add) {
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t j = 0; j < m; j++) y[r * m + j] = (add ? y[r * m + j] : 0.0f) + (bias ? bias[j] : 0.0f);
+    if (rows == 1) {
+        one_row_product(x, w, y, n, m);
+        return;
+    }
+    const int64_t width = VECTORS * LANES, whole = m / width * width;
+    for (int64_t j = 0; j < whole; j += width)
+        for (int64_t r = 0; r < rows; r += AT_ONCE) {
+            const float *from = x + r * n;
+            float *to = y + r * m + j;
+            switch (rows - r < AT_ONCE ? rows - r : AT_ONCE) {  // a constant number of rows, so that sums are in registers
+                case 1: block_product(from, w + j, to, n, m, 1); break;
+                case 2: block_product(from, w + j, to, n, m, 2); break;
+                case 3: block_product(from, w + j, to, n, m, 3); break;
+                case 4: block_product(from, w + j, to, n, m, 4); break;
+                case 5: block_product(from, w + j, to, n, m, 5); break;
+                default: block_product(from, w + j, to, n, m, 6);
+            }
+        }
+    for (int64_t r = 0; r < rows; r++)  // the last columns
+        for (int64_t i = 0; i < n; i++)
+            for (int64_t j = whole; j < m; j++) y[r * m + j] += x[r * n + i] * w[i * m + j];
+}
+
+// y (batch, heads, head_dim) = attention of one query of each sequence over `tokens` keys and values of each head.
+//
+// The heads of a query follow each other, and so do the keys of a head. The strides say where the next sequence and the next head
+// are. absent (batch, tokens) is null, or -inf where a sequence has no key. scores has room for `tokens`.
+void NAME(decode_attention)(
+    const float *q, const float *k, const float *v, const float *absent, float *y, float *scores, int64_t batch, int64_t heads,
+    int64_t tokens, int64_t head_dim, int64_t q_stride, int64_t kv_stride, int64_t kv_head_stride, double scale) {
+    for (int64_t b = 0; b < batch; b++)
+        for (int64_t h = 0; h < heads; h++, y += head_dim) {
+            const float *query = q + b * q_stride + h * head_dim;
+            const float *key = k + b * kv_stride + h * kv_head_stride, *value = v + b * kv_stride + h * kv_head_stride;
+            vec top = splat(-__builtin_inff()), total = splat(0);
+            for (int64_t t = 0; t < tokens; t++, key += head_dim) {
+                vec dot = splat(0);
+                for (int64_t i = 0; i < head_dim; i += LANES)
+                    dot += load_some(query + i, head_dim - i, 0) * load_some(key + i, head_dim - i, 0);
+                scores[t] = (float)scale * sum_of(dot) + (absent ? absent[b * tokens + t] : 0.0f);
+            }
+            for (int64_t t = 0; t < tokens; t += LANES)
+                top = larger(load_some(scores + t, tokens - t, -__builtin_inff()), top);
+            float largest = largest_of(top);
+            for (int64_t t = 0; t < tokens; t += LANES) {
+                vec e = exponential(load_some(scores + t, tokens - t, -__builtin_inff()) - largest);
+                total += e;
+                store_some(scores + t, tokens - t, e);
+            }
+            memset(y, 0, head_dim * sizeof(float));
+            for (int64_t t = 0; t < tokens; t++, value += head_dim)
+                for (int64_t i = 0; i < head_dim; i += LANES) {
+                    vec sum = load_some(y + i, head_dim - i, 0) + scores[t] * load_some(value + i, head_dim - i, 0);
+                    store_some(y + i, head_dim - i, sum);
+                }
+            float factor = 1 / sum_of(total);
+            for (int64_t i = 0; i < head_dim; i++) y[i] *= factor;
+        }
+}
