@@ -37,7 +37,7 @@ from npgpt.console.terminal import BreakableStream, failed, say, silence
 from npgpt.engine.backend import DeviceError
 from npgpt.engine.gradcheck import GradientError
 from npgpt.parallel.limits import available_cores
-from npgpt.parallel.machine import describe_blas
+from npgpt.parallel.machine import describe_blas, describe_kernels
 
 COMMANDS: dict[str, ModuleType] = {
     "train": train,
@@ -98,7 +98,8 @@ def _no_command(argv: list[str]) -> int:
         print("\nnpgpt NAME --help says more. In a checkout, bin/npgpt NAME and bin/NAME are the same.")
         return 0
     if argv[0] == "--version":
-        print(f"npgpt {npgpt.__version__}, NumPy {np.__version__}, {describe_blas()}, {available_cores()} cores")
+        software = f"npgpt {npgpt.__version__}, NumPy {np.__version__}, {describe_kernels()} kernels"
+        print(f"{software}, {describe_blas()}, {available_cores()} cores")
         return 0
     close = difflib.get_close_matches(argv[0], COMMANDS, n=1)
     hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(COMMANDS)}"

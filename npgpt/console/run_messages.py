@@ -8,7 +8,7 @@ import shlex
 from npgpt.console.terminal import command, duration, say
 from npgpt.evaluation.loss import Loss
 from npgpt.parallel.limits import core_limit
-from npgpt.parallel.machine import describe_blas
+from npgpt.parallel.machine import describe_blas, describe_kernels
 from npgpt.storage.run import RunFiles
 from npgpt.text.corpus import Corpus
 from npgpt.text.sources import Sources
@@ -40,7 +40,7 @@ def print_banner(trainer: Trainer, corpus: Corpus, files: RunFiles, base: str | 
         cores = core_limit()
         threads = config.threads or cores.value
         limited = "" if config.threads or cores.source == "cores" else f" (limited by {cores.source})"
-        say(f"        {threads} worker{'' if threads == 1 else 's'}{limited}, {describe_blas()}")
+        say(f"        {threads} worker{'' if threads == 1 else 's'}{limited}, {describe_kernels()} kernels, {describe_blas()}")
     if trainer.files and trainer.files.are_of_earlier_run:
         previous = files.previous_paths()[0]
         replaced = ", in place of the run there" if previous.exists() else ""

@@ -96,6 +96,8 @@ def few_rows_product(x: Array, weight: Array, blas_threads: int = 1) -> Array:
 class CpuKernels(Kernels):
     """The reference kernels, with overrides that are faster in NumPy."""
 
+    description = "NumPy"
+
     def __init__(self) -> None:
         super().__init__(np)
 

@@ -17,6 +17,8 @@ import numpy as np
 import threadpoolctl
 from threadpoolctl import ThreadpoolController
 
+from npgpt.engine.backend import CPU_KERNELS
+
 AVX512_KERNELS = {"skylakex", "cooperlake", "sapphirerapids"}  # the kernels of OpenBLAS that use AVX-512
 
 
@@ -87,13 +89,19 @@ def _built_with() -> str:
     return str(built.get("Build Dependencies", {}).get("blas", {}).get("name", "unknown"))
 
 
+def describe_kernels() -> str:
+    """Which kernels compute on a CPU, such as "native AVX2" or "NumPy"; see kernels/native."""
+    return CPU_KERNELS.description
+
+
 def describe_machine(device: str, threads: int) -> dict[str, str]:
-    """The properties that decide rounding: device, threads, NumPy, BLAS.
+    """The properties that decide rounding: device, threads, NumPy, BLAS; on a CPU the kernels too.
 
     On one processor, runs with equal properties and the same seed give the same bytes."""
     found = [library for library in _blas().info() if library["user_api"] == "blas"]
     blas = " ".join(str(found[0].get(key)) for key in ("internal_api", "version", "architecture")) if found else "unknown"
-    return {"device": device, "threads": str(threads), "NumPy": np.__version__, "BLAS": blas}
+    described = {"device": device, "threads": str(threads), "NumPy": np.__version__, "BLAS": blas}
+    return described | ({"kernels": describe_kernels()} if device.startswith("cpu") else {})
 
 
 def describe_blas() -> str:

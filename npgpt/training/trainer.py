@@ -135,7 +135,7 @@ class Trainer:
         self._resumed_at = self.progress.step
         if self.files:
             self.files.disown() if elsewhere else self.files.adopt(self.progress.step)
-        before = last.machine or self.machine
+        before = {"kernels": "NumPy"} | last.machine if last.machine else self.machine  # older checkpoints knew no others
         return [
             f"{key} was {before.get(key)} and is now {value}" for key, value in self.machine.items() if before.get(key) != value
         ]

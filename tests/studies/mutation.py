@@ -52,6 +52,12 @@ OF_DRAWING = {CACHE, INSIDE, SIDE_BY_SIDE, SAMPLING}  # DRAWING_TESTS cover thes
 OF_PAGES = {PAGE, INSIDE_PAGE, INSIDE_JS, PROTECTION, BATCHING, APP, RUN}  # PAGE_TESTS cover these files
 OF_A_GPU = {NORM, ELEMENTWISE, SOFTMAX, EMBEDDING, COMMON, CUDA, PRODUCTS, RECORDED}  # GPU_TESTS cover these files
 
+VECTOR, C_ELEMENTWISE, C_NORM = (f"kernels/native/{name}" for name in ("vector.h", "elementwise.c", "norm.c"))
+C_SOFTMAX, C_PRODUCT, C_DECODE = (f"kernels/native/{name}" for name in ("softmax.c", "product.c", "decode.c"))
+NATIVE, LIBRARY = "kernels/native/kernels.py", "kernels/native/library.py"
+OF_NATIVE = {VECTOR, C_ELEMENTWISE, C_NORM, C_SOFTMAX, C_PRODUCT, C_DECODE, NATIVE, LIBRARY}  # NATIVE_TESTS cover these files
+NATIVE_TESTS = ["kernels/test_cpu.py", "kernels/test_native.py", "model/test_decode.py"]
+
 # (name, file, text that occurs once in the file, text that replaces it).
 BUGS = [
     ("linear: dx by the weight, not its transpose", REFERENCE, "dy @ weight.T", "dy @ weight"),
@@ -292,6 +298,46 @@ BUGS = [
     ("exchange: padding stays", GGUF, 'ours["wte.weight"][:n]', 'ours["wte.weight"]'),
     ("exchange: matrices not transposed", GGUF, "return array.ndim == 2 and name not in", "return array.ndim == 3 and name not in"),
     ("exchange: no padding of positions", GGUF, "more = -len(table) % CONTEXT_MULTIPLE", "more = 0"),
+    ("native: GELU's slope without its second term", C_ELEMENTWISE, "vec slope = f + 2.0f * v * f * (1.0f - f) * du_dx", "vec slope = f"),
+    ("native: GELU's cubic term without its 3", C_ELEMENTWISE, "square * (3 * GELU_SCALE", "square * (GELU_SCALE"),
+    ("native: GELU's slope of huge values is NaN", C_ELEMENTWISE, "slope = where(square > splat(1e4f), f + (v - v), slope);", ""),
+    ("native: dropout keeps one draw too few", C_ELEMENTWISE, "onto[i] + (draws[i] >= limit", "onto[i] + (draws[i] > limit + 2000"),
+    ("native: dropout without scale", C_ELEMENTWISE, "y[i] = draws[i] >= limit ? x[i] * factor", "y[i] = draws[i] >= limit ? x[i]"),
+    ("native: the residual sum forgotten", C_ELEMENTWISE, "y[i] = onto[i] + (", "y[i] = ("),
+    ("native: AdamW without a correction", C_ELEMENTWISE, "lr / correction1, 1 / correction2, eps", "lr / correction1, 1, eps"),
+    ("native: everything decays", C_ELEMENTWISE, "n_decay, n, 1, a);", "n_decay, n, 1 - lr * weight_decay, a);"),
+    ("native: layer norm's mean counts what is past the end", C_NORM, "vec centred = load_some(x + i, c - i, m) - m;", "vec centred = load_some(x + i, c - i, 0) - m;"),
+    ("native: layer norm without eps", C_NORM, "sum_of(squares) / c + (float)eps", "sum_of(squares) / c"),
+    ("native: layer norm never adds the bias", C_NORM, "bias ? value + load_some(bias + i, c - i, 0) : value", "value"),
+    ("native: layer norm's variance term forgotten", C_NORM, "g - mean_g - xhat * mean_g_xhat", "g - mean_g"),
+    ("native: layer norm's dweight of one row", C_NORM, "load_some(dweight + i, c - i, 0) + d * xhat", "d * xhat"),
+    ("native: a bias's gradient without the first row", C_NORM, "memset(y, 0, c * sizeof(float));\n    for (int64_t row = 0; row < n; row++, x += c)", "memset(y, 0, c * sizeof(float));\n    for (int64_t row = 1; row < n; row++, x += c)"),
+    ("native: embedding's table not cleared", C_NORM, "memset(table, 0, v * c * sizeof(float));", "memset(table, 1, v * c * sizeof(float));"),
+    ("native: attention sees one token of the future", C_SOFTMAX, "n = seen - rows + row + 1, query", "n = seen - rows + row + (row + 1 < rows) + 1, query"),
+    ("native: future keys are not cleared", C_SOFTMAX, "memset(e + n, 0, (seen - n) * sizeof(float));", ""),
+    ("native: attention does not subtract its largest score", C_SOFTMAX, "if (largest == -__builtin_inff()) largest = 0;\n            for", "largest = 0;\n            for"),
+    ("native: a row of -inf is NaN", C_SOFTMAX, "factor[query] = total == 0 ? 0 : 1 / total;", "factor[query] = 1 / total;"),
+    ("native: attention's dropped elements are forgotten", C_SOFTMAX, "e[i] = drawn[i] >= limit ? value : -value;", ""),
+    ("native: attention's row term with the wrong query", C_SOFTMAX, "row_term[matrix * n_query + start + row]", "row_term[matrix * n_query + row]"),
+    ("native: dropped elements send no row term", C_SOFTMAX, "__builtin_fabsf(e[i]) * term", "kept * term"),
+    ("native: NaN is not the largest", C_SOFTMAX, "float largest = largest_of(top);\n        for (int64_t i = 0; i < v; i += LANES) {", "float largest = largest_of(top);\n        if (largest != largest) return;\n        for (int64_t i = 0; i < v; i += LANES) {"),
+    ("native: cross-entropy's target forgotten", C_SOFTMAX, "dlogits[targets[row]] -= dy[row];", ""),
+    ("native: the exponential with a wrong coefficient", VECTOR, "1.3981999507e-3f", "1.3881999507e-3f"),
+    ("native: the exponential of tiny results", VECTOR, "where(x < splat(-104.0f), splat(-104.0f), x)", "where(x < splat(-87.0f), splat(-87.0f), x)"),
+    ("native: half of 2^k", VECTOR, "half = whole >> 1;", "half = whole >> 2;"),
+    ("native: the last elements of a row are not stored", VECTOR, "_mm512_mask_storeu_ps(to, (__mmask16)((1u << n) - 1)", "_mm512_mask_storeu_ps(to, (__mmask16)((1u << n) / 2)"),
+    ("native: a product forgets its bias", C_PRODUCT, "vec bias0 = bias && !add ? load_some(bias, columns, 0) : splat(0);", "vec bias0 = splat(0);"),
+    ("native: a product of the last block of k alone", C_PRODUCT, "add || p > 0, bias", "add, bias"),
+    ("native: an odd last value of k is left out", C_PRODUCT, "if (p + 1 < depth) second = rounded(load_some(from + stride + w, left, 0));", ""),
+    ("native: a product with the pairs of another column", C_PRODUCT, "pair *at = to + p / 2 * panel + w;", "pair *at = to + p / 2 * panel + (w ^ (panel == COLUMNS));"),
+    ("native: a few rows without the rest of n", C_DECODE, "for (; i < n; i++)", "for (; i < n - 1; i++)"),
+    ("native: a few rows without the last columns", C_DECODE, "for (int64_t j = whole; j < m; j++)", "for (int64_t j = whole; j < m - 1; j++)"),
+    ("native: a few rows forget what is there", C_DECODE, "(add ? y[r * m + j] : 0.0f)", "0.0f"),
+    ("native: absent keys are seen", C_DECODE, "(absent ? absent[b * tokens + t] : 0.0f)", "0.0f"),
+    ("native: attention reads another head's values", C_DECODE, "*value = v + b * kv_stride + h * kv_head_stride", "*value = v + b * kv_stride"),
+    ("native: threads share scratch memory", NATIVE, "self._of_thread = threading.local()", "self._of_thread = type(self)"),
+    ("native: products are rounded outside of training", NATIVE, "product = self._product if self.bfloat16_products else np.matmul", "product = self._product if self.has_bfloat16 else np.matmul"),
+    ("native: negative ids read out of bounds", NATIVE, "np.where(ids < 0, ids + shape[0], ids)", "np.where(ids < 0, 0, ids)"),
     ("exchange: merges from the right", GGUF, 'f"{token[:k]} {token[k]}"', 'f"{token[k]} {token[:k]}"'),
 ]  # fmt: skip
 
@@ -308,6 +354,10 @@ def plant(bug, folder):
     if source.count(before) != 1:
         raise SystemExit(f"{name}: {file} has {source.count(before)} places like {before!r}, expected one")
     path.write_text(source.replace(before, after), encoding="utf-8", newline="\n")
+    if path.parent.name == "native":
+        build = "import pathlib, support.native; support.native.build(pathlib.Path('npgpt/kernels/native'))"
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(folder / "tests")])}
+        subprocess.run([sys.executable, "-c", build], cwd=folder, env=environment, check=True)
 
 
 def caught(bug):
@@ -315,7 +365,13 @@ def caught(bug):
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         plant(bug, folder)
-        covering = [(OF_A_GPU, GPU_TESTS), (OF_TEXTS, TEXT_TESTS), (OF_DRAWING, DRAWING_TESTS), (OF_PAGES, PAGE_TESTS)]
+        covering = [
+            (OF_NATIVE, NATIVE_TESTS),
+            (OF_A_GPU, GPU_TESTS),
+            (OF_TEXTS, TEXT_TESTS),
+            (OF_DRAWING, DRAWING_TESTS),
+            (OF_PAGES, PAGE_TESTS),
+        ]
         files = next((tests for bugs, tests in covering if bug[1] in bugs), TESTS)
         tests = [f"tests/{file}" for file in files]
         pytest = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--timeout", "300"]

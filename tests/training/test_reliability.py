@@ -12,6 +12,7 @@ from studies import reliability
 
 import npgpt
 from npgpt import RequestError
+from npgpt.parallel import machine
 from npgpt.storage.run import RunFiles, read_log
 
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
@@ -73,7 +74,7 @@ def test_a_second_run_on_the_same_files_is_refused(tmp_path):
     list(reliability.trainer(tmp_path / "model.npz").run())
 
 
-def test_resuming_names_what_changed_on_the_machine(tmp_path):
+def test_resuming_names_what_changed_on_the_machine(tmp_path, monkeypatch):
     out = tmp_path / "model.npz"
     first = reliability.trainer(out)
     list(first.run(lambda: first.progress.step >= 3))
@@ -81,6 +82,10 @@ def test_resuming_names_what_changed_on_the_machine(tmp_path):
     other = reliability.trainer(out, threads=1)
     assert other.resume(npgpt.load(RunFiles(out).last, with_optimizer=True)) == ["threads was 2 and is now 1"]
     list(other.run())
+    own = machine.describe_kernels()
+    monkeypatch.setattr(machine.CPU_KERNELS, "description", "other")
+    changed = reliability.trainer(out, threads=1).resume(npgpt.load(RunFiles(out).last, with_optimizer=True))
+    assert changed == [f"kernels was {own} and is now other"]
 
 
 def test_the_best_and_the_last_are_two_files(tmp_path):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from npgpt.kernels.cpu import QUERY_BLOCK, CpuKernels
-from npgpt.kernels.native.library import Library
+from npgpt.kernels.native.library import PROCESSORS, Library
 from npgpt.kernels.reference import AdamWStep, Array, Saved
 
 
@@ -31,7 +31,7 @@ class NativeKernels(CpuKernels):
     def __init__(self, library: Library) -> None:
         super().__init__()
         self._run = library
-        self.processor, self.has_bfloat16 = library.processor, library.has_bfloat16
+        self.has_bfloat16, self.description = library.has_bfloat16, f"native {PROCESSORS[library.processor]}"
         self.bfloat16_products = False
         self._of_thread = threading.local()  # scratch memory for products
 

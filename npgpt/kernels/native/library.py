@@ -35,7 +35,8 @@ FUNCTIONS = {
     "few_rows_product": "ppppnnnn",
     "decode_attention": "ppppppnnnnnnnd",
 }
-PROCESSORS = {"avx512bf16": "AVX-512, bfloat16", "avx512": "AVX-512", "avx2": "AVX2", "any": "any processor"}  # the best first
+# The kinds of processor, the best one first, and how the user reads of them.
+PROCESSORS = {"avx512bf16": "AVX-512 and bfloat16", "avx512": "AVX-512", "avx2": "AVX2", "any": "SIMD of 16 bytes"}
 HEAD = object.__basicsize__  # bytes
 _pointer_at = ctypes.c_void_p.from_address
 TYPES: dict[str, Any] = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "d": ctypes.c_double}
