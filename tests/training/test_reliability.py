@@ -79,13 +79,14 @@ def test_resuming_names_what_changed_on_the_machine(tmp_path, monkeypatch):
     first = reliability.trainer(out)
     list(first.run(lambda: first.progress.step >= 3))
     assert reliability.trainer(out).resume(npgpt.load(RunFiles(out).last, with_optimizer=True)) == []
+    own = machine.describe_kernels()
+    with monkeypatch.context() as change:
+        change.setattr(machine.CPU_KERNELS, "description", "other")
+        changed = reliability.trainer(out).resume(npgpt.load(RunFiles(out).last, with_optimizer=True))
+        assert changed == [f"kernels was {own} and is now other"]
     other = reliability.trainer(out, threads=1)
     assert other.resume(npgpt.load(RunFiles(out).last, with_optimizer=True)) == ["threads was 2 and is now 1"]
     list(other.run())
-    own = machine.describe_kernels()
-    monkeypatch.setattr(machine.CPU_KERNELS, "description", "other")
-    changed = reliability.trainer(out, threads=1).resume(npgpt.load(RunFiles(out).last, with_optimizer=True))
-    assert changed == [f"kernels was {own} and is now other"]
 
 
 def test_the_best_and_the_last_are_two_files(tmp_path):
