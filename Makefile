@@ -79,7 +79,7 @@ clean: ## remove .venv and the caches of tests and tools
 	$(PYTHON) -m venv .venv
 	@touch $@
 
-.venv/.core: .venv/.made setup.py pyproject.toml
+.venv/.core: .venv/.made setup.py pyproject.toml $(wildcard npgpt/kernels/native/*.c npgpt/kernels/native/*.h)
 	$(PIP) -e .
 	@touch $@
 

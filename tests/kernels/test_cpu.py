@@ -100,6 +100,28 @@ def test_layer_norm_of_constant_rows(fast, value):
     np.testing.assert_array_equal(fast.layer_norm_forward(x, ones, ones)[0], np.ones((3, 384)))
 
 
+@pytest.mark.parametrize("p", [0.3, 1.0, 1e-6])
+def test_dropout_and_the_residual_sum(fast, dtype, p):
+    """With the masks of the reference."""
+    x, branch = normal(dtype, 5, 37), normal(dtype, 5, 37, seed=1)
+    same(fast, "dropout", (x,), dtype, p, seed=5)
+    same(fast, "dropout", (normal(dtype, 37, 5).T,), dtype, p, seed=5)
+    same(fast, "residual", (x, branch), dtype, p, seed=5)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (2, 3, 40), (1, 1), (33, 65)])
+def test_cross_entropy(fast, dtype, shape):
+    targets = np.arange(np.prod(shape[:-1])).reshape(shape[:-1]) * 7 % shape[-1]
+    same(fast, "cross_entropy", (5 * normal(dtype, *shape), targets), dtype, size=10)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (2, 3, 40), (0, 4)])
+def test_linear(fast, dtype, shape):
+    weight, bias = normal(dtype, shape[-1], 17), normal(dtype, 17)
+    same(fast, "linear", (normal(dtype, *shape), weight, bias), dtype, size=10)
+    same(fast, "linear", (normal(dtype, *shape)[::-1], np.asfortranarray(weight), bias), dtype, size=10)
+
+
 @pytest.mark.parametrize("ids", [[[3, 0, 3], [3, 1, 1]], [2], [], [[4, 3], [2, 1]]])
 def test_embedding(fast, dtype, ids):
     same(fast, "embedding", (normal(dtype, 5, 3), np.array(ids, dtype=np.int64)), dtype)

@@ -312,7 +312,7 @@ BUGS = [
     ("native: layer norm's variance term forgotten", C_NORM, "g - mean_g - xhat * mean_g_xhat", "g - mean_g"),
     ("native: layer norm's dweight of one row", C_NORM, "load_some(dweight + i, c - i, 0) + d * xhat", "d * xhat"),
     ("native: a bias's gradient without the first row", C_NORM, "memset(y, 0, c * sizeof(float));\n    for (int64_t row = 0; row < n; row++, x += c)", "memset(y, 0, c * sizeof(float));\n    for (int64_t row = 1; row < n; row++, x += c)"),
-    ("native: embedding's table not cleared", C_NORM, "memset(table, 0, v * c * sizeof(float));", "memset(table, 1, v * c * sizeof(float));"),
+    ("native: embedding's table not cleared", C_NORM, "memset(table, 0, v * c * sizeof(float));", "memset(table, 64, v * c * sizeof(float));"),
     ("native: attention sees one token of the future", C_SOFTMAX, "n = seen - rows + row + 1, query", "n = seen - rows + row + (row + 1 < rows) + 1, query"),
     ("native: future keys are not cleared", C_SOFTMAX, "memset(e + n, 0, (seen - n) * sizeof(float));", ""),
     ("native: attention does not subtract its largest score", C_SOFTMAX, "if (largest == -__builtin_inff()) largest = 0;\n            for", "largest = 0;\n            for"),
@@ -356,7 +356,7 @@ def plant(bug, folder):
     path.write_text(source.replace(before, after), encoding="utf-8", newline="\n")
     if path.parent.name == "native":
         build = "import pathlib, support.native; support.native.build(pathlib.Path('npgpt/kernels/native'))"
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(folder / "tests")])}
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(folder / "tests")]), "NPGPT_NATIVE": "0"}
         subprocess.run([sys.executable, "-c", build], cwd=folder, env=environment, check=True)
 
 
