@@ -62,14 +62,14 @@ def test_every_operation_in_float32(kernels, use, name, dims):
 
 
 def test_exponentials_are_within_two_units_in_the_last_place(kernels):
-    """Over the whole range of float32, through the cross-entropy of two logits: p = 1 / (1 + exp(-x))."""
-    x = np.linspace(0, 87, 1 << 16, dtype=np.float32)
-    logits = np.stack([np.zeros_like(x), -x], axis=1)
-    _, (p, _) = kernels.cross_entropy_forward(logits, np.zeros(len(x), dtype=np.int64))
-    exact = np.exp(-x.astype(np.float64))
-    exact /= 1 + exact
-    units = np.abs(p[:, 1] - exact) / np.spacing(exact.astype(np.float32))
-    assert units.max() <= 4  # two of the exponential, and the rounding of a sum and of a product
+    """From 1 down to the smallest denormal number. A row of scores whose largest is 0 turns into its exponentials."""
+    x = np.linspace(-104, 0, 1 << 20, dtype=np.float32)
+    y, factor = x.copy(), np.empty(1, dtype=np.float32)
+    kernels._run("attention_forward", y, None, factor, None, 1, 1, len(x), 0, 1, len(x), 0, 1.0)
+    exact = np.exp(x.astype(np.float64))
+    units = np.abs(y - exact) / np.spacing(exact.astype(np.float32))
+    assert units.max() <= 2
+    assert factor[0] == pytest.approx(1 / exact.sum(), rel=1e-5)
 
 
 def test_exponentials_at_the_ends_of_the_range(kernels):
