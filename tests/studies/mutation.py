@@ -337,7 +337,6 @@ BUGS = [
     ("native: attention reads another head's values", C_DECODE, "*value = v + b * kv_stride + h * kv_head_stride", "*value = v + b * kv_stride"),
     ("native: threads share scratch memory", NATIVE, "self._of_thread = threading.local()", "self._of_thread = type(self)"),
     ("native: products are rounded outside of training", NATIVE, "product = self._product if self.bfloat16_products else np.matmul", "product = self._product if self.has_bfloat16 else np.matmul"),
-    ("native: negative ids read out of bounds", NATIVE, "np.where(ids < 0, ids + shape[0], ids)", "np.where(ids < 0, 0, ids)"),
     ("exchange: merges from the right", GGUF, 'f"{token[:k]} {token[k]}"', 'f"{token[k]} {token[:k]}"'),
 ]  # fmt: skip
 

@@ -245,8 +245,7 @@ class NativeKernels(CpuKernels):
         shape, ids = saved
         if not (_are_float32(dy) and len(shape) == 2):
             return super().embedding_backward(dy, saved)
-        # A negative id counts from the end, as in the forward pass.
-        ids = np.ascontiguousarray(np.where(ids < 0, ids + shape[0], ids), dtype=np.int64)
+        ids = np.ascontiguousarray(ids, dtype=np.int64)  # all in [0, V): ops.embedding checks them
         dweight = np.empty(shape, dtype=dy.dtype)
         self._run("embedding_backward", np.ascontiguousarray(dy), ids, dweight, ids.size, shape[1], shape[0])
         return dweight
