@@ -6,6 +6,7 @@ one run. The program prints tables and writes them, with a description of the ma
 """
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
@@ -24,11 +25,13 @@ from threadpoolctl import threadpool_info
 from workloads import ON_A_GPU, WORKLOADS
 
 import npgpt
-from npgpt.engine.backend import CPU
+from npgpt.engine.backend import CPU, has_bfloat16_products
 from npgpt.generation.generate import TokenStream
+from npgpt.kernels.cpu import CpuKernels
+from npgpt.kernels.native.kernels import NativeKernels
 from npgpt.kernels.reference import AdamWStep, Kernels
 from npgpt.parallel.limits import available_cores
-from npgpt.parallel.machine import blas_threads
+from npgpt.parallel.machine import blas_threads, describe_kernels
 from npgpt.storage.files import atomic_copy
 from npgpt.text.reading import read_ids
 
@@ -136,7 +139,7 @@ def seconds_of(function, repeat):
 
 
 def kernels():
-    """The time of each override and of its reference, forward and backward, on one micro-batch of `seed`."""
+    """The time of each operation with each set of kernels, forward and backward, on one micro-batch of `seed`."""
     rng = np.random.default_rng(0)
     rows, c, heads, t = 1024, 256, 4, 128
 
@@ -152,6 +155,8 @@ def kernels():
         "gelu": lambda: (wide,),
         "layer_norm": lambda: (x, np.ones(c, np.float32), np.zeros(c, np.float32)),
         "causal_attention": lambda: (q, k, v, 0.1, generator()),
+        "residual": lambda: (x, x, 0.1, generator()),
+        "cross_entropy": lambda: (normal(rows, 65), rng.integers(0, 65, rows)),
         "rotary": lambda: (normal(rows // t, t, 2, heads, c // heads), normal(t, 1, 1, c // heads)),
         "embedding": lambda: (normal(65, c), rng.integers(0, 65, rows)),
     }
@@ -163,15 +168,24 @@ def kernels():
             y, saved = getattr(kernels, f"{name}_forward")(*given)
             getattr(kernels, f"{name}_backward")(y, saved)
 
-        reference = Kernels(np)
-        pair = [seconds_of(lambda k=k: there_and_back(k), 15) for k in (reference, CPU.kernels, reference, CPU.kernels)]
-        results[name] = {"reference_ms": round(500 * (pair[0] + pair[2]), 3), "cpu_ms": round(500 * (pair[1] + pair[3]), 3)}
+        results[name] = _milliseconds(there_and_back)
     state = [normal(1 << 20) for _ in range(4)]
     state[3] = np.abs(state[3])
     numbers = AdamWStep(step=5, lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
-    times = [seconds_of(lambda k=k: k.adamw(*state, numbers), 15) for k in (Kernels(np), CPU.kernels)]
-    results["adamw"] = {"reference_ms": round(1e3 * times[0], 3), "cpu_ms": round(1e3 * times[1], 3)}
+    results["adamw"] = _milliseconds(lambda kernels: kernels.adamw(*state, numbers))
     return results
+
+
+def _milliseconds(call):
+    """The time of call(kernels) for each set of kernels: the mean of two medians."""
+    sets = {"reference": Kernels(np), "numpy": CpuKernels()}
+    if isinstance(CPU.kernels, NativeKernels):
+        sets["native"] = CPU.kernels
+    seconds = {name: [] for name in sets}
+    for _ in range(2):
+        for name, kernels in sets.items():
+            seconds[name].append(seconds_of(functools.partial(call, kernels), 15))
+    return {f"{name}_ms": round(1e3 * statistics.mean(times), 3) for name, times in seconds.items()}
 
 
 def generation(name):
@@ -317,6 +331,7 @@ def machine():
         "numpy": np.__version__,
         "blas": ", ".join(f"{b['internal_api']} {b['version']} {b.get('architecture', '')}" for b in blas),
         "openblas_coretype": os.environ.get("OPENBLAS_CORETYPE"),
+        "kernels": describe_kernels(),
         "npgpt": npgpt.__version__,
     }
 
@@ -339,7 +354,8 @@ def main():
         modes = [mode for mode in TORCH_MODES if not (args.eager_only and "compiled" in mode)]
 
     for name in args.workloads:
-        rows, failed = training(name, ["npgpt", "gemm", *modes], args.rounds)
+        own_modes = ["npgpt", *(["npgpt bfloat16"] if has_bfloat16_products(CPU) else [])]
+        rows, failed = training(name, [*own_modes, "gemm", *modes], args.rounds)
         for engine, why in failed.items():
             print(f"  {engine} did not run: {why}", flush=True)
         if own_failed := failed.keys() & {"npgpt", "gemm"}:
