@@ -31,7 +31,7 @@ from npgpt.kernels.cpu import CpuKernels
 from npgpt.kernels.native.kernels import NativeKernels
 from npgpt.kernels.reference import AdamWStep, Kernels
 from npgpt.parallel.limits import available_cores
-from npgpt.parallel.machine import blas_threads, describe_kernels
+from npgpt.parallel.machine import blas_threads, describe_kernels, keep_freed_memory
 from npgpt.storage.files import atomic_copy
 from npgpt.text.reading import read_ids
 
@@ -139,7 +139,11 @@ def seconds_of(function, repeat):
 
 
 def kernels():
-    """The time of each operation with each set of kernels, forward and backward, on one micro-batch of `seed`."""
+    """The time of each operation with each set of kernels, forward and backward, on one micro-batch of `seed`.
+
+    As in training, the BLAS has one thread and freed memory is kept.
+    """
+    keep_freed_memory()
     rng = np.random.default_rng(0)
     rows, c, heads, t = 1024, 256, 4, 128
 
@@ -182,9 +186,10 @@ def _milliseconds(call):
     if isinstance(CPU.kernels, NativeKernels):
         sets["native"] = CPU.kernels
     seconds = {name: [] for name in sets}
-    for _ in range(2):
-        for name, kernels in sets.items():
-            seconds[name].append(seconds_of(functools.partial(call, kernels), 15))
+    with blas_threads(1):
+        for _ in range(2):
+            for name, kernels in sets.items():
+                seconds[name].append(seconds_of(functools.partial(call, kernels), 15))
     return {f"{name}_ms": round(1e3 * statistics.mean(times), 3) for name, times in seconds.items()}
 
 
