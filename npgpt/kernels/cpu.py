@@ -104,7 +104,7 @@ class CpuKernels(Kernels):
     # ---------------------------------------------------------------- one more token of each sequence
     #
     # The same operations for a few rows, without anything for a backward pass. To decode a token, a model multiplies vectors
-    # with matrices, so the time is the time to read the weights. Blocks for thousands of rows would take half as long again.
+    # with matrices, so the time is the time to read the weights.
 
     def linear_decode(
         self, x: Array, weight: Array, bias: Array | None, onto: Array | None = None, blas_threads: int = 1
@@ -197,26 +197,32 @@ class CpuKernels(Kernels):
         blocks = []
         for start in range(0, n_query, QUERY_BLOCK):
             rows = slice(start, min(start + QUERY_BLOCK, n_query))
-            n_rows, seen = rows.stop - start, past + rows.stop
+            seen = past + rows.stop
             e = q[:, :, rows] @ k[:, :, :seen].swapaxes(-1, -2)  # (B, H, n_rows, seen)
-            corner = e[..., seen - n_rows :]  # the square on the diagonal, the only part with future keys
-            if q.dtype.itemsize >= 4 and e.min(initial=0) >= -SAFE_SCORE and e.max(initial=0) <= SAFE_SCORE:
-                np.exp(e, out=e)
-                corner *= np.tri(n_rows, dtype=e.dtype)
-            else:
-                np.copyto(corner, -np.inf, where=~np.tri(n_rows, dtype=bool))
-                with np.errstate(over="ignore"):  # as in softmax_forward of reference.py
-                    e -= e.max(axis=-1, keepdims=True)
-                np.exp(e, out=e)
-            total = (e @ np.ones(seen, dtype=e.dtype))[..., None]
-            kept = e
-            if draws is not None:
-                kept = (draws[:, :, rows, :seen] >= threshold) * e
-            np.divide(1 / keep if keep else 0.0, total, out=factor[:, :, rows])
+            kept, block = self._exponentials(e, factor, draws, threshold, keep, rows)
             np.matmul(kept, v[:, :, :seen], out=out[:, :, rows])
             out[:, :, rows] *= factor[:, :, rows]
-            blocks.append((rows, seen, e, kept))
+            blocks.append((rows, seen, block))
         return out, (q, k, v, out, factor, keep, blocks)
+
+    def _exponentials(
+        self, e: Array, factor: Array, draws: Array | None, threshold: int, keep: float, rows: slice
+    ) -> tuple[Array, Any]:
+        """Scores e (B, H, n_rows, seen) -> (keep * e, what the backward pass needs). Writes exponentials to e, and factor."""
+        n_rows, seen = e.shape[2:]
+        corner = e[..., seen - n_rows :]  # the square on the diagonal, the only part with future keys
+        if e.dtype.itemsize >= 4 and e.min(initial=0) >= -SAFE_SCORE and e.max(initial=0) <= SAFE_SCORE:
+            np.exp(e, out=e)
+            corner *= np.tri(n_rows, dtype=e.dtype)
+        else:
+            np.copyto(corner, -np.inf, where=~np.tri(n_rows, dtype=bool))
+            with np.errstate(over="ignore"):  # as in softmax_forward of reference.py
+                e -= e.max(axis=-1, keepdims=True)
+            np.exp(e, out=e)
+        total = (e @ np.ones(seen, dtype=e.dtype))[..., None]
+        np.divide(1 / keep if keep else 0.0, total, out=factor[:, :, rows])
+        kept = e if draws is None else (draws[:, :, rows, :seen] >= threshold) * e
+        return kept, (e, kept)
 
     def causal_attention_backward(self, dy: Array, saved: Saved) -> tuple[Array, Array, Array]:
         q, k, v, out, factor, keep, blocks = saved
@@ -227,16 +233,10 @@ class CpuKernels(Kernels):
         dq, dk, dv = new(q.shape, dtype=q.dtype), new(k.shape, dtype=k.dtype), new(v.shape, dtype=v.dtype)
         written = False
         while blocks:  # from the last block, which sees every key; each block's memory is freed after its turn
-            rows, seen, e, kept = blocks.pop()
-            dv_part = kept.swapaxes(-1, -2) @ g[:, :, rows]
+            rows, seen, block = blocks.pop()
+            dv_part = self._kept(block).swapaxes(-1, -2) @ g[:, :, rows]
             ds = g[:, :, rows] @ v[:, :, :seen].swapaxes(-1, -2)
-            if kept is e:
-                ds -= row_term[:, :, rows]
-                ds *= e
-            else:
-                ds *= kept
-                e *= row_term[:, :, rows]
-                ds -= e
+            self._gradient_of_scores(ds, block, row_term, rows)
             np.multiply(ds @ k[:, :, :seen], scale, out=dq[:, :, rows])
             dk_part = ds.swapaxes(-1, -2) @ q[:, :, rows]
             if written:
@@ -246,6 +246,21 @@ class CpuKernels(Kernels):
                 dk[...], dv[...] = dk_part, dv_part
                 written = True
         return dq, dk, dv
+
+    def _kept(self, block: Any) -> Array:
+        """keep * e, of what `_exponentials` returned for the backward pass."""
+        return block[1]
+
+    def _gradient_of_scores(self, ds: Array, block: Any, row_term: Array, rows: slice) -> None:
+        """g @ v^T -> dscores, in place, for the queries `rows`."""
+        e, kept = block
+        if kept is e:
+            ds -= row_term[:, :, rows]
+            ds *= e
+        else:
+            ds *= kept
+            e *= row_term[:, :, rows]
+            ds -= e
 
     # ---------------------------------------------------------------- rotary positions
     #

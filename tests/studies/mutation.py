@@ -110,7 +110,7 @@ BUGS = [
     ("cpu attention: mask off by one", CPU, "corner *= np.tri(n_rows, dtype=e.dtype)", "corner *= np.tri(n_rows, k=-1, dtype=e.dtype) + np.eye(n_rows, k=1, dtype=e.dtype)"),
     ("cpu attention: mask off by one, large scores", CPU, "where=~np.tri(n_rows, dtype=bool)", "where=~np.tri(n_rows, k=1, dtype=bool)"),
     ("cpu attention: overflow not avoided", CPU, "e -= e.max(axis=-1, keepdims=True)", "pass"),
-    ("cpu attention: dv from undropped exponentials", CPU, "dv_part = kept.swapaxes", "dv_part = e.swapaxes"),
+    ("cpu attention: dv from undropped exponentials", CPU, "return block[1]", "return block[0]"),
     ("cpu attention: factor forgotten in g", CPU, "g = np.multiply(dy, factor, out", "g = np.multiply(dy, 1.0, out"),
     ("cpu layer norm: mean term forgotten", CPU, "dx[s] -= (dy[s] @ weight_mean)[:, None]", "pass"),
     ("cpu layer norm: variance term forgotten", CPU, "dx[s] -= product", "pass"),

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from npgpt.kernels.cpu import QUERY_BLOCK, CpuKernels
+from npgpt.kernels.cpu import CpuKernels
 from npgpt.kernels.native.library import PROCESSORS, Library
 from npgpt.kernels.reference import AdamWStep, Array, Saved
 
@@ -155,67 +155,37 @@ class NativeKernels(CpuKernels):
 
     # ---------------------------------------------------------------- causal attention
     #
-    # As in cpu.py: blocks of queries, and exponentials that are never divided. A kernel turns scores into exponentials. One
-    # array holds them and the dropout mask, as their sign.
+    # Blocks and products are those of cpu.py. A kernel turns scores into exponentials. One array holds them and, as their sign,
+    # the dropout mask.
 
-    def causal_attention_forward(
-        self, q: Array, k: Array, v: Array, dropout: float = 0.0, rng: Any = None
-    ) -> tuple[Array, Saved]:
-        if not _are_float32(q, k, v):
-            return super().causal_attention_forward(q, k, v, dropout, rng)
-        b, h, n_query, head_dim = q.shape
-        n_key = k.shape[2]
-        q = np.multiply(q, np.float32(1 / sqrt(head_dim)), out=np.empty(q.shape, dtype=q.dtype))
-        k, v = np.ascontiguousarray(k), np.ascontiguousarray(v)
-        draws, threshold, keep = None, 0, 1.0
-        if dropout > 0 and rng is not None:
-            draws, threshold = self.dropout_draws((b, h, n_query, n_key), dropout, rng)
-            keep = 1 - dropout
-        # In this memory layout, joining the heads afterwards needs no copy.
-        out = np.empty((b, n_query, h, head_dim), dtype=q.dtype).transpose(0, 2, 1, 3)
-        factor = np.empty((b, h, n_query, 1), dtype=q.dtype)
-        blocks = []
-        for start in range(0, n_query, QUERY_BLOCK):
-            rows = slice(start, min(start + QUERY_BLOCK, n_query))
-            n_rows, seen = rows.stop - start, n_key - n_query + rows.stop
-            e = q[:, :, rows] @ k[:, :, :seen].swapaxes(-1, -2)  # the scores, (B, H, n_rows, seen)
-            kept = e if draws is None else np.empty_like(e)
-            sizes = (b * h, n_rows, seen, start, n_query, n_key)
-            self._run("attention_forward", e, kept, factor, draws, *sizes, threshold, keep)
-            np.matmul(kept, v[:, :, :seen], out=out[:, :, rows])
-            out[:, :, rows] *= factor[:, :, rows]
-            blocks.append((rows, seen, e))
-        return out, NativeSaved((q, k, v, out, factor, keep, draws is not None, blocks))
+    def _exponentials(
+        self, e: Array, factor: Array, draws: Array | None, threshold: int, keep: float, rows: slice
+    ) -> tuple[Array, Any]:
+        if not _are_float32(e):
+            return super()._exponentials(e, factor, draws, threshold, keep, rows)
+        kept = e if draws is None else np.empty_like(e)
+        n_key = 0 if draws is None else draws.shape[3]
+        sizes = (prod(e.shape[:2]), *e.shape[2:], rows.start, factor.shape[2], n_key)
+        self._run("attention_forward", e, kept, factor, draws, *sizes, threshold, keep)
+        return kept, NativeSaved((e, draws is not None))
 
-    def causal_attention_backward(self, dy: Array, saved: Saved) -> tuple[Array, Array, Array]:
-        if not isinstance(saved, NativeSaved):
-            return super().causal_attention_backward(dy, saved)
-        q, k, v, out, factor, keep, dropped, blocks = saved
-        b, h, n_query, head_dim = q.shape
-        g = np.multiply(dy, factor, out=np.empty(q.shape, dtype=q.dtype))
-        row_term = np.einsum("bhtd,bhtd->bht", dy, out)[..., None] * factor * np.float32(keep)
-        scale = np.float32(1 / sqrt(head_dim))
-        new = np.empty if blocks else np.zeros  # without queries, the gradients of keys and values are zero
-        dq, dk, dv = new(q.shape, dtype=q.dtype), new(k.shape, dtype=k.dtype), new(v.shape, dtype=v.dtype)
-        written = False
-        while blocks:  # from the last block, which sees every key; each block's memory is freed after its turn
-            rows, seen, e = blocks.pop()
-            kept = e
-            if dropped:
-                kept = np.empty_like(e)
-                self._run("attention_kept", e, kept, e.size)
-            dv_part = kept.swapaxes(-1, -2) @ g[:, :, rows]
-            ds = np.matmul(g[:, :, rows], v[:, :, :seen].swapaxes(-1, -2), out=kept if dropped else None)
-            self._run("attention_backward", ds, e, row_term, b * h, rows.stop - rows.start, seen, rows.start, n_query)
-            np.multiply(ds @ k[:, :, :seen], scale, out=dq[:, :, rows])
-            dk_part = ds.swapaxes(-1, -2) @ q[:, :, rows]
-            if written:
-                dk[:, :, :seen] += dk_part
-                dv[:, :, :seen] += dv_part
-            else:
-                dk[...], dv[...] = dk_part, dv_part
-                written = True
-        return dq, dk, dv
+    def _kept(self, block: Any) -> Array:
+        if not isinstance(block, NativeSaved):
+            return super()._kept(block)
+        e, dropped = block
+        if not dropped:
+            return e
+        kept = np.empty_like(e)
+        self._run("attention_kept", e, kept, e.size)
+        return kept
+
+    def _gradient_of_scores(self, ds: Array, block: Any, row_term: Array, rows: slice) -> None:
+        if not isinstance(block, NativeSaved):
+            super()._gradient_of_scores(ds, block, row_term, rows)
+            return
+        e, _ = block
+        sizes = (prod(e.shape[:2]), *e.shape[2:], rows.start, row_term.shape[2])
+        self._run("attention_backward", ds, e, row_term, *sizes)
 
     # ---------------------------------------------------------------- layer norm
 
