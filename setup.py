@@ -41,6 +41,7 @@ def native():
             depends=[str(path.relative_to(ROOT)) for path in NATIVE_SOURCES],
             define_macros=[("SOURCES", f'"{hashed}"')],  # library.py does not load a library of other sources
             extra_compile_args=["-O3", "-std=gnu11", "-fno-math-errno", "-ffp-contract=fast", "-Wno-psabi"],
+            libraries=["m"],
             optional=True,
         )
     ]

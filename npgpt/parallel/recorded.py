@@ -31,7 +31,8 @@ class RecordedStep:
     def __init__(self, model: GPT, compute: Compute, shape: tuple[int, ...], n_micro_batches: int) -> None:
         """shape: of the batch (B, T)."""
         xp = model.backend.xp
-        self._model, self._weights, self._compute_from = model, model.flat.data, compute
+        self._model, self._forward_backward = model, compute
+        self._weights, self._gradient = model.flat.data, model.flat.grad
         self._x, self._y = xp.zeros(shape, dtype=np.int64), xp.zeros(shape, dtype=np.int64)
         self._keys = xp.zeros(n_micro_batches, dtype=np.uint64)
         self._recording: Recording | None = None
@@ -39,7 +40,9 @@ class RecordedStep:
 
     def fits(self, x: Array, n_micro_batches: int) -> bool:
         """Whether this object can compute a step of the batch x. A recording knows only the arrays it was made with."""
-        return (x.shape, n_micro_batches) == (self._x.shape, len(self._keys)) and self._model.flat.data is self._weights
+        flat = self._model.flat
+        is_same = flat.data is self._weights and flat.grad is self._gradient
+        return is_same and (x.shape, n_micro_batches) == (self._x.shape, len(self._keys))
 
     def __call__(self, x: Array, y: Array, seed: int, number: int) -> Array:
         """The mean loss of the batch, an array of shape (). The gradient is then in the model's parameters."""
@@ -55,4 +58,4 @@ class RecordedStep:
         return loss.copy()  # the next replay overwrites the recording's own
 
     def _compute(self) -> Array:
-        return self._compute_from(self._x, self._y, lambda i: Key(self._keys[i : i + 1]))
+        return self._forward_backward(self._x, self._y, lambda i: Key(self._keys[i : i + 1]))

@@ -81,11 +81,10 @@ class ParallelStep:
         float(loss) waits for the GPU.
         """
         micro_batches = list(enumerate(self._micro_batches(x)))
+        if self.model.backend.record:
+            return self._on_a_gpu(x, y, micro_batches, seed, number)
         n_workers = min(self.workers.threads, len(micro_batches))
         shares = [micro_batches[worker :: self.workers.threads] for worker in range(n_workers)]
-
-        if self.model.backend.record:
-            return self._on_a_gpu(x, y, shares[0], seed, number)
 
         def work(worker: int) -> float:
             model = self._models[worker]

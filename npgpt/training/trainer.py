@@ -22,7 +22,7 @@ from npgpt.engine.backend import has_bfloat16_products
 from npgpt.evaluation.loss import Loss, evaluate
 from npgpt.generation.generate import generate_text
 from npgpt.model.gpt import GPT
-from npgpt.parallel.machine import describe_machine
+from npgpt.parallel.machine import describe_kernels, describe_machine
 from npgpt.parallel.processes import Processes, processes_pay_off
 from npgpt.parallel.shield import Shield
 from npgpt.parallel.step import ALL_FINITE, ParallelStep
@@ -102,7 +102,7 @@ class Trainer:
             )
         if config.bf16 and model.backend.is_cpu and not has_bfloat16_products(model.backend):
             raise RequestError(
-                "bf16 needs a GPU, or a processor with AVX512-BF16 and a C compiler when npgpt is installed; use --no-bf16"
+                f"bf16 needs a GPU, or AVX512-BF16 and the kernels in C, and this run has {describe_kernels()}; use --no-bf16"
             )
         if config.tf32 and model.backend.is_cpu:
             raise RequestError(
@@ -135,7 +135,9 @@ class Trainer:
         self._resumed_at = self.progress.step
         if self.files:
             self.files.disown() if elsewhere else self.files.adopt(self.progress.step)
-        before = {"kernels": "NumPy"} | last.machine if last.machine else self.machine  # older checkpoints knew no others
+        before = dict(last.machine or self.machine)
+        if before["device"].startswith("cpu"):
+            before.setdefault("kernels", "NumPy")  # older checkpoints knew no others
         return [
             f"{key} was {before.get(key)} and is now {value}" for key, value in self.machine.items() if before.get(key) != value
         ]

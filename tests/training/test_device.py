@@ -178,7 +178,9 @@ def test_tf32_is_refused_on_a_cpu():
 def test_bf16_is_refused_on_a_processor_without_it(monkeypatch):
     """The message comes before the first step, and is one line."""
     monkeypatch.setitem(backend._backends, np.ndarray, backend.Backend("cpu", np, CpuKernels()))
-    with pytest.raises(RequestError, match=r"bf16 needs a GPU, or a processor with AVX512-BF16 .* use --no-bf16"):
+    with pytest.raises(
+        RequestError, match=r"bf16 needs a GPU, or AVX512-BF16 and the kernels in C, and this run has .*; use --no-bf16"
+    ):
         run_of_trainer(backend._backends[np.ndarray], None, bf16=True)
 
 

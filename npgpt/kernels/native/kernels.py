@@ -38,10 +38,10 @@ class NativeKernels(CpuKernels):
     # ---------------------------------------------------------------- linear
 
     def linear_forward(self, x: Array, weight: Array, bias: Array | None) -> tuple[Array, Saved]:
-        if not (self.bfloat16_products and _are_float32(x, weight)):
+        if not (self.bfloat16_products and _are_float32(x, weight, bias)):
             return super().linear_forward(x, weight, bias)
         rows = x.reshape(prod(x.shape[:-1]), x.shape[-1])
-        y = self._product(rows, weight, None if bias is None else np.ascontiguousarray(bias))
+        y = self._product(rows, weight, None if bias is None else _contiguous(bias))
         return y.reshape(*x.shape[:-1], weight.shape[-1]), (rows, weight, x.shape)
 
     def linear_backward(
@@ -61,7 +61,7 @@ class NativeKernels(CpuKernels):
 
     def _product(self, a: Array, b: Array, bias: Array | None = None) -> Array:
         """a (m, k) @ b (k, n) + bias (n,), with operands rounded to bfloat16."""
-        a, b = (x if x.itemsize in x.strides and min(x.strides) >= 0 else np.ascontiguousarray(x) for x in (a, b))
+        a, b = (x if x.itemsize in x.strides and min(x.strides) >= 0 else _contiguous(x) for x in (a, b))
         (m, k), n = a.shape, b.shape[1]
         y = np.empty((m, n), dtype=np.float32)
         strides = [stride // 4 for x in (a, b) for stride in x.strides]
@@ -81,7 +81,9 @@ class NativeKernels(CpuKernels):
     def linear_decode(
         self, x: Array, weight: Array, bias: Array | None, onto: Array | None = None, blas_threads: int = 1
     ) -> Array:
-        if not (_are_float32(x, weight) and x.flags.c_contiguous and weight.flags.c_contiguous):
+        arrays = (x, weight, bias, onto)
+        # With more threads, the BLAS is faster: it spreads a product over them.
+        if blas_threads > 1 or not (_are_float32(*arrays) and all(a is None or a.flags.c_contiguous for a in arrays)):
             return super().linear_decode(x, weight, bias, onto, blas_threads)
         (rows, n), m = x.shape, weight.shape[1]
         y = np.empty((rows, m), dtype=x.dtype) if onto is None else onto
@@ -89,7 +91,7 @@ class NativeKernels(CpuKernels):
         return y
 
     def layer_norm_decode(self, x: Array, weight: Array, bias: Array | None, eps: float) -> Array:
-        if not _are_float32(x, weight):
+        if not _are_float32(x, weight, bias):
             return super().layer_norm_decode(x, weight, bias, eps)
         return self.layer_norm_forward(x, weight, bias, eps)[0]
 
@@ -112,7 +114,7 @@ class NativeKernels(CpuKernels):
     def gelu_forward(self, x: Array) -> tuple[Array, Saved]:
         if not _are_float32(x):
             return super().gelu_forward(x)
-        x = np.ascontiguousarray(x)
+        x = _contiguous(x)
         y = np.empty_like(x)
         self._run("gelu_forward", x, y, x.size)
         return y, NativeSaved((x,))
@@ -122,7 +124,7 @@ class NativeKernels(CpuKernels):
             return super().gelu_backward(dy, saved)
         (x,) = saved
         dx = np.empty_like(x)
-        self._run("gelu_backward", np.ascontiguousarray(dy), x, dx, x.size)
+        self._run("gelu_backward", _contiguous(dy), x, dx, x.size)
         return dx
 
     # ---------------------------------------------------------------- dropout
@@ -132,7 +134,7 @@ class NativeKernels(CpuKernels):
     def dropout_forward(self, x: Array, p: float, rng: Any) -> tuple[Array, Saved]:
         if not _are_float32(x):
             return super().dropout_forward(x, p, rng)
-        saved = NativeSaved((*self.dropout_draws(x.shape, p, rng), 1 / (1 - p) if p < 1 else 0.0))
+        saved = self._draw(x.shape, p, rng)
         return self._dropout(x, None, saved), saved
 
     def dropout_backward(self, dy: Array, saved: Saved) -> Array:
@@ -143,12 +145,15 @@ class NativeKernels(CpuKernels):
     def residual_forward(self, x: Array, branch: Array, p: float, rng: Any) -> tuple[Array, Saved]:
         if not _are_float32(x, branch):
             return super().residual_forward(x, branch, p, rng)
-        saved = NativeSaved((*self.dropout_draws(x.shape, p, rng), 1 / (1 - p) if p < 1 else 0.0))
-        return self._dropout(branch, np.ascontiguousarray(x), saved), saved
+        saved = self._draw(x.shape, p, rng)
+        return self._dropout(branch, _contiguous(x), saved), saved
+
+    def _draw(self, shape: tuple[int, ...], p: float, rng: Any) -> NativeSaved:
+        return NativeSaved((*self.dropout_draws(shape, p, rng), 1 / (1 - p) if p < 1 else 0.0))
 
     def _dropout(self, x: Array, onto: Array | None, saved: tuple[Any, ...]) -> Array:
         draws, threshold, scale = saved
-        x = np.ascontiguousarray(x)
+        x = _contiguous(x)
         y = np.empty_like(x)
         self._run("dropout", x, onto, draws, y, x.size, threshold, scale)
         return y
@@ -185,15 +190,15 @@ class NativeKernels(CpuKernels):
             return
         e, _ = block
         sizes = (prod(e.shape[:2]), *e.shape[2:], rows.start, row_term.shape[2])
-        self._run("attention_backward", ds, e, row_term, *sizes)
+        self._run("attention_backward", ds, e, _contiguous(row_term), *sizes)
 
     # ---------------------------------------------------------------- layer norm
 
     def layer_norm_forward(self, x: Array, weight: Array, bias: Array | None, eps: float = 1e-5) -> tuple[Array, Saved]:
-        if not _are_float32(x, weight, *([] if bias is None else [bias])):
+        if not _are_float32(x, weight, bias):
             return super().layer_norm_forward(x, weight, bias, eps)
-        x, weight = np.ascontiguousarray(x), np.ascontiguousarray(weight)
-        bias = None if bias is None else np.ascontiguousarray(bias)
+        x, weight = _contiguous(x), _contiguous(weight)
+        bias = None if bias is None else _contiguous(bias)
         n, c = _rows_and_columns(x)
         y, mean, rstd = np.empty_like(x), np.empty(n, dtype=x.dtype), np.empty(n, dtype=x.dtype)
         self._run("layer_norm_forward", x, weight, bias, y, mean, rstd, n, c, eps)
@@ -204,9 +209,7 @@ class NativeKernels(CpuKernels):
             return super().layer_norm_backward(dy, saved)
         x, weight, mean, rstd = saved
         dx, dweight, dbias = np.empty_like(x), np.empty_like(weight), np.empty_like(weight)
-        self._run(
-            "layer_norm_backward", np.ascontiguousarray(dy), x, weight, mean, rstd, dx, dweight, dbias, *_rows_and_columns(x)
-        )
+        self._run("layer_norm_backward", _contiguous(dy), x, weight, mean, rstd, dx, dweight, dbias, *_rows_and_columns(x))
         return dx, dweight, dbias
 
     # ---------------------------------------------------------------- embedding
@@ -215,9 +218,9 @@ class NativeKernels(CpuKernels):
         shape, ids = saved
         if not (_are_float32(dy) and len(shape) == 2):
             return super().embedding_backward(dy, saved)
-        ids = np.ascontiguousarray(ids, dtype=np.int64)  # all in [0, V): ops.embedding checks them
+        ids = _ids(ids, shape[0])
         dweight = np.empty(shape, dtype=dy.dtype)
-        self._run("embedding_backward", np.ascontiguousarray(dy), ids, dweight, ids.size, shape[1], shape[0])
+        self._run("embedding_backward", _contiguous(dy), ids, dweight, ids.size, shape[1], shape[0])
         return dweight
 
     # ---------------------------------------------------------------- cross-entropy
@@ -225,7 +228,7 @@ class NativeKernels(CpuKernels):
     def cross_entropy_forward(self, logits: Array, targets: Array) -> tuple[Array, Saved]:
         if not (_are_float32(logits) and logits.size):
             return super().cross_entropy_forward(logits, targets)
-        logits, targets = np.ascontiguousarray(logits), np.ascontiguousarray(targets, dtype=np.int64)
+        logits, targets = _contiguous(logits), _ids(targets, logits.shape[-1])
         losses, p = np.empty(targets.shape, dtype=logits.dtype), np.empty_like(logits)
         self._run("cross_entropy_forward", logits, targets, losses, p, *_rows_and_columns(logits))
         return losses, NativeSaved((p, targets))
@@ -234,8 +237,8 @@ class NativeKernels(CpuKernels):
         if not isinstance(saved, NativeSaved):
             return super().cross_entropy_backward(dy, saved)
         p, targets = saved
-        dlogits = np.empty_like(p)
-        self._run("cross_entropy_backward", np.ascontiguousarray(dy), p, targets, dlogits, *_rows_and_columns(p))
+        targets, dlogits = _ids(targets, p.shape[-1]), np.empty_like(p)  # the caller may have changed them
+        self._run("cross_entropy_backward", _contiguous(dy), p, targets, dlogits, *_rows_and_columns(p))
         return dlogits
 
     # ---------------------------------------------------------------- AdamW
@@ -250,8 +253,22 @@ class NativeKernels(CpuKernels):
         self._run("adamw", *arrays, *sizes, lr, beta1, beta2, 1 - beta1**step, 1 - beta2**step, eps, weight_decay)
 
 
-def _are_float32(*arrays: Array) -> bool:
-    return all(a.dtype == np.float32 for a in arrays)
+def _are_float32(*arrays: Array | None) -> bool:
+    return all(a is None or a.dtype == np.float32 for a in arrays)
+
+
+def _contiguous(x: Array) -> Array:
+    """x as C reads it: float32, row after row. An array without dimensions stays one."""
+    return np.asarray(x, dtype=np.float32, order="C")
+
+
+def _ids(ids: Array, n: int) -> Array:
+    """Ids as C reads them. Raises IndexError for one outside [0, n): there C would read or write outside of an array."""
+    ids = np.asarray(ids, dtype=np.int64, order="C")
+    if ids.size and not (ids.min() >= 0 and ids.max() < n):
+        wrong = ids[(ids < 0) | (ids >= n)].reshape(-1)[0]
+        raise IndexError(f"expected ids from 0 to {n - 1}, got one of {wrong}")
+    return ids
 
 
 def _rows_and_columns(x: Array) -> tuple[int, int]:

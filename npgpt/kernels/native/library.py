@@ -35,9 +35,9 @@ FUNCTIONS = {
     "few_rows_product": "ppppnnnn",
     "decode_attention": "ppppppnnnnnnnd",
 }
-# The kinds of processor, the best one first, and how the user reads of them.
+# The kinds of processor, the best one first, and their names in messages.
 PROCESSORS = {"avx512bf16": "AVX-512 and bfloat16", "avx512": "AVX-512", "avx2": "AVX2", "any": "SIMD of 16 bytes"}
-HEAD = object.__basicsize__  # bytes
+OBJECT_HEAD = object.__basicsize__  # bytes
 _pointer_at = ctypes.c_void_p.from_address
 TYPES: dict[str, Any] = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "d": ctypes.c_double}
 
@@ -63,7 +63,7 @@ class Library:
         """arguments: NumPy arrays, which must be contiguous; None for a null pointer; numbers."""
         # NumPy's attributes that tell the address of the elements take as long as a small kernel. An array is a Python object
         # whose first field after the object's head is this address (NumPy's documentation of PyArrayObject).
-        self._functions[name](*[_pointer_at(id(a) + HEAD).value if isinstance(a, np.ndarray) else a for a in arguments])
+        self._functions[name](*[_pointer_at(id(a) + OBJECT_HEAD).value if isinstance(a, np.ndarray) else a for a in arguments])
 
 
 def processors() -> tuple[str, ...]:
@@ -93,17 +93,24 @@ def _loaded() -> ctypes.CDLL | None:
     found = [path for path in paths if path.exists()]
     if not found:
         return None
-    loaded = ctypes.CDLL(str(found[0]))
-    loaded.best_processor.restype = loaded.sources.restype = ctypes.c_char_p
-    if loaded.sources().decode() != hash_of_sources(FOLDER):
-        warnings.warn(
-            f"{found[0].name} was built from other sources than those beside it, so NumPy computes everything; "
-            "build it again with: make venv (or pip install -e .)",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return None
-    return loaded
+    try:
+        loaded = ctypes.CDLL(str(found[0]))
+        loaded.best_processor.restype = loaded.sources.restype = ctypes.c_char_p
+        problem = None if loaded.sources().decode() == hash_of_sources(FOLDER) else "was built from other sources"
+    except (OSError, AttributeError) as error:  # for another processor or C library, or damaged
+        problem = f"cannot be loaded ({error})"
+    array = np.zeros(1)
+    if problem is None and _pointer_at(id(array) + OBJECT_HEAD).value != array.ctypes.data:
+        problem = "does not find the elements of an array in this Python"
+    if problem is None:
+        return loaded
+    warnings.warn(
+        f"{found[0].name} {problem}, so NumPy computes everything; build it again with: pip install -v -e . (it shows the "
+        "errors of the compiler)",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return None
 
 
 def hash_of_sources(folder: Path) -> str:

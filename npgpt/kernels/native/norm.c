@@ -48,11 +48,19 @@ void NAME(layer_norm_backward)(
     }
 }
 
+#define ROWS_AT_ONCE 256  // of a sum: sums of sums round less than one long sum
+
 // y (c,) = the sum over the rows of x (n, c), from the first to the last.
 void NAME(column_sums)(const float *x, float *y, int64_t n, int64_t c) {
     memset(y, 0, c * sizeof(float));
-    for (int64_t row = 0; row < n; row++, x += c)
-        for (int64_t i = 0; i < c; i++) y[i] += x[i];
+    for (int64_t first = 0; first < n; first += ROWS_AT_ONCE) {
+        const int64_t last = n - first < ROWS_AT_ONCE ? n : first + ROWS_AT_ONCE;
+        for (int64_t i = 0; i < c; i += LANES) {
+            vec sum = splat(0);
+            for (int64_t row = first; row < last; row++) sum += load_some(x + row * c + i, c - i, 0);
+            store_some(y + i, c - i, load_some(y + i, c - i, 0) + sum);
+        }
+    }
 }
 
 // table (v, c) = 0, then table[ids[row]] += dy[row] for each row of dy (n, c), from the first to the last.

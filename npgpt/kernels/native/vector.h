@@ -86,7 +86,7 @@ static inline float largest_of(vec value) {
 // 2^k for -126 <= k <= 127.
 static inline vec power_of_two(ivec k) { return (vec)((k + 127) << 23); }
 
-// e^x, to within 2 units in the last place, also where the result is denormal; 0 below, infinity above, NaN for NaN.
+// e^x, to within one unit in the last place, also where the result is denormal; 0 below, infinity above, NaN for NaN.
 //
 // e^x = 2^k e^r with k = round(x / log 2), so |r| <= log(2) / 2 (Cody and Waite, 1980: log 2 in two parts, so that r is exact).
 // The polynomial for e^r is that of Cephes (Moshier). 2^k is applied in two steps, because 2^k itself may be out of range.
