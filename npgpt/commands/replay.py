@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
         loss = step(*crash.batch, config.seed, crash.step)
         found = step.diagnose(*crash.batch, config.seed, crash.step)
     if config.bf16 or config.tf32:
-        print("the run computed in lower precision on a GPU; this is the same step in float32")
+        print("the run computed in lower precision (bf16 or tf32); this is the same step in float32")
     print(f"step {crash.step + 1}, loss {loss}: {found}")
     if found != crash.crash:
         print(f"the run itself had found: {crash.crash}")

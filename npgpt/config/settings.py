@@ -106,7 +106,7 @@ class TrainConfig(Settings):
         False, "GPU only: compute matrix products with 10 instead of 23 bits of mantissa; several times faster"
     )
     bf16: bool = setting(
-        False, "on a GPU, activations are bfloat16; on a CPU with AVX512-BF16, operands of products are; weights stay float32"
+        False, "bfloat16: activations on a GPU, operands of products on a CPU with AVX512-BF16; weights stay float32"
     )
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import importlib.util
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -164,9 +165,14 @@ def has_bfloat16_products(backend: Backend) -> bool:
     return isinstance(backend.kernels, NativeKernels) and backend.kernels.has_bfloat16
 
 
+_rounding_lock = threading.Lock()
+
+
 @contextmanager
 def bfloat16_products(backend: Backend, enabled: bool = True) -> Iterator[None]:
     """Inside `with`, and if `enabled`, linear layers on a CPU round the operands of their products to bfloat16.
+
+    This holds for all threads of the process, because worker threads compute for the thread that has entered.
 
     Raises DeviceError if this processor has no such products.
     """
@@ -175,12 +181,14 @@ def bfloat16_products(backend: Backend, enabled: bool = True) -> Iterator[None]:
         return
     kernels = backend.kernels
     if not (isinstance(kernels, NativeKernels) and kernels.has_bfloat16):
-        raise DeviceError("products of bfloat16 need a processor with AVX512-BF16, and a C compiler when npgpt is installed")
-    before, kernels.bfloat16_products = kernels.bfloat16_products, True
+        raise DeviceError("products of bfloat16 need a processor with AVX512-BF16, and the kernels in C")
+    with _rounding_lock:
+        kernels.rounding += 1
     try:
         yield
     finally:
-        kernels.bfloat16_products = before
+        with _rounding_lock:
+            kernels.rounding -= 1
 
 
 def rounds_to_bfloat16(backend: Backend) -> bool:

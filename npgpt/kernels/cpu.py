@@ -1,6 +1,6 @@
 """Faster versions of some operations for a CPU. They compute what reference.py defines.
 
-The tests compare every override with the reference, and the kernel benchmark has a row for each. An operation that gains
+The tests compare every override with the reference, and the kernel benchmark has a row for each operation. One that gains
 nothing from an override is not here. The overrides use three techniques:
 
 - They work on blocks of rows that stay in a core's cache, and write results in place.

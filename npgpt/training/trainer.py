@@ -135,9 +135,8 @@ class Trainer:
         self._resumed_at = self.progress.step
         if self.files:
             self.files.disown() if elsewhere else self.files.adopt(self.progress.step)
-        before = dict(last.machine or self.machine)
-        if before["device"].startswith("cpu"):
-            before.setdefault("kernels", "NumPy")  # older checkpoints knew no others
+        before = last.machine or self.machine
+        before = ({"kernels": "NumPy"} if before["device"].startswith("cpu") else {}) | before  # NumPy in older checkpoints
         return [
             f"{key} was {before.get(key)} and is now {value}" for key, value in self.machine.items() if before.get(key) != value
         ]

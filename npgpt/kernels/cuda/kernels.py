@@ -45,7 +45,7 @@ class Key:
         return self.key, self.uses - 1
 
 
-# Arguments of a kernel that can drop elements and shall not: see `_dropout_arguments`.
+# The dropout arguments of a kernel that drops nothing; see `_dropout_arguments`.
 NO_DROPOUT: tuple[Array | None, int, int, float] = (None, 0, 0, 1.0)
 
 

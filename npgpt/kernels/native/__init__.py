@@ -1,1 +1,1 @@
-"""The operations of a CPU in C, for those who have a C compiler. Nothing here is needed: without it, NumPy computes them."""
+"""The operations of a CPU in C. They are optional: without a C compiler, NumPy computes them."""

@@ -1,8 +1,8 @@
 // One more token of each sequence: products of a few rows, and attention over the cache. The time of such a product is the time to
 // read the weights, so they are read once, in the order in which they lie in memory.
 
-#define VECTORS (BYTES == 64 ? 4 : 2)  // vectors of a row that are in registers at once
-#define AT_ONCE 6                      // rows of x that are
+#define VECTORS (BYTES == 64 ? 4 : 2)  // vectors of one row of y in registers
+#define AT_ONCE 6                      // rows of x multiplied at once
 #define TILE 2048                      // columns of a single row; it stays in the first-level cache
 
 static inline void one_row_product(const float *x, const float *w, float *y, int64_t n, int64_t m) {

@@ -24,16 +24,20 @@ class NativeSaved(tuple[Any, ...]):
 class NativeKernels(CpuKernels):
     """The kernels of cpu.py, with overrides in C for float32.
 
-    While `bfloat16_products` is true, linear layers round the operands of their products to bfloat16 and add up in float32. Set
-    it with `backend.bfloat16_products`. It needs `has_bfloat16`.
+    While `rounding` is above 0, linear layers round the operands of their products to bfloat16 and add up in float32. It counts
+    the open blocks of `backend.bfloat16_products`. It needs `has_bfloat16`.
     """
 
     def __init__(self, library: Library) -> None:
         super().__init__()
         self._run = library
         self.has_bfloat16, self.description = library.has_bfloat16, f"native {PROCESSORS[library.processor]}"
-        self.bfloat16_products = False
+        self.rounding = 0
         self._of_thread = threading.local()  # scratch memory for products
+
+    @property
+    def bfloat16_products(self) -> bool:
+        return self.rounding > 0
 
     # ---------------------------------------------------------------- linear
 

@@ -13,8 +13,8 @@ typedef uint32_t pair;  // two values that are neighbours along k, in bfloat16; 
 
 static inline __m512i rounded(vec value) { return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)value)); }
 
-// `panel` columns w of `depth` values along k, as pairs to[p, w]. Of the columns, `width` are there; the others are zeros.
-// Neighbouring columns are neighbours in memory, and values along k are `stride` apart.
+// `panel` columns w of `depth` values along k, as pairs to[p, w]. The first `width` columns exist; the
+// others are filled with zeros. Neighbouring columns are neighbours in memory, and values along k are `stride` apart.
 static void pack_across(const float *from, int64_t stride, int64_t width, int64_t depth, int64_t panel, pair *to) {
     for (int64_t p = 0; p < depth; p += 2, from += 2 * stride, to += panel)
         for (int64_t w = 0; w < panel; w += LANES) {

@@ -1,12 +1,12 @@
 // Softmax, fused with the operations around it: in causal attention, between its two products, and in the cross-entropy.
 //
-// A block of attention is `matrices` matrices of scores (rows, seen), for the queries start .. start + rows of n_query. They see
-// the keys 0 .. seen - rows + their number in the block.
+// A block of attention is `matrices` matrices of scores (rows, seen), for the queries start .. start + rows of n_query. Row r
+// sees the keys 0 .. seen - rows + r.
 
 // scores -> e = exp(scores - the row's largest), 0 for future keys. factor (matrices, n_query) = 1 / (keep * the row's sum); it
 // turns kept into probabilities, after dropout that keeps the share `keep`. A row of -inf has no distribution: its factor is 0.
 //
-// With draws (matrices, n_query, n_key), kept is e without the dropped elements, and e gets a minus sign where it was dropped. So
+// With draws (matrices, n_query, n_key), e keeps all exponentials, and a minus sign marks a dropped one; kept has zeros there. So
 // one array holds both for the backward pass.
 void NAME(attention_forward)(
     float *scores, float *kept, float *factor, const uint16_t *draws, int64_t matrices, int64_t rows, int64_t seen,
