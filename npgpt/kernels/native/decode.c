@@ -77,28 +77,19 @@ void NAME(decode_attention)(
         for (int64_t h = 0; h < heads; h++, y += head_dim) {
             const float *query = q + b * q_stride + h * head_dim;
             const float *key = k + b * kv_stride + h * kv_head_stride, *value = v + b * kv_stride + h * kv_head_stride;
-            vec top = splat(-__builtin_inff()), total = splat(0);
             for (int64_t t = 0; t < tokens; t++, key += head_dim) {
                 vec dot = splat(0);
                 for (int64_t i = 0; i < head_dim; i += LANES)
                     dot += load_some(query + i, head_dim - i, 0) * load_some(key + i, head_dim - i, 0);
                 scores[t] = (float)scale * sum_of(dot) + (absent ? absent[b * tokens + t] : 0.0f);
             }
-            for (int64_t t = 0; t < tokens; t += LANES)
-                top = larger(load_some(scores + t, tokens - t, -__builtin_inff()), top);
-            float largest = largest_of(top);
-            for (int64_t t = 0; t < tokens; t += LANES) {
-                vec e = exponential(load_some(scores + t, tokens - t, -__builtin_inff()) - largest);
-                total += e;
-                store_some(scores + t, tokens - t, e);
-            }
+            float largest, factor = 1 / exponentials_of_row(scores, scores, tokens, &largest);
             memset(y, 0, head_dim * sizeof(float));
             for (int64_t t = 0; t < tokens; t++, value += head_dim)
                 for (int64_t i = 0; i < head_dim; i += LANES) {
                     vec sum = load_some(y + i, head_dim - i, 0) + scores[t] * load_some(value + i, head_dim - i, 0);
                     store_some(y + i, head_dim - i, sum);
                 }
-            float factor = 1 / sum_of(total);
             for (int64_t i = 0; i < head_dim; i++) y[i] *= factor;
         }
 }

@@ -1,7 +1,8 @@
 """The operations of a CPU that have a kernel in C: which kernel runs, with which arrays.
 
 The kernels are in the `.c` files beside this file, one family a file. They compute what reference.py defines, in float32.
-Matrix products stay with NumPy's BLAS. An operation without a kernel, or with another dtype, falls back to NumPy (cpu.py).
+Products stay with NumPy's BLAS, except those of bfloat16 and of a few rows. An operation without a kernel, or with another
+dtype, falls back to NumPy (cpu.py).
 """
 
 from __future__ import annotations

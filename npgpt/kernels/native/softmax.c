@@ -3,6 +3,19 @@
 // A block of attention is `matrices` matrices of scores (rows, seen), for the queries start .. start + rows of n_query. Row r
 // sees the keys 0 .. seen - rows + r.
 
+// to = exp(from - largest) for a row of n elements; to may be from. Returns the sum. A row of -inf becomes zeros.
+static inline float exponentials_of_row(const float *from, float *to, int64_t n, float *largest) {
+    vec top = splat(-__builtin_inff()), sum = splat(0);
+    for (int64_t i = 0; i < n; i += LANES) top = larger(load_some(from + i, n - i, -__builtin_inff()), top);
+    *largest = largest_of(top) == -__builtin_inff() ? 0 : largest_of(top);
+    for (int64_t i = 0; i < n; i += LANES) {
+        vec e = exponential(load_some(from + i, n - i, -__builtin_inff()) - *largest);
+        sum += e;
+        store_some(to + i, n - i, e);
+    }
+    return sum_of(sum);
+}
+
 // scores -> e = exp(scores - the row's largest), 0 for future keys. factor (matrices, n_query) = 1 / (keep * the row's sum); it
 // turns kept into probabilities, after dropout that keeps the share `keep`. A row of -inf has no distribution: its factor is 0.
 //
@@ -16,18 +29,8 @@ void NAME(attention_forward)(
         for (int64_t row = 0; row < rows; row++) {
             int64_t n = seen - rows + row + 1, query = matrix * n_query + start + row;
             float *e = scores + (matrix * rows + row) * seen;
-            vec top = splat(-__builtin_inff()), sum = splat(0);
-            for (int64_t i = 0; i < n; i += LANES)
-                top = larger(load_some(e + i, n - i, -__builtin_inff()), top);
-            float largest = largest_of(top);
-            if (largest == -__builtin_inff()) largest = 0;
-            for (int64_t i = 0; i < n; i += LANES) {
-                vec value = exponential(load_some(e + i, n - i, -__builtin_inff()) - largest);
-                sum += value;
-                store_some(e + i, n - i, value);
-            }
+            float largest, total = (float)keep * exponentials_of_row(e, e, n, &largest);
             memset(e + n, 0, (seen - n) * sizeof(float));
-            float total = (float)keep * sum_of(sum);
             factor[query] = total == 0 ? 0 : 1 / total;
             if (!draws) continue;
             const uint16_t *drawn = draws + query * n_key;
@@ -65,16 +68,7 @@ void NAME(attention_backward)(
 void NAME(cross_entropy_forward)(
     const float *logits, const int64_t *targets, float *losses, float *p, int64_t n, int64_t v) {
     for (int64_t row = 0; row < n; row++, logits += v, p += v) {
-        vec top = splat(-__builtin_inff()), sum = splat(0);
-        for (int64_t i = 0; i < v; i += LANES)
-            top = larger(load_some(logits + i, v - i, -__builtin_inff()), top);
-        float largest = largest_of(top);
-        for (int64_t i = 0; i < v; i += LANES) {
-            vec value = exponential(load_some(logits + i, v - i, -__builtin_inff()) - largest);
-            sum += value;
-            store_some(p + i, v - i, value);
-        }
-        float total = sum_of(sum), factor = 1 / total;
+        float largest, total = exponentials_of_row(logits, p, v, &largest), factor = 1 / total;
         for (int64_t i = 0; i < v; i++) p[i] *= factor;
         losses[row] = __builtin_logf(total) - (logits[targets[row]] - largest);
     }
