@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 from npgpt.config.fields import RequestError
 
@@ -123,31 +123,34 @@ def lock(path: Path, what: str) -> Iterator[None]:
     The system releases the lock when the process ends, in whatever way. Raises RequestError, with the process ID of the
     other run, if the lock is taken.
     """
+    with _open_locked(path, what) as file:
+        try:
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")
+            file.flush()
+            yield
+        finally:
+            if sys.platform == "win32":  # there, an open file cannot be removed
+                file.close()
+            with contextlib.suppress(OSError):  # the folder may be gone
+                if sys.platform == "win32" or _is_at(file.fileno(), path):  # if not, the lock there is another run's
+                    path.unlink()
+
+
+def _open_locked(path: Path, what: str) -> TextIO:
+    """Open and lock the file `path`, which is made if it is not there."""
     while True:
         file = path.open("a+", encoding="ascii")
         try:
-            taken = not _try_lock(file.fileno())
-            if taken:
+            if not _try_lock(file.fileno()):
                 file.seek(0)
                 raise RequestError(f"{what} is in use by another run (process {file.read().strip() or 'unknown'})")
             if _is_at(file.fileno(), path):
-                break  # otherwise its last holder has just removed the file: try again
+                return file
         except BaseException:
             file.close()
             raise
-        file.close()
-    try:
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        yield
-    finally:
-        if sys.platform == "win32":  # there, an open file cannot be removed
-            file.close()
-        with contextlib.suppress(OSError):  # the folder may be gone
-            if sys.platform == "win32" or _is_at(file.fileno(), path):  # if not, the lock there is another run's
-                path.unlink()
-        file.close()
+        file.close()  # its last holder has just removed the file: try again
 
 
 def _try_lock(descriptor: int) -> bool:
