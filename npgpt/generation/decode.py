@@ -72,7 +72,7 @@ class NextLogits:
             if self._in_cache:
                 newest = np.array([texts[key][-1:] for key in self._in_cache])
                 if model.backend.is_cpu:
-                    decoded = model.decode(newest[:, 0], self._cache, self._threads)
+                    decoded = model.decode(newest[:, 0], self._cache)
                 else:
                     decoded = model(newest, cache=self._cache)[0].numpy()[:, 0]
                 logits[[row_of[key] for key in self._in_cache]] = decoded

@@ -67,18 +67,36 @@ def _product_of_pairs(x: Array, factors: Array) -> Array:
     return y
 
 
-def few_rows_product(x: Array, weight: Array, blas_threads: int = 1) -> Array:
+def _exponentials(scores: Array) -> Array:
+    """Scores (B, H, n_rows, seen) -> exponentials, in place; 0 for keys in the future. Returns their sums (B, H, n_rows, 1).
+
+    The exponentials of a row may have a common factor.
+    """
+    n_rows, seen = scores.shape[2:]
+    corner = scores[..., seen - n_rows :]  # the square on the diagonal, the only part with future keys
+    if scores.dtype.itemsize >= 4 and scores.min(initial=0) >= -SAFE_SCORE and scores.max(initial=0) <= SAFE_SCORE:
+        np.exp(scores, out=scores)
+        corner *= np.tri(n_rows, dtype=scores.dtype)
+    else:
+        np.copyto(corner, -np.inf, where=~np.tri(n_rows, dtype=bool))
+        with np.errstate(over="ignore"):  # as in softmax_forward of reference.py
+            scores -= scores.max(axis=-1, keepdims=True)
+        np.exp(scores, out=scores)
+    return (scores @ np.ones(seen, dtype=scores.dtype))[..., None]
+
+
+def few_rows_product(x: Array, weight: Array, one_thread: bool = True) -> Array:
     """x (B, n) @ weight (n, m), for a few rows.
 
     It is faster than `@` for 2 to 32 rows with one BLAS thread, or 2 to 8 rows with several, if m is a multiple of 128. It
-    uses `@` for all other products.
+    uses `@` for all other products. one_thread: whether the BLAS has one thread.
 
     OpenBLAS copies the weights of a large product into another order before it multiplies. For a few rows, that copy
     takes longer than the product itself. With its AVX-512 kernels, OpenBLAS reads the weights of a small product where
     they are. So this function cuts the product into small ones.
     """
     (rows, n), m = x.shape, weight.shape[1]
-    if not 1 < rows <= (FEW_ROWS if blas_threads == 1 else FEW_ROWS_WITH_BLAS_THREADS) or m % COLUMNS:
+    if not 1 < rows <= (FEW_ROWS if one_thread else FEW_ROWS_WITH_BLAS_THREADS) or m % COLUMNS:
         return x @ weight
 
     def pieces(a: Array) -> Array:
@@ -100,20 +118,16 @@ class CpuKernels(Kernels):
 
     def __init__(self) -> None:
         super().__init__(np)
+        self.one_thread = False  # whether the BLAS uses one thread now; `blas_threads` in parallel/machine.py sets this
 
     # ---------------------------------------------------------------- one more token of each sequence
     #
     # The same operations for a few rows, without anything for a backward pass. To decode a token, a model multiplies vectors
     # with matrices, so the time is the time to read the weights.
 
-    def linear_decode(
-        self, x: Array, weight: Array, bias: Array | None, onto: Array | None = None, blas_threads: int = 1
-    ) -> Array:
-        """x (B, in) -> x @ weight + bias (B, out). With `onto` (B, out), this is added to it in place, and it is returned.
-
-        blas_threads: how many threads the BLAS has; see `few_rows_product`.
-        """
-        y = few_rows_product(x, weight, blas_threads)
+    def linear_decode(self, x: Array, weight: Array, bias: Array | None, onto: Array | None = None) -> Array:
+        """x (B, in) -> x @ weight + bias (B, out). With `onto` (B, out), this is added to it in place, and it is returned."""
+        y = few_rows_product(x, weight, self.one_thread)
         if bias is not None:
             y += bias
         if onto is None:
@@ -199,30 +213,13 @@ class CpuKernels(Kernels):
             rows = slice(start, min(start + QUERY_BLOCK, n_query))
             seen = past + rows.stop
             e = q[:, :, rows] @ k[:, :, :seen].swapaxes(-1, -2)  # (B, H, n_rows, seen)
-            kept, block = self._exponentials(e, factor, draws, threshold, keep, rows)
+            total = _exponentials(e)
+            np.divide(1 / keep if keep else 0.0, total, out=factor[:, :, rows])
+            kept = e if draws is None else (draws[:, :, rows, :seen] >= threshold) * e
             np.matmul(kept, v[:, :, :seen], out=out[:, :, rows])
             out[:, :, rows] *= factor[:, :, rows]
-            blocks.append((rows, seen, block))
+            blocks.append((rows, seen, e, kept))
         return out, (q, k, v, out, factor, keep, blocks)
-
-    def _exponentials(
-        self, e: Array, factor: Array, draws: Array | None, threshold: int, keep: float, rows: slice
-    ) -> tuple[Array, Any]:
-        """Scores e (B, H, n_rows, seen) -> (keep * e, what the backward pass needs). Writes exponentials to e, and factor."""
-        n_rows, seen = e.shape[2:]
-        corner = e[..., seen - n_rows :]  # the square on the diagonal, the only part with future keys
-        if e.dtype.itemsize >= 4 and e.min(initial=0) >= -SAFE_SCORE and e.max(initial=0) <= SAFE_SCORE:
-            np.exp(e, out=e)
-            corner *= np.tri(n_rows, dtype=e.dtype)
-        else:
-            np.copyto(corner, -np.inf, where=~np.tri(n_rows, dtype=bool))
-            with np.errstate(over="ignore"):  # as in softmax_forward of reference.py
-                e -= e.max(axis=-1, keepdims=True)
-            np.exp(e, out=e)
-        total = (e @ np.ones(seen, dtype=e.dtype))[..., None]
-        np.divide(1 / keep if keep else 0.0, total, out=factor[:, :, rows])
-        kept = e if draws is None else (draws[:, :, rows, :seen] >= threshold) * e
-        return kept, (e, kept)
 
     def causal_attention_backward(self, dy: Array, saved: Saved) -> tuple[Array, Array, Array]:
         q, k, v, out, factor, keep, blocks = saved
@@ -233,10 +230,16 @@ class CpuKernels(Kernels):
         dq, dk, dv = new(q.shape, dtype=q.dtype), new(k.shape, dtype=k.dtype), new(v.shape, dtype=v.dtype)
         written = False
         while blocks:  # from the last block, which sees every key; each block's memory is freed after its turn
-            rows, seen, block = blocks.pop()
-            dv_part = self._kept(block).swapaxes(-1, -2) @ g[:, :, rows]
+            rows, seen, e, kept = blocks.pop()
+            dv_part = kept.swapaxes(-1, -2) @ g[:, :, rows]
             ds = g[:, :, rows] @ v[:, :, :seen].swapaxes(-1, -2)
-            self._gradient_of_scores(ds, block, row_term, rows)
+            if kept is e:
+                ds -= row_term[:, :, rows]
+                ds *= e
+            else:
+                ds *= kept
+                e *= row_term[:, :, rows]
+                ds -= e
             np.multiply(ds @ k[:, :, :seen], scale, out=dq[:, :, rows])
             dk_part = ds.swapaxes(-1, -2) @ q[:, :, rows]
             if written:
@@ -246,21 +249,6 @@ class CpuKernels(Kernels):
                 dk[...], dv[...] = dk_part, dv_part
                 written = True
         return dq, dk, dv
-
-    def _kept(self, block: Any) -> Array:
-        """keep * e, of what `_exponentials` returned for the backward pass."""
-        return block[1]
-
-    def _gradient_of_scores(self, ds: Array, block: Any, row_term: Array, rows: slice) -> None:
-        """g @ v^T -> dscores, in place, for the queries `rows`."""
-        e, kept = block
-        if kept is e:
-            ds -= row_term[:, :, rows]
-            ds *= e
-        else:
-            ds *= kept
-            e *= row_term[:, :, rows]
-            ds -= e
 
     # ---------------------------------------------------------------- rotary positions
     #

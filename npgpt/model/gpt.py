@@ -65,13 +65,13 @@ class MultiHeadSelfAttention(Module):
         future = x.backend.xp.triu(x.backend.xp.ones((t, t), dtype=bool), 1)
         return ops.softmax(ops.masked_fill(scores, future, -math.inf))
 
-    def decode(self, x: Array, cache: KVCache, blas_threads: int, onto: Array) -> Array:
+    def decode(self, x: Array, cache: KVCache, onto: Array) -> Array:
         b, c = x.shape
-        qkv = self.qkv.decode(x, blas_threads).reshape(b, 3, self.n_head, 1, c // self.n_head)
+        qkv = self.qkv.decode(x).reshape(b, 3, self.n_head, 1, c // self.n_head)
         qk = self.rotary.decode(qkv[:, :2], cache.positions) if self.rotary else qkv
         k, v = cache.extend(self.layer, qk[:, 1], qkv[:, 2])  # (B, n_head, tokens so far, head_dim) each
         y = CPU_KERNELS.attention_decode(qk[:, 0], k, v, cache.absent)
-        return self.out.decode(y.reshape(b, c), blas_threads, onto)
+        return self.out.decode(y.reshape(b, c), onto)
 
 
 class FeedForward(Module):
@@ -86,8 +86,8 @@ class FeedForward(Module):
     def __call__(self, x: Tensor) -> Tensor:
         return self.proj(self.activation(self.fc(x)))
 
-    def decode(self, x: Array, blas_threads: int, onto: Array) -> Array:
-        return self.proj.decode(self.activation.decode(self.fc.decode(x, blas_threads)), blas_threads, onto)
+    def decode(self, x: Array, onto: Array) -> Array:
+        return self.proj.decode(self.activation.decode(self.fc.decode(x)), onto)
 
 
 class Block(Module):
@@ -105,10 +105,10 @@ class Block(Module):
         x = self.residual(x[:, -1:] if last_only else x, self.attn(self.ln_1(x), rng, cache, last_only), rng)
         return self.residual(x, self.mlp(self.ln_2(x)), rng)
 
-    def decode(self, x: Array, cache: KVCache, blas_threads: int) -> Array:
+    def decode(self, x: Array, cache: KVCache) -> Array:
         """x (B, C) -> (B, C), in place."""
-        self.attn.decode(self.ln_1.decode(x), cache, blas_threads, onto=x)
-        return self.mlp.decode(self.ln_2.decode(x), blas_threads, onto=x)
+        self.attn.decode(self.ln_1.decode(x), cache, onto=x)
+        return self.mlp.decode(self.ln_2.decode(x), onto=x)
 
 
 class GPT(Module):
@@ -184,20 +184,19 @@ class GPT(Module):
         x = self.ln_f(x)
         return ops.linear(x, self.wte.weight.T) if self.config.tie_weights else self.lm_head(x)
 
-    def decode(self, ids: Array, cache: KVCache, blas_threads: int = 1) -> Array:
+    def decode(self, ids: Array, cache: KVCache) -> Array:
         """The logits after one more token of each sequence: ids (B,) -> (B, V). The sequences may differ in length.
 
         This works only on a CPU and records no graph. With learned positions, the cache must have room for one more token.
-        blas_threads: how many threads the BLAS has; see `few_rows_product`.
         """
         x = self.wte.decode(ids)  # (B, C)
         if self.config.position == "learned":
             x += self.wpe.decode(cache.positions)
         for block in self.blocks:
-            x = block.decode(x, cache, blas_threads)
+            x = block.decode(x, cache)
         cache.advance(1)
         x = self.ln_f.decode(x)
-        return x @ self.wte.weight.data.T if self.config.tie_weights else self.lm_head.decode(x, blas_threads)
+        return x @ self.wte.weight.data.T if self.config.tie_weights else self.lm_head.decode(x)
 
     @property
     def backend(self) -> Backend:

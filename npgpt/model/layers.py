@@ -43,9 +43,9 @@ class Linear(Module):
         """x (..., in) -> (..., out)."""
         return ops.linear(x, self.weight, self.bias)
 
-    def decode(self, x: Array, blas_threads: int = 1, onto: Array | None = None) -> Array:
-        """x (B, in) -> (B, out), added to `onto` if it is given. blas_threads: how many threads the BLAS has."""
-        return CPU_KERNELS.linear_decode(x, self.weight.data, _data(self.bias), onto, blas_threads)
+    def decode(self, x: Array, onto: Array | None = None) -> Array:
+        """x (B, in) -> (B, out), added to `onto` if it is given."""
+        return CPU_KERNELS.linear_decode(x, self.weight.data, _data(self.bias), onto)
 
 
 class Embedding(Module):

@@ -46,7 +46,7 @@ def test_the_last_block_size_tokens_decide(model):
 def test_threads_sets_the_threads_of_the_blas(model, monkeypatch):
     seen = []
 
-    def decode(self, ids, cache, blas_threads):
+    def decode(self, ids, cache):
         seen.extend(library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas")
         return np.zeros((len(ids), 9), np.float32)
 

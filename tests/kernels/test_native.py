@@ -64,14 +64,15 @@ def test_every_operation_in_float32(kernels, use, name, dims):
 
 
 def test_exponentials_are_within_one_unit_in_the_last_place(kernels):
-    """From 1 down to the smallest denormal number. A row of scores whose largest is 0 turns into its exponentials."""
-    x = np.linspace(-104, 0, 1 << 20, dtype=np.float32)
-    y, factor = x.copy(), np.empty(1, dtype=np.float32)
-    kernels._run("attention_forward", y, None, factor, None, 1, 1, len(x), 0, 1, len(x), 0, 1.0)
-    exact = np.exp(x.astype(np.float64))
-    units = np.abs(y - exact) / np.spacing(exact.astype(np.float32))
+    """From 1 down to the smallest denormal number. Attention turns a row of scores, whose largest is 0, into exponentials."""
+    keys = np.linspace(-104, 0, 1 << 20, dtype=np.float32).reshape(1, 1, -1, 1)
+    query, values = np.ones((1, 1, 1, 1), dtype=np.float32), np.ones_like(keys)
+    out, saved = kernels.causal_attention_forward(query, keys, values)
+    exact = np.exp(keys.reshape(-1).astype(np.float64))
+    (found,) = [a for a in saved if isinstance(a, np.ndarray) and a.shape == exact.shape]
+    units = np.abs(found - exact) / np.spacing(exact.astype(np.float32))
     assert units.max() <= 1
-    assert factor[0] == pytest.approx(1 / exact.sum(), rel=1e-5)
+    np.testing.assert_allclose(out, 1, rtol=1e-4)
 
 
 def test_exponentials_at_the_ends_of_the_range(kernels):
@@ -121,9 +122,43 @@ def test_gelu_of_huge_and_tiny_values(kernels):
     np.testing.assert_allclose(dx[np.abs(x) > 40], (x > 0)[np.abs(x) > 40])
 
 
-@pytest.mark.parametrize(
-    "shape", [(1, 1, 1), (5, 7, 9), (130, 600, 70), (12, 512, 32), (13, 513, 33), (3, 0, 4), (0, 3, 4), (121, 1, 1)]
-)
+SHAPES = [(1, 1, 1), (5, 7, 9), (130, 800, 70), (12, 384, 32), (13, 385, 33), (33, 0, 4), (0, 3, 4), (121, 1, 1), (40, 769, 48)]
+LAYOUTS = (np.ascontiguousarray, np.asfortranarray, lambda a: np.repeat(a, 2, axis=1)[:, ::2], lambda a: a[::-1])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_products_of_float32(kernels, shape):
+    """For all kinds of processor, and all layouts of the operands."""
+    m, k, n = shape
+    a, b, bias = normal(np.float32, m, k), normal(np.float32, k, n, seed=1), normal(np.float32, n, seed=2)
+    for layout in LAYOUTS:
+        x, weight = layout(a), layout(b)
+        exact = x.astype(np.float64) @ weight.astype(np.float64)
+        for found, expected in [
+            (kernels._product("product", x, weight), exact),
+            (kernels._product("product", x, weight, bias), exact + bias),
+            (kernels._product(None, x, weight, bias), exact + bias),
+            (kernels._product("product", x.T.copy().T, weight.T.copy().T), exact),
+        ]:
+            close(found, expected.astype(np.float32), np.dtype(np.float32), 10)
+
+
+def test_which_products_are_used(kernels, monkeypatch):
+    """A kernel multiplies if the BLAS has one thread, this processor gains from it, and there are rows enough."""
+    used = []
+    original = kernels._product
+    monkeypatch.setattr(kernels, "_product", lambda kernel, *rest: used.append(kernel) or original(kernel, *rest))
+    x, weight = normal(np.float32, 40, 8), normal(np.float32, 8, 8)
+    gains = kernels.description.startswith("native AVX-512")
+    for rows, one_thread in [(40, True), (40, False), (31, True)]:
+        kernels.one_thread = one_thread
+        used.clear()
+        y, saved = kernels.linear_forward(x[:rows], weight, None)
+        kernels.linear_backward(y, saved)
+        assert used == (["product"] * 3 if gains and one_thread and rows == 40 else [None] * 2)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_products_of_bfloat16(kernels, shape):
     """Against float64 products of the rounded operands: all layouts of the operands, all gradients."""
     if not kernels.has_bfloat16:
@@ -133,7 +168,7 @@ def test_products_of_bfloat16(kernels, shape):
     m, k, n = shape
     x, weight, bias = normal(np.float32, m, k), normal(np.float32, k, n, seed=1), normal(np.float32, n, seed=2)
     dy = normal(np.float32, m, n, seed=3)
-    for layout in (np.ascontiguousarray, np.asfortranarray, lambda a: np.repeat(a, 2, axis=1)[:, ::2]):
+    for layout in LAYOUTS[:3]:
         with bfloat16_products(Backend("cpu", np, kernels)):
             assert kernels.bfloat16_products
             y, saved = kernels.linear_forward(layout(x), layout(weight), bias)

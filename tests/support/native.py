@@ -30,4 +30,6 @@ def native_kernels(processor):
         pytest.skip("the kernels in C are not built: there was no C compiler when npgpt was installed, or NPGPT_NATIVE is 0")
     if processor not in found:
         pytest.skip(f"this processor has no {processor}")
-    return NativeKernels(library(processor))
+    kernels = NativeKernels(library(processor))
+    kernels.one_thread = True  # so that linear layers use the kernels too
+    return kernels

@@ -83,7 +83,7 @@ void NAME(decode_attention)(
                     dot += load_some(query + i, head_dim - i, 0) * load_some(key + i, head_dim - i, 0);
                 scores[t] = (float)scale * sum_of(dot) + (absent ? absent[b * tokens + t] : 0.0f);
             }
-            float largest, factor = 1 / exponentials_of_row(scores, scores, tokens, &largest);
+            float factor = 1 / exponentials_of_row(scores, scores, tokens, 1, largest_of_row(scores, tokens));
             memset(y, 0, head_dim * sizeof(float));
             for (int64_t t = 0; t < tokens; t++, value += head_dim)
                 for (int64_t i = 0; i < head_dim; i += LANES) {

@@ -10,3 +10,5 @@
 #include "norm.c"
 #include "softmax.c"
 #include "decode.c"
+#include "product.c"
+#include "attention.c"

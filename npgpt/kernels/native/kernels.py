@@ -1,13 +1,11 @@
 """The operations of a CPU that have a kernel in C: which kernel runs, with which arrays.
 
 The kernels are in the `.c` files beside this file, one family a file. They compute what reference.py defines, in float32.
-Products stay with NumPy's BLAS, except those of bfloat16 and of a few rows. An operation without a kernel, or with another
-dtype, falls back to NumPy (cpu.py).
+An operation without a kernel, or with another dtype, falls back to NumPy (cpu.py).
 """
 
 from __future__ import annotations
 
-import threading
 from math import prod, sqrt
 from typing import Any
 
@@ -22,6 +20,14 @@ class NativeSaved(tuple[Any, ...]):
     """The saved values of a forward pass of this file. Any other value was saved by CpuKernels."""
 
 
+QUERIES = 48  # in a block of attention, as in attention.c
+LONGEST_HEAD = 384  # STEPS in product.c
+# With fewer rows, OpenBLAS multiplies as fast, because it need not copy a matrix first.
+LEAST_ROWS = 32
+# On processors with AVX-512, product.c is faster than OpenBLAS. On others, OpenBLAS is as fast.
+FASTER_PRODUCTS = ("avx512", "avx512bf16")
+
+
 class NativeKernels(CpuKernels):
     """The kernels of cpu.py, with overrides in C for float32.
 
@@ -34,7 +40,7 @@ class NativeKernels(CpuKernels):
         self._run = library
         self.has_bfloat16, self.description = library.has_bfloat16, f"native {PROCESSORS[library.processor]}"
         self.rounding = 0
-        self._of_thread = threading.local()  # scratch memory for products
+        self._has_faster_products = library.processor in FASTER_PRODUCTS
 
     @property
     def bfloat16_products(self) -> bool:
@@ -43,10 +49,11 @@ class NativeKernels(CpuKernels):
     # ---------------------------------------------------------------- linear
 
     def linear_forward(self, x: Array, weight: Array, bias: Array | None) -> tuple[Array, Saved]:
-        if not (self.bfloat16_products and _are_float32(x, weight, bias)):
-            return super().linear_forward(x, weight, bias)
         rows = x.reshape(prod(x.shape[:-1]), x.shape[-1])
-        y = self._product(rows, weight, None if bias is None else _contiguous(bias))
+        product = self._product_for(len(rows))
+        if product is None or not _are_float32(x, weight, bias):
+            return super().linear_forward(x, weight, bias)
+        y = self._product(product, rows, weight, None if bias is None else _contiguous(bias))
         return y.reshape(*x.shape[:-1], weight.shape[-1]), (rows, weight, x.shape)
 
     def linear_backward(
@@ -56,40 +63,38 @@ class NativeKernels(CpuKernels):
         if not _are_float32(dy, rows, weight):
             return super().linear_backward(dy, saved, needs)
         dy = np.ascontiguousarray(dy.reshape(len(rows), weight.shape[-1]))
-        product = self._product if self.bfloat16_products else np.matmul
-        dx = product(dy, weight.T).reshape(x_shape) if needs[0] else None
-        dweight = product(rows.T, dy) if needs[1] else None
+        product = self._product_for(len(rows))
+        dx = self._product(product, dy, weight.T).reshape(x_shape) if needs[0] else None
+        dweight = self._product(product, rows.T, dy) if needs[1] else None
         dbias = np.empty(dy.shape[-1], dtype=dy.dtype) if needs[2] else None
         if dbias is not None:
             self._run("column_sums", dy, dbias, *dy.shape)
         return dx, dweight, dbias
 
-    def _product(self, a: Array, b: Array, bias: Array | None = None) -> Array:
-        """a (m, k) @ b (k, n) + bias (n,), with operands rounded to bfloat16."""
+    def _product_for(self, rows: int) -> str | None:
+        """The kernel for the products of a linear layer; None for the BLAS, which may use more threads than one."""
+        if self.bfloat16_products:
+            return "bfloat16_product"
+        return "product" if self.one_thread and self._has_faster_products and rows >= LEAST_ROWS else None
+
+    def _product(self, kernel: str | None, a: Array, b: Array, bias: Array | None = None) -> Array:
+        """a (m, k) @ b (k, n) + bias (n,). kernel: see `_product_for`."""
+        if kernel is None:
+            return a @ b if bias is None else a @ b + bias
         a, b = (x if x.itemsize in x.strides and min(x.strides) >= 0 else _contiguous(x) for x in (a, b))
         (m, k), n = a.shape, b.shape[1]
         y = np.empty((m, n), dtype=np.float32)
         strides = [stride // 4 for x in (a, b) for stride in x.strides]
-        self._run("product", a, b, bias, y, self._scratch(n), m, n, k, *strides, 0)
+        self._run(kernel, a, b, bias, y, self._run.scratch("product", n), m, n, k, *strides)
         return y
-
-    def _scratch(self, n: int) -> Array:
-        """Memory for a product with n columns. Each thread has its own, and keeps it."""
-        needed = self._run.scratch_bytes(n)
-        scratch: Array | None = getattr(self._of_thread, "scratch", None)
-        if scratch is None or scratch.nbytes < needed:
-            scratch = self._of_thread.scratch = np.empty(needed, dtype=np.uint8)
-        return scratch
 
     # ---------------------------------------------------------------- one more token of each sequence
 
-    def linear_decode(
-        self, x: Array, weight: Array, bias: Array | None, onto: Array | None = None, blas_threads: int = 1
-    ) -> Array:
+    def linear_decode(self, x: Array, weight: Array, bias: Array | None, onto: Array | None = None) -> Array:
         arrays = (x, weight, bias, onto)
         # With more threads, the BLAS is faster: it spreads a product over them.
-        if blas_threads > 1 or not (_are_float32(*arrays) and all(a is None or a.flags.c_contiguous for a in arrays)):
-            return super().linear_decode(x, weight, bias, onto, blas_threads)
+        if not (self.one_thread and _are_float32(*arrays) and all(a is None or a.flags.c_contiguous for a in arrays)):
+            return super().linear_decode(x, weight, bias, onto)
         (rows, n), m = x.shape, weight.shape[1]
         y = np.empty((rows, m), dtype=x.dtype) if onto is None else onto
         self._run("few_rows_product", x, weight, bias, y, rows, n, m, onto is not None)
@@ -164,38 +169,40 @@ class NativeKernels(CpuKernels):
         return y
 
     # ---------------------------------------------------------------- causal attention
-    #
-    # Blocks and products are those of cpu.py. A kernel turns scores into exponentials. One array holds them and, as their sign,
-    # the dropout mask.
 
-    def _exponentials(
-        self, e: Array, factor: Array, draws: Array | None, threshold: int, keep: float, rows: slice
-    ) -> tuple[Array, Any]:
-        if not _are_float32(e):
-            return super()._exponentials(e, factor, draws, threshold, keep, rows)
-        kept = e if draws is None else np.empty_like(e)
-        n_key = 0 if draws is None else draws.shape[3]
-        sizes = (prod(e.shape[:2]), *e.shape[2:], rows.start, factor.shape[2], n_key)
-        self._run("attention_forward", e, kept, factor, draws, *sizes, threshold, keep)
-        return kept, NativeSaved((e, draws is not None))
+    def causal_attention_forward(
+        self, q: Array, k: Array, v: Array, dropout: float = 0.0, rng: Any = None
+    ) -> tuple[Array, Saved]:
+        b, h, n_query, head_dim = q.shape
+        n_key = k.shape[2]
+        if not (_are_float32(q, k, v) and q.size and k.size and head_dim <= LONGEST_HEAD):
+            return super().causal_attention_forward(q, k, v, dropout, rng)
+        draws, threshold = None, 0
+        if dropout > 0 and rng is not None:
+            draws, threshold = self.dropout_draws((b, h, n_query, n_key), dropout, rng)
+        keep = 1 - dropout if draws is not None else 1.0
+        q, k, v = _rows_apart(q), _rows_apart(k), _rows_apart(v)
+        if k.strides != v.strides:
+            k, v = np.ascontiguousarray(k), np.ascontiguousarray(v)
+        # In this memory layout, joining the heads afterwards needs no copy.
+        out = np.empty((b, n_query, h, head_dim), dtype=q.dtype)
+        ends = [min(start + QUERIES, n_query) for start in range(0, n_query, QUERIES)]
+        in_a_head = sum((end - start) * (n_key - n_query + end) for start, end in zip([0, *ends], ends, strict=False))
+        e, factor = np.empty(b * h * in_a_head, dtype=q.dtype), np.empty((b, h, n_query), dtype=q.dtype)
+        sizes = (b, h, n_query, n_key, head_dim, *_strides(q), *_strides(k))
+        scale, scratch = 1 / sqrt(head_dim), self._run.scratch("attention", n_key, head_dim)
+        self._run("attention_forward", q, k, v, draws, e, factor, out, scratch, *sizes, threshold, scale, keep)
+        return out.transpose(0, 2, 1, 3), NativeSaved((q, k, v, out, factor, e, sizes, scale, keep))
 
-    def _kept(self, block: Any) -> Array:
-        if not isinstance(block, NativeSaved):
-            return super()._kept(block)
-        e, dropped = block
-        if not dropped:
-            return e
-        kept = np.empty_like(e)
-        self._run("attention_kept", e, kept, e.size)
-        return kept
-
-    def _gradient_of_scores(self, ds: Array, block: Any, row_term: Array, rows: slice) -> None:
-        if not isinstance(block, NativeSaved):
-            super()._gradient_of_scores(ds, block, row_term, rows)
-            return
-        e, _ = block
-        sizes = (prod(e.shape[:2]), *e.shape[2:], rows.start, row_term.shape[2])
-        self._run("attention_backward", ds, e, _contiguous(row_term), *sizes)
+    def causal_attention_backward(self, dy: Array, saved: Saved) -> tuple[Array, Array, Array]:
+        if not isinstance(saved, NativeSaved):
+            return super().causal_attention_backward(dy, saved)
+        q, k, v, out, factor, e, sizes, scale, keep = saved
+        dy = np.ascontiguousarray(dy.transpose(0, 2, 1, 3))
+        dq, dk, dv = (np.empty(a.shape, dtype=a.dtype) for a in (q, k, v))
+        scratch = self._run.scratch("attention", k.shape[2], q.shape[3])
+        self._run("attention_backward", dy, q, k, v, out, factor, e, dq, dk, dv, scratch, *sizes, scale, keep)
+        return dq, dk, dv
 
     # ---------------------------------------------------------------- layer norm
 
@@ -265,6 +272,16 @@ def _are_float32(*arrays: Array | None) -> bool:
 def _contiguous(x: Array) -> Array:
     """x as C reads it: float32, row after row. An array without dimensions stays one."""
     return np.asarray(x, dtype=np.float32, order="C")
+
+
+def _rows_apart(x: Array) -> Array:
+    """x (B, H, T, head_dim), copied if neighbours along head_dim are not neighbours in memory."""
+    return x if x.strides[3] == x.itemsize and min(x.strides) >= 0 else np.ascontiguousarray(x)
+
+
+def _strides(x: Array) -> tuple[int, ...]:
+    """The strides of all dimensions but the last one, in elements."""
+    return tuple(stride // x.itemsize for stride in x.strides[:-1])
 
 
 def _ids(ids: Array, n: int) -> Array:

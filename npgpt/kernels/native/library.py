@@ -10,6 +10,7 @@ import functools
 import hashlib
 import importlib.machinery
 import os
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -27,16 +28,19 @@ FUNCTIONS = {
     "layer_norm_backward": "ppppppppnn",
     "column_sums": "ppnn",
     "embedding_backward": "pppnnn",
-    "attention_forward": "ppppnnnnnnnd",
-    "attention_kept": "ppn",
-    "attention_backward": "pppnnnnn",
+    "attention_forward": "pppppppp" + "nnnnn" + "nnnnnn" + "ndd",
+    "attention_backward": "ppppppppppp" + "nnnnn" + "nnnnnn" + "dd",
     "cross_entropy_forward": "ppppnn",
     "cross_entropy_backward": "ppppnn",
     "few_rows_product": "ppppnnnn",
     "decode_attention": "ppppppnnnnnnnd",
+    "product": "pppppnnnnnnn",
+    "bfloat16_product": "pppppnnnnnnn",
 }
+SCRATCH_BYTES = {"product": "n", "attention": "nn"}  # the sizes that decide how much scratch memory a kernel needs
 # The kinds of processor, the best one first, and their names in messages.
 PROCESSORS = {"avx512bf16": "AVX-512 and bfloat16", "avx512": "AVX-512", "avx2": "AVX2", "any": "SIMD of 16 bytes"}
+CACHE_LINE = 64  # bytes
 OBJECT_HEAD = object.__basicsize__  # bytes
 _pointer_at = ctypes.c_void_p.from_address
 TYPES: dict[str, Any] = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "d": ctypes.c_double}
@@ -49,21 +53,30 @@ class Library:
         """processor: one of PROCESSORS; see the files processors_*.c."""
         self.processor = processor
         self.has_bfloat16 = processor == "avx512bf16"
-        self._functions = {name: getattr(loaded, f"{name}_{processor}") for name in FUNCTIONS}
+        names = [name for name in FUNCTIONS if self.has_bfloat16 or name != "bfloat16_product"]
+        self._functions = {name: getattr(loaded, f"{name}_{processor}") for name in names}
         for name, function in self._functions.items():
             function.argtypes, function.restype = [TYPES[kind] for kind in FUNCTIONS[name]], None
-        if self.has_bfloat16:
-            product, scratch = loaded.product_avx512bf16, loaded.product_scratch_bytes_avx512bf16
-            product.argtypes, product.restype = [TYPES[kind] for kind in "pppppnnnnnnnn"], None
-            scratch.argtypes, scratch.restype = [ctypes.c_int64], ctypes.c_int64
-            self._functions |= {"product": product}
-            self.scratch_bytes = scratch  # of a product with n columns
+        self._scratch_bytes = {name: getattr(loaded, f"{name}_scratch_bytes_{processor}") for name in SCRATCH_BYTES}
+        for name, function in self._scratch_bytes.items():
+            function.argtypes, function.restype = [TYPES[kind] for kind in SCRATCH_BYTES[name]], ctypes.c_int64
+        self._of_thread = threading.local()
 
     def __call__(self, name: str, *arguments: Any) -> None:
         """arguments: NumPy arrays, which must be contiguous; None for a null pointer; numbers."""
         # NumPy's attributes that tell the address of the elements take as long as a small kernel. An array is a Python object
         # whose first field after the object's head is this address (NumPy's documentation of PyArrayObject).
         self._functions[name](*[_pointer_at(id(a) + OBJECT_HEAD).value if isinstance(a, np.ndarray) else a for a in arguments])
+
+    def scratch(self, name: str, *sizes: int) -> np.ndarray:
+        """Memory for a call of a kernel; see SCRATCH_BYTES. Each thread has its own, and keeps it."""
+        needed = self._scratch_bytes[name](*sizes)
+        memory: np.ndarray | None = getattr(self._of_thread, "memory", None)
+        if memory is None or memory.nbytes < needed:
+            memory = np.empty(needed + CACHE_LINE, dtype=np.uint8)
+            start = -memory.ctypes.data % CACHE_LINE  # a vector that begins in one cache line and ends in another takes longer
+            memory = self._of_thread.memory = memory[start : start + needed]
+        return memory
 
 
 def processors() -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-// The kernels for x86 processors with AVX-512 and AVX512-BF16, and the product of bfloat16.
+// The kernels for x86 processors with AVX-512 and AVX512-BF16, with products of bfloat16.
 
 #include <stdint.h>
 #include <string.h>
@@ -8,13 +8,13 @@
 
 #define PROCESSOR avx512bf16
 #define BYTES 64
+#define HAS_BFLOAT16
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma"))), apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
 #endif
 #include "kernels.h"
-#include "product.c"
 #ifdef __clang__
 #pragma clang attribute pop
 #endif

@@ -62,8 +62,8 @@ static inline void store_some(float *to, int64_t n, vec value) {
         store_first(to, n, value);
 }
 
-// The larger elements; NaN if there is one.
-static inline vec larger(vec a, vec b) { return where((a > b) | (a != a), a, b); }
+// The larger elements; b where one is NaN.
+static inline vec larger(vec a, vec b) { return where(a > b, a, b); }
 
 static inline float sum_of(vec value) {
 #if BYTES == 64
@@ -78,9 +78,13 @@ static inline float sum_of(vec value) {
 }
 
 static inline float largest_of(vec value) {
+#if BYTES == 64
+    return _mm512_reduce_max_ps((__m512)value);
+#else
     float result = value[0];
-    for (int i = 1; i < LANES; i++) result = value[i] > result || value[i] != value[i] ? value[i] : result;
-    return result;  // NaN if there is one
+    for (int i = 1; i < LANES; i++) result = value[i] > result ? value[i] : result;
+    return result;
+#endif
 }
 
 // 2^k for -126 <= k <= 127.
