@@ -67,7 +67,7 @@ class KVCache:
         because a new token is stored where the oldest one was. If the lengths differ, T must be 1. The caller calls `advance`
         when all blocks are done.
         """
-        n, memory = k.shape[2], self._memory[layer, :, : len(self.lengths)]
+        n, memory = k.shape[2], self.memory(layer)
         if isinstance(self.positions, int):
             start = self.positions % self._room if n == 1 else self.positions
             kept = memory[:, :, :, : min(self.positions + n, self._room)]
@@ -77,6 +77,10 @@ class KVCache:
         memory[0][rows, :, at], memory[1][rows, :, at] = k[:, :, 0], v[:, :, 0]
         kept = memory[:, :, :, : min(int(self.positions.max()) + 1, self._room)]
         return kept[0], kept[1]
+
+    def memory(self, layer: int) -> Array:
+        """The keys and values of one block, (2, B, n_head, room, head_dim). Position p is at p % room."""
+        return self._memory[layer, :, : len(self.lengths)]
 
     def advance(self, n: int) -> None:
         """Count n more tokens of each sequence, whose keys and values `extend` has kept in every block."""

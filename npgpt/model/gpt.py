@@ -98,6 +98,7 @@ class Block(Module):
         self.attn = MultiHeadSelfAttention(config, layer, rotary, backend, dtype)
         self.ln_2 = LayerNorm(config.n_embd, config.bias, backend, dtype)
         self.mlp = FeedForward(config, backend, dtype)
+        self.activation = config.activation
         self.residual = Residual(config.dropout)
 
     def __call__(self, x: Tensor, rng: Any, cache: KVCache | None, last_only: bool) -> Tensor:
@@ -107,6 +108,13 @@ class Block(Module):
 
     def decode(self, x: Array, cache: KVCache) -> Array:
         """x (B, C) -> (B, C), in place."""
+        attn, mlp = self.attn, self.mlp
+        layers = (self.ln_1, attn.qkv, attn.out, self.ln_2, mlp.fc, mlp.proj)
+        weights = [p if p is None else p.data for layer in layers for p in (layer.weight, layer.bias)]
+        rotations = attn.rotary.rotations(cache.lengths) if attn.rotary else None
+        memory, eps = cache.memory(attn.layer), self.ln_1.eps
+        if CPU_KERNELS.block_decode(x, weights, memory, cache.lengths, rotations, self.activation, eps):
+            return x
         self.attn.decode(self.ln_1.decode(x), cache, onto=x)
         return self.mlp.decode(self.ln_2.decode(x), onto=x)
 

@@ -96,8 +96,12 @@ class Rotary(Module):
         """x (B, ..., head_dim), at one position or each sequence at its own, (B,) -> the same shape."""
         if isinstance(position, int):
             return CPU.kernels.rotary_forward(x, self._at(position, 1))[0]
-        rotations = np.concatenate([self._at(at, 1) for at in position.tolist()])
+        rotations = self.rotations(position)
         return CPU.kernels.rotary_forward(x, rotations.reshape(len(x), *[1] * (x.ndim - 2), self._head_dim))[0]
+
+    def rotations(self, positions: Array) -> Array:
+        """(B,) -> (B, head_dim)."""
+        return np.concatenate([self._at(position, 1) for position in positions.tolist()])
 
 
 class LayerNorm(Module):

@@ -17,6 +17,7 @@ def estimate_memory(model: GPTConfig, config: TrainConfig) -> int:
 
     It counts, in float32: the weights, the optimiser's two means, and the gradients of each worker; for each worker's
     micro-batch, the arrays that each operation saves for the backward pass; and the temporary arrays of the largest operation.
+    These are the arrays of the kernels in NumPy. The kernels in C take less.
     """
     c, d_ff, v = model.n_embd, model.d_ff, model.vocab_size
     assert d_ff is not None  # GPTConfig fills it in

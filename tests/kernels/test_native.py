@@ -21,6 +21,7 @@ from npgpt.kernels.native import library as native_library
 from npgpt.kernels.native.kernels import NativeSaved
 from npgpt.kernels.native.library import OBJECT_HEAD, PROCESSORS, hash_of_sources, processors
 from npgpt.kernels.reference import Kernels
+from npgpt.model import gpt
 from npgpt.parallel.step import ParallelStep
 from npgpt.parallel.workers import Workers
 
@@ -219,6 +220,39 @@ def test_threads_do_not_share_scratch_memory():
         many = workers.map(lambda i: CPU.kernels.linear_forward(x * np.float32(i + 1), weight, None)[0], range(40))
         for i, y in enumerate(many):
             np.testing.assert_array_equal(y, CPU.kernels.linear_forward(x * np.float32(i + 1), weight, None)[0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bias": False},
+        {"activation": "relu", "d_ff": 20},
+        {"d_ff": 90},
+        {"position": "rotary"},
+        {"n_embd": 66, "n_head": 3},
+    ],
+)
+@pytest.mark.parametrize("lengths", [(0,), (6, 6, 6), (7, 12, 3, 30)])
+def test_a_block_for_one_more_token(kernels, monkeypatch, options, lengths):
+    """The result and the cache are those of one operation after the other, also where the room in the cache is full."""
+    model = GPT(GPTConfig(11, **({"block_size": 12, "n_layer": 1, "n_head": 2, "n_embd": 24} | options)), seed=1)
+    model.parameters().data += 0.3 * np.random.default_rng(0).standard_normal(model.num_parameters(), dtype=np.float32)
+    x, results = normal(np.float32, len(lengths), model.config.n_embd), []
+    for chosen in (CpuKernels(), kernels):
+        cache = model.new_cache(len(lengths))
+        cache._memory[:] = normal(np.float32, *cache._memory.shape)
+        cache._set_lengths(np.array(lengths))
+        monkeypatch.setattr(gpt, "CPU_KERNELS", chosen)
+        results.append((model.blocks[0].decode(x.copy(), cache), cache._memory))
+    for found, expected in zip(*results, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+    arguments = (x, [x] * 12, cache.memory(0), cache.lengths, None, "gelu", 1e-5)
+    kernels.one_thread = False
+    assert not kernels.block_decode(*arguments)
+    kernels.one_thread = True
+    assert not kernels.block_decode(x.astype(np.float64), *arguments[1:])
+    assert not kernels.block_decode(np.asfortranarray(normal(np.float32, 2, 8)), *arguments[1:])
 
 
 def test_arrays_that_do_not_fit_are_left_to_numpy(kernels):

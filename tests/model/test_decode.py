@@ -6,6 +6,14 @@ from support.models import model_with_clear_logits
 
 from npgpt import GPT, CharTokenizer, GPTConfig, ops
 from npgpt.engine.graph import no_grad
+from npgpt.parallel.machine import blas_threads
+
+
+@pytest.fixture(autouse=True, params=[1, 2])
+def threads_of_the_blas(request):
+    """With one thread, other kernels are used."""
+    with blas_threads(request.param):
+        yield
 
 
 @pytest.fixture

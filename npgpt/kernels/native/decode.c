@@ -1,5 +1,5 @@
-// One more token of each sequence: products of a few rows, and attention over the cache. The time of such a product is the time to
-// read the weights, so they are read once, in the order in which they lie in memory.
+// One more token of each sequence: products of a few rows, attention over the cache, and a transformer block. The time of such a
+// product is the time to read the weights, so they are read once, in the order in which they lie in memory.
 
 #define VECTORS (BYTES == 64 ? 4 : 2)  // vectors of one row of y in registers
 #define AT_ONCE 6                      // rows of x multiplied at once
@@ -30,7 +30,10 @@ static inline __attribute__((always_inline)) void block_product(
         for (int v = 0; v < VECTORS; v++) sum[r][v] = load(y + r * m + v * LANES);
     for (int64_t i = 0; i < n; i++, w += m) {
         vec part[VECTORS];
-        for (int v = 0; v < VECTORS; v++) part[v] = load(w + v * LANES);
+        for (int v = 0; v < VECTORS; v++) {
+            part[v] = load(w + v * LANES);
+            __builtin_prefetch(w + 16 * m + v * LANES);  // the processor itself does not see a pattern in such short pieces
+        }
         for (int r = 0; r < rows; r++)
             for (int v = 0; v < VECTORS; v++) sum[r][v] += x[r * n + i] * part[v];
     }
@@ -66,6 +69,27 @@ void NAME(few_rows_product)(
             for (int64_t j = whole; j < m; j++) y[r * m + j] += x[r * n + i] * w[i * m + j];
 }
 
+// y (head_dim) = attention of one query over `tokens` keys and values. absent is null, or -inf where there is no key. scores has
+// room for `tokens`.
+static void attend(
+    const float *query, const float *key, const float *value, const float *absent, float *y, float *scores, int64_t tokens,
+    int64_t head_dim, float scale) {
+    for (int64_t t = 0; t < tokens; t++, key += head_dim) {
+        vec dot = splat(0);
+        for (int64_t i = 0; i < head_dim; i += LANES)
+            dot += load_some(query + i, head_dim - i, 0) * load_some(key + i, head_dim - i, 0);
+        scores[t] = scale * sum_of(dot) + (absent ? absent[t] : 0.0f);
+    }
+    float factor = 1 / exponentials_of_row(scores, scores, tokens, 1, largest_of_row(scores, tokens));
+    memset(y, 0, head_dim * sizeof(float));
+    for (int64_t t = 0; t < tokens; t++, value += head_dim)
+        for (int64_t i = 0; i < head_dim; i += LANES) {
+            vec sum = load_some(y + i, head_dim - i, 0) + scores[t] * load_some(value + i, head_dim - i, 0);
+            store_some(y + i, head_dim - i, sum);
+        }
+    for (int64_t i = 0; i < head_dim; i++) y[i] *= factor;
+}
+
 // y (batch, heads, head_dim) = attention of one query of each sequence over `tokens` keys and values of each head.
 //
 // The heads of a query follow each other, and so do the keys of a head. The strides say where the next sequence and the next head
@@ -75,21 +99,55 @@ void NAME(decode_attention)(
     int64_t tokens, int64_t head_dim, int64_t q_stride, int64_t kv_stride, int64_t kv_head_stride, double scale) {
     for (int64_t b = 0; b < batch; b++)
         for (int64_t h = 0; h < heads; h++, y += head_dim) {
-            const float *query = q + b * q_stride + h * head_dim;
-            const float *key = k + b * kv_stride + h * kv_head_stride, *value = v + b * kv_stride + h * kv_head_stride;
-            for (int64_t t = 0; t < tokens; t++, key += head_dim) {
-                vec dot = splat(0);
-                for (int64_t i = 0; i < head_dim; i += LANES)
-                    dot += load_some(query + i, head_dim - i, 0) * load_some(key + i, head_dim - i, 0);
-                scores[t] = (float)scale * sum_of(dot) + (absent ? absent[b * tokens + t] : 0.0f);
-            }
-            float factor = 1 / exponentials_of_row(scores, scores, tokens, 1, largest_of_row(scores, tokens));
-            memset(y, 0, head_dim * sizeof(float));
-            for (int64_t t = 0; t < tokens; t++, value += head_dim)
-                for (int64_t i = 0; i < head_dim; i += LANES) {
-                    vec sum = load_some(y + i, head_dim - i, 0) + scores[t] * load_some(value + i, head_dim - i, 0);
-                    store_some(y + i, head_dim - i, sum);
-                }
-            for (int64_t i = 0; i < head_dim; i++) y[i] *= factor;
+            const int64_t at = b * kv_stride + h * kv_head_stride;
+            attend(
+                q + b * q_stride + h * head_dim, k + at, v + at, absent ? absent + b * tokens : 0, y, scores, tokens, head_dim, scale);
         }
+}
+
+// Turn pairs of x (n) by angles, whose cosines and sines take turns in `rotation`.
+static void rotate(float *x, const float *rotation, int64_t n) {
+    for (int64_t i = 0; i < n; i += 2) {
+        float first = x[i], second = x[i + 1], cosine = rotation[i], sine = rotation[i + 1];
+        x[i] = first * cosine - second * sine;
+        x[i + 1] = first * sine + second * cosine;
+    }
+}
+
+// A transformer block for one more token of each sequence: x (batch, c), in place. w has the weight and the bias of: the first layer
+// norm, qkv, out, the second layer norm, fc, proj. A bias may be NULL.
+//
+// k and v are the cache of this block. Each sequence has `room` keys in it. lengths (batch,) says how many tokens came before: the
+// key of this one takes the place of the oldest one if there is no room left. rotations (batch, head_dim) is NULL without rotary
+// positions. scratch has room for batch * (c + max(3 c, d_ff) + 2) + room.
+void NAME(decode_block)(
+    float *x, const float *ln_1, const float *ln_1_bias, const float *qkv, const float *qkv_bias, const float *out,
+    const float *out_bias, const float *ln_2, const float *ln_2_bias, const float *fc, const float *fc_bias, const float *proj,
+    const float *proj_bias, float *k, float *v, const int64_t *lengths, const float *rotations, float *scratch, int64_t batch,
+    int64_t c, int64_t heads, int64_t d_ff, int64_t room, int64_t kv_stride, int64_t is_gelu, double eps) {
+    const int64_t head_dim = c / heads, wide = 3 * c > d_ff ? 3 * c : d_ff;
+    float *narrow = scratch, *hidden = narrow + batch * c, *moments = hidden + batch * wide, *scores = moments + 2 * batch;
+    NAME(layer_norm_forward)(x, ln_1, ln_1_bias, narrow, moments, moments + batch, batch, c, eps);
+    NAME(few_rows_product)(narrow, qkv, qkv_bias, hidden, batch, c, 3 * c, 0);
+    for (int64_t b = 0; b < batch; b++)
+        for (int64_t h = 0; h < heads; h++) {
+            const int64_t at = b * kv_stride + h * room * head_dim, newest = at + lengths[b] % room * head_dim;
+            float *query = hidden + b * 3 * c + h * head_dim, *key = query + c, *value = key + c;
+            if (rotations) {
+                rotate(query, rotations + b * head_dim, head_dim);
+                rotate(key, rotations + b * head_dim, head_dim);
+            }
+            memcpy(k + newest, key, head_dim * sizeof(float));
+            memcpy(v + newest, value, head_dim * sizeof(float));
+            const int64_t tokens = lengths[b] < room ? lengths[b] + 1 : room;
+            attend(query, k + at, v + at, 0, narrow + b * c + h * head_dim, scores, tokens, head_dim, 1 / __builtin_sqrtf(head_dim));
+        }
+    NAME(few_rows_product)(narrow, out, out_bias, x, batch, c, c, 1);
+    NAME(layer_norm_forward)(x, ln_2, ln_2_bias, narrow, moments, moments + batch, batch, c, eps);
+    NAME(few_rows_product)(narrow, fc, fc_bias, hidden, batch, c, d_ff, 0);
+    if (is_gelu)
+        NAME(gelu_forward)(hidden, hidden, batch * d_ff);
+    else
+        for (int64_t i = 0; i < batch * d_ff; i++) hidden[i] = hidden[i] < 0 ? 0 : hidden[i];
+    NAME(few_rows_product)(hidden, proj, proj_bias, x, batch, d_ff, c, 1);
 }

@@ -6,6 +6,7 @@ An operation without a kernel, or with another dtype, falls back to NumPy (cpu.p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod, sqrt
 from typing import Any
 
@@ -90,9 +91,32 @@ class NativeKernels(CpuKernels):
 
     # ---------------------------------------------------------------- one more token of each sequence
 
+    def block_decode(
+        self,
+        x: Array,
+        weights: Sequence[Array | None],
+        memory: Array,
+        lengths: Array,
+        rotations: Array | None,
+        activation: str,
+        eps: float,
+    ) -> bool:
+        # With more threads, the BLAS is faster: it spreads a product over them.
+        arrays = (x, *weights, rotations)
+        if not (self.one_thread and _are_float32(memory, *arrays) and all(a is None or a.flags.c_contiguous for a in arrays)):
+            return False
+        (b, c), (_, _, heads, room, _) = x.shape, memory.shape
+        proj = weights[-2]
+        assert proj is not None
+        d_ff = len(proj)
+        scratch = np.empty(b * (c + max(3 * c, d_ff) + 2) + room, dtype=x.dtype)
+        k, v = memory
+        sizes = (b, c, heads, d_ff, room, k.strides[0] // 4, activation == "gelu")
+        self._run("decode_block", x, *weights, k, v, lengths, rotations, scratch, *sizes, eps)
+        return True
+
     def linear_decode(self, x: Array, weight: Array, bias: Array | None, onto: Array | None = None) -> Array:
         arrays = (x, weight, bias, onto)
-        # With more threads, the BLAS is faster: it spreads a product over them.
         if not (self.one_thread and _are_float32(*arrays) and all(a is None or a.flags.c_contiguous for a in arrays)):
             return super().linear_decode(x, weight, bias, onto)
         (rows, n), m = x.shape, weight.shape[1]

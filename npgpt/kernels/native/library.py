@@ -34,6 +34,7 @@ FUNCTIONS = {
     "cross_entropy_backward": "ppppnn",
     "few_rows_product": "ppppnnnn",
     "decode_attention": "ppppppnnnnnnnd",
+    "decode_block": "pppppppppppppppppp" + "nnnnnnnd",
     "product": "pppppnnnnnnn",
     "bfloat16_product": "pppppnnnnnnn",
 }
