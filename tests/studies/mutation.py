@@ -410,6 +410,8 @@ def caught(bug):
         if result.returncode == 0:
             return None
         failed = [line for line in result.stdout.splitlines() if line.startswith("FAILED")]
+        if result.returncode < 0 and bug[1] in OF_NATIVE:
+            return f"the tests died of signal {-result.returncode}"
         if result.returncode != 1 or not failed:
             raise SystemExit(f"{bug[0]}: the tests did not run: {result.stdout[-1000:]}")
         return failed[0].split(" - ")[0]
