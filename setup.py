@@ -18,9 +18,12 @@ GGUF = ["gguf>=0.17"]
 PLOT = ["matplotlib>=3.7"]
 SERVE = ["starlette>=0.40", "uvicorn>=0.30", "prometheus-client>=0.20"]
 TENSORBOARD = ["tensorboardX>=2.6"]
+# mpich's package is a whole MPI, with mpiexec; there is none for Windows.
+WITH_MPICH = "platform_system != 'Windows' and platform_machine in 'x86_64 aarch64 arm64'"
+MPI = ["mpi4py>=4", f"mpich>=4.2; {WITH_MPICH}"]
 BROWSER = ["openai>=1.40", "playwright>=1.45"]
 TEST = ["pytest>=8", "hypothesis>=6", "pytest-timeout>=2", "pytest-xdist>=3", "ml_dtypes>=0.5", "zstandard>=0.19", *BPE, *GGUF]
-TEST += [*PLOT, *SERVE, *TENSORBOARD, *BROWSER]
+TEST += [*PLOT, *SERVE, *TENSORBOARD, *BROWSER, *MPI]
 
 # `make oldest` runs the tests with exactly these versions. threadpoolctl 3.4 does not find the BLAS of NumPy's own packages.
 CORE = ["numpy>=2.0", "threadpoolctl>=3.5", "tqdm>=4.60"]
@@ -65,6 +68,7 @@ setup(
         "nvrtc": [f"nvidia-cuda-nvrtc>=13; {WITH_NVRTC}"],
         "bpe": BPE,
         "gguf": GGUF,
+        "mpi": MPI,
         "plot": PLOT,
         "serve": SERVE,
         "tensorboard": TENSORBOARD,

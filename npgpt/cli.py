@@ -38,6 +38,7 @@ from npgpt.engine.backend import DeviceError
 from npgpt.engine.gradcheck import GradientError
 from npgpt.parallel.limits import available_cores
 from npgpt.parallel.machine import describe_blas, describe_kernels
+from npgpt.parallel.ranks import OtherRankError, RankError
 
 COMMANDS: dict[str, ModuleType] = {
     "train": train,
@@ -77,6 +78,10 @@ def main(argv: list[str] | None = None) -> int:
             return failed(name, str(error))
         except MemoryError:
             return failed(name, "out of memory")
+        except RankError as error:
+            return failed(name, str(error))
+        except OtherRankError:  # that rank says why, and its status is that of the run
+            return 0
         except BrokenPipeError:  # as in `npgpt generate | head`: the reader has what it wanted
             silence(sys.stdout)
             return 0

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import os
 import shlex
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from npgpt.config.fields import RequestError
 from npgpt.config.settings import PRESETS, GPTConfig, TrainConfig
-from npgpt.console.flags import add_flags, file_to_write, port, positive, settings_from
-from npgpt.console.observers import WATCH_PORT, Observer, Observers
-from npgpt.console.run_messages import evaluation_line, print_banner, report_end, write_error
+from npgpt.console.flags import add_flags, add_rank_flags, file_to_write, port, positive, settings_from
+from npgpt.console.observers import WATCH_PORT, Observers
+from npgpt.console.run_messages import print_banner, report_end, write_error
+from npgpt.console.run_progress import show_run
 from npgpt.console.signals import StopRequest, interruptible
 from npgpt.console.terminal import command_parser, failed, progress_bar, say
 from npgpt.engine.backend import select
 from npgpt.model.gpt import GPT
 from npgpt.model.resize import check_resizable, resized
+from npgpt.parallel.ranks import Ranks, open_ranks
 from npgpt.storage.archive import CheckpointError
 from npgpt.storage.checkpoint import Checkpoint, load
 from npgpt.storage.run import RunFiles
@@ -31,12 +33,13 @@ from npgpt.text.record import TextRecord
 from npgpt.text.sources import STDIN
 from npgpt.text.tokenizer import Tokenizer, UnknownCharacterError
 from npgpt.text.tokenizer_files import DEFAULT_VOCAB_SIZE, tokenizer_named
-from npgpt.training.events import End, Evaluation, Step
+from npgpt.training.events import End
 from npgpt.training.memory import check_memory, memory_advice
 from npgpt.training.plan import plan
 from npgpt.training.trainer import Trainer
 
 ABOUT = "train a GPT on a text"
+AUTO = "auto"  # of --resume
 FINE_TUNING_LR = 1e-4  # the default with --from: a tenth of what a new model learns with
 
 
@@ -87,7 +90,8 @@ def parser() -> argparse.ArgumentParser:
         nargs="?",
         const="",
         metavar="FILE",
-        help="continue a run from its last state (the .last.npz beside --out), or from FILE",
+        help="continue a run from its last state (the .last.npz beside --out), or from FILE; auto: continue if there is a last "
+        "state, else start, so that a scheduler can start the same command again",
     )
     parser.add_argument(
         "--preset",
@@ -114,6 +118,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tensorboard", metavar="DIR", help="also write what TensorBoard shows into this folder; needs the extra [tensorboard]"
     )
+    add_rank_flags(parser)
     add_flags(parser, TrainConfig)
     add_flags(parser, GPTConfig, skip=("vocab_size",))
     return parser
@@ -130,13 +135,42 @@ def _minutes(text: str) -> float:
 
 
 def run(args: argparse.Namespace) -> int:
+    with open_ranks(args.ranks, args.rank_timeout) as ranks, contextlib.ExitStack() as silence:
+        if not ranks.is_first:  # the first one speaks for all
+            nowhere = silence.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
+            silence.enter_context(contextlib.redirect_stderr(nowhere))
+        return _run(args, ranks)
+
+
+def _run(args: argparse.Namespace, ranks: Ranks) -> int:
     started = time.perf_counter()
+    prepared = ranks.together(lambda: _prepare(args, started, ranks))
+    choice, files = prepared.choice, prepared.files
+    try:
+        with interruptible(ranks.is_first) as stop_requested:
+            trainer, end = _train(args, prepared, stop_requested, ranks)
+    except MemoryError:
+        if not select(choice.training.device).is_cpu:
+            return failed("train", "out of GPU memory: lower --micro-batch or --batch-size, then --n-embd or --n-layer")
+        return failed("train", f"out of memory: {memory_advice(choice.model, choice.training)}")
+    except OSError as error:
+        return failed("train", write_error(error, args, files))
+    return report_end(trainer, end, args, files, max(ranks.gather(stop_requested.signal_number)))
+
+
+def _prepare(args: argparse.Namespace, started: float, ranks: Ranks) -> _Prepared:
+    """Read everything, and choose what to train. Raises RequestError if the run cannot be."""
     files = _files_to_write(args.out)
+    if args.resume == AUTO:
+        _continue_or_start(args, ranks.on_first(files.last.exists))
     _check_flags(args)
-    observers = Observers(args.watch, args.tensorboard)
+    if args.minutes and ranks.size > 1:
+        raise RequestError("--minutes times this process alone; leave it out, and choose --steps")
+    observers = Observers(args.watch, args.tensorboard) if ranks.is_first else Observers(None, None)
     last = None if args.resume is None else _state_to_resume(args, files)
     base = None if args.base is None else load(args.base)
-    corpus = _read(args, files, last, base)
+    read = lambda: _read(args, files, last, base)  # noqa: E731
+    corpus = ranks.on_first(read) if args.text_from_rank_0 else read()
     if args.minutes:
         choice = _plan(args, started + 60 * args.minutes, files, corpus, base)
     elif base:
@@ -146,17 +180,15 @@ def run(args: argparse.Namespace) -> int:
     else:
         model = GPTConfig(vocab_size=corpus.tokenizer.vocab_size, **_asked(args, GPTConfig))
         choice = _Choice(model, TrainConfig(**_asked(args, TrainConfig)))
-    last = base = None  # their memory can go
-    try:
-        with interruptible() as stop_requested:
-            trainer, end = _train(args, choice, files, corpus, stop_requested, observers)
-    except MemoryError:
-        if not select(choice.training.device).is_cpu:
-            return failed("train", "out of GPU memory: lower --micro-batch or --batch-size, then --n-embd or --n-layer")
-        return failed("train", f"out of memory: {memory_advice(choice.model, choice.training)}")
-    except OSError as error:
-        return failed("train", write_error(error, args, files))
-    return report_end(trainer, end, args, files, stop_requested.signal_number)
+    return _Prepared(choice, files, corpus, observers)
+
+
+def _continue_or_start(args: argparse.Namespace, is_there: bool) -> None:
+    """Turn `--resume auto` into `--resume`, or into a new run if there is nothing to continue."""
+    args.resume = "" if is_there else None
+    if is_there:  # these say how a new run begins
+        args.tokenizer = args.bpe_size = args.base = args.minutes = None
+        args.add_characters = False
 
 
 # ---------------------------------------------------------------- choosing
@@ -174,6 +206,16 @@ class _Choice:
     last: Checkpoint | None = None
     elsewhere: bool = False
     trained: GPT | None = None
+
+
+@dataclasses.dataclass
+class _Prepared:
+    """What a run needs before it begins."""
+
+    choice: _Choice
+    files: RunFiles
+    corpus: Corpus
+    observers: Observers
 
 
 def _files_to_write(path: str) -> RunFiles:
@@ -330,59 +372,27 @@ def _resumption(args: argparse.Namespace, last: Checkpoint, elsewhere: bool) -> 
 # ---------------------------------------------------------------- running
 
 
-def _train(
-    args: argparse.Namespace,
-    choice: _Choice,
-    files: RunFiles,
-    corpus: Corpus,
-    stop_requested: StopRequest,
-    observers: Observers,
-) -> tuple[Trainer, End]:
+def _train(args: argparse.Namespace, prepared: _Prepared, stop_requested: StopRequest, ranks: Ranks) -> tuple[Trainer, End]:
+    trainer, different = ranks.together(lambda: _make_trainer(prepared, ranks))
+    print_banner(trainer, prepared.corpus, prepared.files, args.base)
+    if different:
+        say(f"warning: {'; '.join(different)}: the numbers will differ slightly from those of an uninterrupted run")
+    with prepared.observers.of(trainer) as tell:
+        return trainer, show_run(trainer, stop_requested, tell)
+
+
+def _make_trainer(prepared: _Prepared, ranks: Ranks) -> tuple[Trainer, list[str]]:
+    """The trainer, and what a resumed run will differ in from the run before."""
+    choice, corpus = prepared.choice, prepared.corpus
     model, training = choice.model, choice.training
     backend = select(training.device)
     dataset = corpus.dataset(model.block_size, training)
     if backend.is_cpu:
-        check_memory(model, training)
+        check_memory(model, training, ranks.on_this_machine)
     gpt = choice.trained or GPT(model, seed=training.seed, backend=backend)
     sources, val_sources = (found.given if found else () for found in (corpus.sources, corpus.val_sources))
     pretrained = choice.trained is not None
-    trainer = Trainer(gpt, corpus.tokenizer, dataset, training, files.best, sources, val_sources, pretrained)
+    trainer = Trainer(gpt, corpus.tokenizer, dataset, training, prepared.files.best, sources, val_sources, pretrained, ranks)
     different = [] if choice.last is None else trainer.resume(choice.last, choice.elsewhere)
-    choice.last = None  # its memory can go
-    print_banner(trainer, corpus, files, args.base)
-    if different:
-        say(f"warning: {'; '.join(different)}: the numbers will differ slightly from those of an uninterrupted run")
-    with observers.of(trainer) as tell:
-        return trainer, _show_run(trainer, stop_requested, tell)
-
-
-def _show_run(trainer: Trainer, stop_requested: Callable[[], bool], tell: Observer) -> End:
-    """Run the trainer. Show a progress bar on a terminal, and a line for each evaluation everywhere."""
-    from tqdm import tqdm
-
-    started = shown = time.perf_counter()
-    tokens = 0
-    # disable=None: no bar if stderr is not a terminal.
-    bar = tqdm(
-        total=trainer.config.steps, initial=trainer.progress.step, unit="step", disable=None, dynamic_ncols=True, leave=False
-    )
-    with bar:
-        for event in trainer.run(stop_requested):
-            tell(event)
-            if isinstance(event, Step):
-                tokens += event.tokens
-                bar.update(event.step - bar.n)
-                if time.perf_counter() - shown > 0.5:
-                    shown = time.perf_counter()
-                    bar.set_postfix_str(f"loss {event.loss:.3f}, {event.tokens / event.seconds:,.0f} tokens/s", refresh=False)
-            elif isinstance(event, Evaluation):
-                elapsed = time.perf_counter() - started
-                steps_left = trainer.config.steps - event.step
-                left = elapsed * (steps_left * trainer.dataset.batch_size * trainer.dataset.block_size) / max(1, tokens)
-                with bar.external_write_mode(file=sys.stderr):
-                    say(evaluation_line(event, tokens / elapsed, left, trainer.tokenizer.is_characters))
-                    if event.sample:
-                        say("\n".join("    | " + line for line in event.sample.strip("\n").split("\n")))
-            else:
-                return event
-    raise AssertionError("a run ends with an End record")
+    choice.last = choice.trained = None  # their memory can go
+    return trainer, different

@@ -1,4 +1,4 @@
-"""Command-line flags made from settings, settings read back from flags, and the flag that two commands share."""
+"""Command-line flags made from settings, settings read back from flags, and flags of a kind of their own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from npgpt.config.fields import RequestError, SettingField, Settings, fields_of
+from npgpt.parallel.ranks import DEFAULT_TIMEOUT
 
 
 def add_flags(
@@ -97,3 +98,24 @@ def _parser_of(f: SettingField) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(str(error)) from None
 
     return parse
+
+
+def add_rank_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of a command that several processes can work on together; see parallel/ranks.py."""
+    parser.add_argument(
+        "--ranks",
+        choices=("auto", "none"),
+        default="auto",
+        help="auto: if a launcher such as mpiexec or srun has started several processes, they train together (see "
+        "docs/scaling.md); none: each trains alone",
+    )
+    parser.add_argument(
+        "--rank-timeout",
+        type=positive("rank_timeout"),
+        default=DEFAULT_TIMEOUT,
+        metavar="SECONDS",
+        help=f"end the run if a process has not answered the others for this long (default: {DEFAULT_TIMEOUT})",
+    )
+    parser.add_argument(
+        "--text-from-rank-0", action="store_true", help="the first process reads the text and sends it to the others"
+    )

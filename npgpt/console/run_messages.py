@@ -9,6 +9,7 @@ from npgpt.console.terminal import command, duration, say
 from npgpt.evaluation.loss import Loss
 from npgpt.parallel.limits import core_limit
 from npgpt.parallel.machine import describe_blas, describe_kernels
+from npgpt.parallel.step import micro_batches
 from npgpt.storage.run import RunFiles
 from npgpt.text.corpus import Corpus
 from npgpt.text.sources import Sources
@@ -41,6 +42,10 @@ def print_banner(trainer: Trainer, corpus: Corpus, files: RunFiles, base: str | 
         threads = config.threads or cores.value
         limited = "" if config.threads or cores.source == "cores" else f" (limited by {cores.source})"
         say(f"        {threads} worker{'' if threads == 1 else 's'}{limited}, {describe_kernels()} kernels, {describe_blas()}")
+    if trainer.ranks.size > 1:
+        parts = len(micro_batches(config.batch_size, c.block_size, config.micro_batch))
+        idle = f"; only {parts} have work, because a batch has {parts} micro-batches (--micro-batch)"
+        say(f"        {trainer.ranks.description}{idle if parts < trainer.ranks.size else ''}")
     if trainer.files and trainer.files.are_of_earlier_run:
         previous = files.previous_paths()[0]
         replaced = ", in place of the run there" if previous.exists() else ""

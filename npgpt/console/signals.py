@@ -20,10 +20,10 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[StopRequest]:
+def interruptible(speak: bool = True) -> Iterator[StopRequest]:
     """Inside `with`, the first SIGINT, SIGTERM or SIGHUP sets the StopRequest. A second one ends the process at once.
 
-    Outside the main thread nothing is done, because Python handles signals there alone.
+    speak: whether to say what happens now. Outside the main thread nothing is done, because Python handles signals there alone.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
@@ -34,6 +34,8 @@ def interruptible() -> Iterator[StopRequest]:
         if request():
             os._exit(128 + number)
         request.signal_number = number
+        if not speak:
+            return
         with contextlib.suppress(OSError):  # the reader of stderr may have received the signal too
             # os.write, because the signal may have interrupted a print.
             os.write(2, b"\nstopping after this step; press Ctrl-C again to stop at once\n")

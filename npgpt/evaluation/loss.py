@@ -13,7 +13,7 @@ from npgpt.config.fields import RequestError
 from npgpt.engine import ops
 from npgpt.engine.graph import no_grad
 from npgpt.model.gpt import GPT
-from npgpt.parallel.workers import Workers
+from npgpt.parallel.workers import Mapper, Workers
 from npgpt.text.dataset import window_starts, windows_at
 from npgpt.text.tokenizer import Tokenizer, text_size
 
@@ -58,7 +58,7 @@ class Loss:
 def evaluate(
     model: GPT,
     ids: np.ndarray,
-    workers: Workers | None = None,
+    workers: Mapper | None = None,
     max_tokens: int | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> Loss:
@@ -67,7 +67,7 @@ def evaluate(
     Every token but the first is predicted once, in windows of block_size side by side; the last window may be shorter. The
     same ids and weights give the same number, whatever the workers.
 
-    workers: threads to spread the windows over. None: start new ones, and end them.
+    workers: Workers, or what else spreads the windows over threads. None: start new ones, and end them.
     max_tokens: for a longer text, evaluate only this many tokens, in windows that are spread evenly.
     tokenizer: to know how many characters and bytes the predicted tokens have.
 
@@ -94,9 +94,7 @@ def mean_over(sums: np.ndarray, sizes: np.ndarray) -> Loss:
     return Loss(loss, float(np.sqrt(n / (n - 1) * np.sum((sums - loss * sizes) ** 2)) / n_targets), n_targets)
 
 
-def window_losses(
-    model: GPT, ids: np.ndarray, workers: Workers | None, max_tokens: int | None
-) -> tuple[np.ndarray, np.ndarray]:
+def window_losses(model: GPT, ids: np.ndarray, workers: Mapper | None, max_tokens: int | None) -> tuple[np.ndarray, np.ndarray]:
     """(the summed loss of each window, the number of tokens of each window)."""
     ids = np.asarray(ids)
     if len(ids) < 2:

@@ -3,7 +3,7 @@
 A micro-batch is so small that its activations stay in a core's cache. NumPy releases Python's lock inside its operations, so
 threads run all operations side by side; a BLAS with threads of its own would speed up only the matrix products. Workers
 share the weights, and each has gradients of its own. The gradients are added up in a fixed order, so the same seed and
-the same number of threads give the same bytes.
+the same number of threads give the same bytes. Ranks are further workers, each a process with weights and workers of its own.
 
 This file has no formulas. It uses only the GPT's call, its parameters and its configuration.
 """
@@ -22,6 +22,7 @@ from npgpt.engine.watch import NonFiniteError, detect_anomaly
 from npgpt.kernels.reference import Array
 from npgpt.model.gpt import GPT
 from npgpt.parallel.machine import keep_freed_memory
+from npgpt.parallel.ranks import ONE_RANK, Ranks
 from npgpt.parallel.recorded import RecordedStep
 from npgpt.parallel.workers import Workers, even_slices
 
@@ -56,6 +57,7 @@ class ParallelStep:
         micro_batch: int | None = None,
         bf16: bool = False,
         use_tf32: bool = False,
+        ranks: Ranks = ONE_RANK,
     ) -> None:
         """micro_batch: sequences in a micro-batch. None: about MICRO_BATCH_TOKENS tokens; on a GPU, the whole batch.
         bf16: on a GPU, activations are bfloat16; on a CPU, the operands of linear layers' products are rounded to bfloat16.
@@ -64,7 +66,7 @@ class ParallelStep:
         Raises DeviceError if the device cannot do what bf16 asks for.
         """
         keep_freed_memory()
-        self.model, self.workers, self.micro_batch = model, workers, micro_batch
+        self.model, self.workers, self.micro_batch, self.ranks = model, workers, micro_batch, ranks
         self.dtype = bfloat16() if bf16 and not model.backend.is_cpu else None
         self._rounded = {"use_tf32": use_tf32, "bf16_products": bf16 and model.backend.is_cpu}
         with rounded_products(model.backend, **self._rounded):
@@ -80,9 +82,18 @@ class ParallelStep:
         The dropout masks of micro-batch i are a function of (seed, number, i). On a GPU the loss is an array of shape ():
         float(loss) waits for the GPU.
         """
-        micro_batches = list(enumerate(self._micro_batches(x)))
-        if self.model.backend.record:
-            return self._on_a_gpu(x, y, micro_batches, seed, number)
+        everything = list(enumerate(self._micro_batches(x)))
+        own = everything[self.ranks.rank :: self.ranks.size]
+        compute = self._on_a_gpu if self.model.backend.record else self._on_a_cpu
+        if self.ranks.size == 1:
+            return compute(x, y, own, seed, number)
+        loss = self.ranks.together(lambda: compute(x, y, own, seed, number))
+        self.ranks.add_up(self.model.flat.grad)
+        return sum(self.ranks.gather(float(loss)))
+
+    def _on_a_cpu(self, x: Array, y: Array, micro_batches: Share, seed: int, number: int) -> float:
+        if not micro_batches:  # there are more ranks than micro-batches
+            self.model.zero_grad()
         n_workers = min(self.workers.threads, len(micro_batches))
         shares = [micro_batches[worker :: self.workers.threads] for worker in range(n_workers)]
 
@@ -106,7 +117,7 @@ class ParallelStep:
 
         if others:
             self.workers.over(add_up, first.size)
-        return sum(losses)
+        return float(sum(losses))
 
     def _on_a_gpu(self, x: Array, y: Array, share: Share, seed: int, number: int) -> Array:
         if not (self._recorded and self._recorded.fits(x, len(share))):

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from npgpt.kernels.cpu import BLOCK
 from npgpt.parallel.limits import available_cores
@@ -16,6 +16,12 @@ from npgpt.parallel.machine import blas_threads
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+class Mapper(Protocol):
+    """What applies a function to many items, side by side."""
+
+    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]: ...
 
 
 class Workers:

@@ -18,12 +18,12 @@ from typing import Any
 
 from npgpt.config.fields import RequestError
 from npgpt.config.settings import GenerateConfig, TrainConfig
-from npgpt.engine.backend import has_bfloat16_products
 from npgpt.evaluation.loss import Loss, evaluate
 from npgpt.generation.generate import generate_text
 from npgpt.model.gpt import GPT
-from npgpt.parallel.machine import describe_kernels, describe_machine
+from npgpt.parallel.machine import describe_machine
 from npgpt.parallel.processes import Processes, processes_pay_off
+from npgpt.parallel.ranks import ONE_RANK, Ranks
 from npgpt.parallel.shield import Shield
 from npgpt.parallel.step import ALL_FINITE, ParallelStep
 from npgpt.parallel.workers import Workers
@@ -34,6 +34,7 @@ from npgpt.text.dataset import Dataset
 from npgpt.text.record import TextRecord
 from npgpt.text.tokenizer import Tokenizer, text_size
 from npgpt.training.advice import advice
+from npgpt.training.checks import check_arguments, check_ranks
 from npgpt.training.events import End, Evaluation, Events, Outcome, Step
 from npgpt.training.muon import optimizer_for
 from npgpt.training.optim import Update, learning_rate
@@ -64,11 +65,12 @@ class Trainer:
         sources: str | Sequence[str] = (),
         val_sources: str | Sequence[str] = (),
         pretrained: bool = False,
+        ranks: Ranks = ONE_RANK,
     ) -> None:
-        self.pretrained = pretrained
+        self.pretrained, self.ranks = pretrained, ranks
         self.model, self.tokenizer, self.dataset, self.config = model, tokenizer, dataset, config
-        self.files = None if out is None else RunFiles(Path(out))
-        self._check_arguments()
+        self.files = RunFiles(Path(out)) if out is not None and ranks.is_first else None
+        check_arguments(model, dataset, config)
         self._text = TextRecord.of(dataset.ids, tokenizer, sources)
         self._val_text = TextRecord.of(dataset.val, tokenizer, val_sources) if dataset.has_own_val else None
         self._train_size = text_size(tokenizer, dataset.train)
@@ -79,35 +81,11 @@ class Trainer:
         self._step_seconds: list[float] = []  # of the first eleven steps of this run
         self._workers = Workers(config.threads if model.backend.is_cpu else 1)
         precision = "".join(f", {name}" for name in ("bf16", "tf32") if getattr(config, name))
-        self.machine = describe_machine(model.backend.name + precision, self._workers.threads)
-        self._forward_backward = ParallelStep(model, self._workers, config.micro_batch, config.bf16, config.tf32)
+        machine = describe_machine(model.backend.name + precision, self._workers.threads)
+        self.machine = machine | {"ranks": str(ranks.size)}
+        self._forward_backward = ParallelStep(model, self._workers, config.micro_batch, config.bf16, config.tf32, ranks)
         self.optimizer = optimizer_for(model, config)
         self._update = Update(self.optimizer, config.grad_clip or math.inf)
-
-    def _check_arguments(self) -> None:
-        model, dataset, config = self.model, self.dataset, self.config
-        if config.device not in ("auto", model.backend.name):
-            raise RequestError(f"the settings ask for device {config.device!r}, but the model is on {model.backend.name!r}")
-        for name in ("batch_size", "seed", "val_fraction", "block_size"):
-            expected = model.config.block_size if name == "block_size" else getattr(config, name)
-            if getattr(dataset, name) != expected:
-                raise RequestError(
-                    f"the dataset's {name} is {getattr(dataset, name)}, the run's is {expected}; they must be equal"
-                )
-        largest = max(int(dataset.ids.max(initial=0)), int(dataset.val.max(initial=0)))
-        if largest >= model.config.vocab_size:
-            raise RequestError(
-                f"the dataset's ids go up to {largest}, the model knows 0..{model.config.vocab_size - 1}; "
-                "encode the text with the model's own tokenizer"
-            )
-        if config.bf16 and model.backend.is_cpu and not has_bfloat16_products(model.backend):
-            raise RequestError(
-                f"bf16 needs a GPU, or AVX512-BF16 and the kernels in C, and this run has {describe_kernels()}; use --no-bf16"
-            )
-        if config.tf32 and model.backend.is_cpu:
-            raise RequestError(
-                "tf32 works on a GPU only, and this run is on the CPU; use --no-tf32, or --device cuda to see what is missing"
-            )
 
     # ---------------------------------------------------------------- resuming
 
@@ -136,7 +114,8 @@ class Trainer:
         if self.files:
             self.files.disown() if elsewhere else self.files.adopt(self.progress.step)
         before = last.machine or self.machine
-        before = ({"kernels": "NumPy"} if before["device"].startswith("cpu") else {}) | before  # NumPy in older checkpoints
+        older = {"ranks": "1"} | ({"kernels": "NumPy"} if before["device"].startswith("cpu") else {})
+        before = older | before  # older checkpoints do not say this
         return [
             f"{key} was {before.get(key)} and is now {value}" for key, value in self.machine.items() if before.get(key) != value
         ]
@@ -155,15 +134,19 @@ class Trainer:
         return Events(self._run(stop_requested))
 
     def _run(self, stop_requested: Callable[[], bool]) -> Generator[Step | Evaluation | End, None, None]:
+        together = self.ranks.together
         with (
-            self.files.locked() if self.files else contextlib.nullcontext(),
+            contextlib.ExitStack() as lock,
             # A GPU library keeps settings for each thread, so there the work stays in this one.
             Shield(threaded=self.model.backend.is_cpu) as shield,
         ):
+            together(lambda: lock.enter_context(self.files.locked()) if self.files else None)
             try:
-                shield(self._open)
+                shield(lambda: together(self._open))
+                self.progress = self.ranks.broadcast(self.progress)  # the first rank alone has looked at the files
                 outcome = yield from self._steps_and_evaluations(stop_requested, shield)
-                reason = shield(self._explain_divergence) if outcome is Outcome.DIVERGED else ""
+                explain = lambda: self.ranks.on_first(self._explain_divergence)  # noqa: E731
+                reason = shield(explain) if outcome is Outcome.DIVERGED else ""
             finally:
                 try:
                     shield(self._close)
@@ -175,6 +158,15 @@ class Trainer:
     def _open(self) -> None:
         """Make the run's files this run's own, and start the workers."""
         self._started, self._step_seconds = time.perf_counter(), []
+        own_text = None if self._val_text is None else self._val_text.sha256
+        parts = {
+            "text": self._text.sha256,
+            "held-out text": own_text,
+            "state": self.progress.step,
+            "configuration": self.config,
+            "processor or BLAS": [self.machine.get(key) for key in ("BLAS", "kernels", "NumPy")],  # weights would drift apart
+        }
+        check_ranks(self.ranks, self.model, parts)
         self._try_to_save()
         step = self.progress.step
         is_changed = bool(self.changes.settings) and step == self._resumed_at
@@ -226,9 +218,9 @@ class Trainer:
                     if step.step % config.log_interval == 0:
                         self._log("step", dataclasses.asdict(step))
                     yield step
-            stop = stop_requested()
+            stop = any(self.ranks.gather(stop_requested()))
             if self._evaluation_due:
-                evaluation = shield(self._evaluate)
+                evaluation = shield(lambda: self.ranks.together(self._evaluate))
                 if evaluation is None:
                     return Outcome.DIVERGED
                 yield evaluation
@@ -236,7 +228,7 @@ class Trainer:
                 if too_many and self.progress.step < config.steps:
                     return Outcome.EARLY_STOP
             elif stop:
-                shield(lambda: self._save(self.progress))
+                shield(lambda: self.ranks.together(lambda: self._save(self.progress)))
             if stop and self.progress.step < config.steps:
                 return Outcome.INTERRUPTED
         return Outcome.FINISHED
@@ -310,7 +302,7 @@ class Trainer:
         p, config = self.progress, self.config
         to_evaluation = min(config.eval_interval - p.step % config.eval_interval, config.steps - p.step)
         in_time = int(SECONDS_IN_GROUP / max(self._step_seconds[-1], 1e-9))
-        return max(1, min(STEPS_IN_GROUP, to_evaluation, in_time))
+        return self.ranks.broadcast(max(1, min(STEPS_IN_GROUP, to_evaluation, in_time)))
 
     def _start_processes_if_worthwhile(self) -> None:
         """Start worker processes: before the first step if the settings ask for them, or after ten steps if they pay off."""
@@ -341,11 +333,11 @@ class Trainer:
         val_loss = val_stderr = None
         loss = Loss(train_loss, None, len(self.dataset.train), *self._train_size)
         if len(self.dataset.val) > 1:
-            loss = evaluate(self.model, self.dataset.val, self._workers, self.config.eval_tokens or None, self.tokenizer)
+            mapper = self.ranks.mapper(self._workers)
+            loss = evaluate(self.model, self.dataset.val, mapper, self.config.eval_tokens or None, self.tokenizer)
             val_loss, val_stderr = loss.loss, loss.stderr
-        try:
-            sample = self._sample()
-        except FloatingPointError:
+        sample = self.ranks.on_first(self._sample)
+        if sample is None:
             return None
         if not (bool(self.model.backend.xp.isfinite(self.model.flat.data).all()) and math.isfinite(val_loss or 0.0)):
             return None
@@ -358,10 +350,16 @@ class Trainer:
         self.progress = after
         return result
 
-    def _sample(self) -> str:
-        """A short text from the model. It has a random stream of its own, so it changes nothing in the run."""
+    def _sample(self) -> str | None:
+        """A short text from the model; None if its logits are not finite.
+
+        It has a random stream of its own, so it changes nothing in the run.
+        """
         settings = GenerateConfig(max_new_tokens=self.config.sample_tokens, seed=self.config.seed)
-        return "".join(generate_text(self.model, self.tokenizer, "", settings, sample=self.progress.step))
+        try:
+            return "".join(generate_text(self.model, self.tokenizer, "", settings, sample=self.progress.step))
+        except FloatingPointError:
+            return None
 
     # ---------------------------------------------------------------- files
 

@@ -31,6 +31,7 @@ OF_EXTRAS = {
     "uvicorn": {"serving/server.py"},
     "prometheus_client": {"serving/metrics.py"},
     "tensorboardX": {"report/tensorboard.py"},
+    "mpi4py": {"parallel/ranks.py"},
 }
 CORE = {"numpy", "threadpoolctl", "tqdm"}
 
