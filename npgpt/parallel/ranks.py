@@ -30,6 +30,7 @@ Result = TypeVar("Result")
 LAUNCHERS = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK")
 DEFAULT_TIMEOUT = 600  # seconds
 SECONDS_TO_ANSWER = 3.0  # a rank that waits, too, answers in this time
+SECONDS_TO_PASS_ON = 0.5  # launchers drop what they have not passed on when they end the ranks
 SPINNING = 0.002  # seconds of waiting for other ranks without a pause
 SENDING = 1.0  # the same for a large array, which moves only while MPI is asked
 PAUSE = 0.0002  # seconds between two looks after that
@@ -145,6 +146,7 @@ class MpiRanks(Ranks):
     def _abort(self, message: str) -> None:
         """Print a message and end all ranks at once."""
         print(f"npgpt: {message}", file=sys.__stderr__, flush=True)
+        time.sleep(SECONDS_TO_PASS_ON)
         self._comm.Abort(1)
 
     def _wait(self, request: Any, spinning: float = SPINNING) -> None:

@@ -26,12 +26,15 @@ def faults(folder, n, seed=0, size=2):
     command = ["train", "text.txt", "--out", "model.npz", "--resume", "auto", "--steps", "1000000", "--eval-interval"]
     for i in range(n):
         rank, fault = rng.randrange(size), (signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM)[i % 3]
-        flags = (*TINY_FLAGS.split(), "--micro-batch", 1, "--rank-timeout", TIMEOUT)
+        flags = (*TINY_FLAGS.split(), "--micro-batch", 1, "--rank-timeout", TIMEOUT, "--patience", 0)
         process = ranks.start(size, folder, *command, rng.choice((1, 1000)), *flags, cwd=folder)
         while not process.stderr.readline().startswith("run "):
             if process.poll() is not None:
                 raise RuntimeError(f"training ended by itself: status {process.returncode}")
         time.sleep(rng.uniform(0.1, 1.5))
+        if process.poll() is not None:
+            tally.check(False, f"fault {i}: before it, the run ended by itself: {process.communicate()[1][-600:]}")
+            continue
         started = time.monotonic()
         ranks.send(folder, rank, fault)
         try:

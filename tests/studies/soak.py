@@ -17,7 +17,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy reads this when it i
 sys.path[:0] = [str(Path(__file__).parent.parent.parent), str(Path(__file__).parent.parent)]
 
 import numpy as np
-from studies import hostile_clients, reliability
+from studies import hostile_clients, rank_faults, reliability
+from support import ranks
 
 import npgpt
 
@@ -52,6 +53,7 @@ def programme(scale):
         ("R9 NaN and infinities", reliability.not_finite, setattr),
         ("R16 hostile requests to the server", hostile_clients.hostile_requests, times(20_000)),
         ("R10 KeyboardInterrupt, and on in the same process", reliability.interruptions, times(2000)),
+        *([] if ranks.MISSING else [("R17 faults of ranks", rank_faults.faults, times(40))]),
     ]
 
 
@@ -79,6 +81,8 @@ def main():
     for what, tally, seconds in sorted(results, key=lambda row: int(row[0].split()[0][1:])):
         print(f"| {what} | {tally.tried:,} | {tally.survived:,} | {tally.lost} | {tally.wrong} | {seconds:.0f} |")
     notes = [f"{what}: {note}" for what, tally, _ in results for note in tally.notes[:10]]
+    if ranks.MISSING:
+        print(f"\nR17 was left out: {ranks.MISSING}")
     if notes:
         print("\n" + "\n".join(notes))
         sys.exit(1)
