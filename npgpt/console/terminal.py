@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from npgpt.parallel.ranks import speaks
+
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # C0 without tab and line feed, DEL, C1
 
 
@@ -28,7 +30,7 @@ class Parser(argparse.ArgumentParser):
         elif message.endswith("expected one argument"):
             flag = message.removeprefix("argument ").split(":")[0].split("/")[-1]
             message += f"; a value that begins with - is written {flag}=VALUE"
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n" if speaks() else None)
 
 
 def command_parser(name: str, about: str, examples: list[str]) -> argparse.ArgumentParser:

@@ -111,6 +111,7 @@ class MpiRanks(Ranks):
         self._mpi, self._comm, self._timeout = MPI, MPI.COMM_WORLD, timeout
         self.size, self.rank = self._comm.size, self._comm.rank
         self._parts = np.empty(0, dtype=np.float32)
+        self._nothing = [np.empty(0, dtype=np.uint8), MPI.BYTE]  # a message without content
         self._nccl: NcclSum | None = None
         self._all_know = False  # whether an exception ends all ranks in good order
         cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
@@ -165,24 +166,24 @@ class MpiRanks(Ranks):
     def _answer(self) -> None:
         status = self._mpi.Status()
         while self._comm.Iprobe(self._mpi.ANY_SOURCE, ASK, status):
-            self._comm.recv(source=status.source, tag=ASK)
-            self._comm.isend(None, status.source, HERE).Free()
+            self._comm.Recv(self._nothing, status.source, ASK)
+            self._comm.Isend(self._nothing, status.source, HERE).Free()
 
     def _find_missing(self) -> None:
         """Ask all ranks whether they wait, too. End the run, and name one that does not answer."""
         missing = set(range(self.size)) - {self.rank}
         for rank in missing:
-            self._comm.isend(None, rank, ASK).Free()
+            self._comm.Isend(self._nothing, rank, ASK).Free()
         deadline, status = time.monotonic() + SECONDS_TO_ANSWER, self._mpi.Status()
         while time.monotonic() < deadline and missing:
             self._answer()
             while self._comm.Iprobe(self._mpi.ANY_SOURCE, HERE, status):
-                self._comm.recv(source=status.source, tag=HERE)
+                self._comm.Recv(self._nothing, status.source, HERE)
                 missing.discard(status.source)
             time.sleep(PAUSE)
-        names = ", ".join(self._name(rank) for rank in sorted(missing)) or "no rank in particular"
         if self.rank == min(set(range(self.size)) - missing):  # one line is enough
-            self._abort(f"{names} has not answered for {self._timeout:g} seconds (--rank-timeout), so the run ends")
+            names = " and ".join(self._name(rank) for rank in sorted(missing)) or "one of the ranks"
+            self._abort(f"no answer from {names} for {self._timeout:g} seconds (--rank-timeout), so the run ends")
         time.sleep(SECONDS_TO_ANSWER)
         self._comm.Abort(1)
 
@@ -220,7 +221,7 @@ class MpiRanks(Ranks):
     def gather(self, value: Item) -> list[Item]:
         message = pickle.dumps(value)
         lengths = np.empty(self.size, dtype=np.int64)
-        self._wait(self._comm.Iallgather(np.array([len(message)]), lengths))
+        self._wait(self._comm.Iallgather(np.array([len(message)], dtype=np.int64), lengths))
         starts = np.cumsum(lengths) - lengths
         everything = bytearray(int(lengths.sum()))
         self._wait(self._comm.Iallgatherv(message, [everything, (lengths.tolist(), starts.tolist()), self._mpi.BYTE]))
@@ -275,6 +276,11 @@ class _Spread:
         return [of_each[i % size][i // size] for i in range(len(everything))]
 
 
+def speaks() -> bool:
+    """Whether this process is the first of those that a launcher has started, or has no launcher. MPI is not asked."""
+    return all(os.environ.get(name, "0") == "0" for name in LAUNCHERS)
+
+
 def open_ranks(mode: str = "auto", timeout: float = DEFAULT_TIMEOUT) -> Ranks:
     """The ranks that a launcher has started; one rank if there is no launcher, or with mode "none".
 
@@ -286,6 +292,8 @@ def open_ranks(mode: str = "auto", timeout: float = DEFAULT_TIMEOUT) -> Ranks:
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: there is no MPI library
+        if not speaks():
+            raise OtherRankError from None
         raise RequestError(
             f"a launcher has started this process ({variable}={os.environ[variable]}), but mpi4py cannot be used ({error}); "
             f"install it with: {sys.executable} -m pip install 'npgpt[mpi]', or use --ranks none"

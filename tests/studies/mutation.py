@@ -70,6 +70,11 @@ OF_NATIVE = {
 }  # NATIVE_TESTS cover these files
 NATIVE_TESTS = ["kernels/test_cpu.py", "kernels/test_native.py", "model/test_decode.py"]
 
+RANKS, NCCL, STEP, TRAIN = "parallel/ranks.py", "parallel/nccl.py", "parallel/step.py", "commands/train.py"
+CHECKS, TRAINER = "training/checks.py", "training/trainer.py"
+OF_RANKS = {RANKS, NCCL, STEP, TRAIN, CHECKS, TRAINER}  # RANK_TESTS cover these files
+RANK_TESTS = ["parallel/test_ranks.py"]
+
 # (name, file, text that occurs once in the file, text that replaces it).
 BUGS = [
     ("linear: dx by the weight, not its transpose", REFERENCE, "dy @ weight.T", "dy @ weight"),
@@ -310,6 +315,22 @@ BUGS = [
     ("exchange: padding stays", GGUF, 'ours["wte.weight"][:n]', 'ours["wte.weight"]'),
     ("exchange: matrices not transposed", GGUF, "return array.ndim == 2 and name not in", "return array.ndim == 3 and name not in"),
     ("exchange: no padding of positions", GGUF, "more = -len(table) % CONTEXT_MULTIPLE", "more = 0"),
+    ("ranks: sums in the order of the other end", RANKS, "total = parts[0]", "total = (parts := parts[::-1])[0]"),
+    ("ranks: a sum without the last rank", RANKS, "for part in parts[1:]:", "for part in parts[1:-1]:"),
+    ("ranks: values of the wrong rank", RANKS, "own = self._ranks.together(lambda: self._workers.map(function, everything[self._ranks.rank :: size]))", "own = self._ranks.together(lambda: self._workers.map(function, everything[size - 1 - self._ranks.rank :: size]))"),
+    ("ranks: the first rank does not send its value", RANKS, "return value if self.is_first else pickle.loads(array.data)", "return value"),
+    ("ranks: a failure ends one rank alone", RANKS, "if self.rank != failed[0]:", "if self.rank not in failed:\n            return result\n        if self.rank != failed[0]:"),
+    ("ranks: nobody asks for a missing rank", RANKS, "self._find_missing()", "pass"),
+    ("ranks: the wrong rank is named", RANKS, "missing.discard(status.source)", "missing.discard(1 - status.source)"),
+    ("ranks: all compute the same micro-batches", STEP, "everything[self.ranks.rank :: self.ranks.size]", "everything[:: self.ranks.size]"),
+    ("ranks: gradients are not added up", STEP, "self.ranks.add_up(self.model.flat.grad)", "pass"),
+    ("ranks: a rank without work keeps its gradient", STEP, "if not micro_batches:", "if False:"),
+    ("ranks: one rank's loss for all", STEP, "return sum(self.ranks.gather(float(loss)))", "return float(loss)"),
+    ("ranks: a signal stops one rank", TRAINER, "any(self.ranks.gather(stop_requested()))", "stop_requested()"),
+    ("ranks: all write files", TRAINER, "if out is not None and ranks.is_first else None", "if out is not None else None"),
+    ("ranks: nobody compares", CHECKS, "if ranks.size == 1:", "if True:"),
+    ("ranks: auto always starts", TRAIN, 'args.resume = "" if is_there else None', "args.resume = None"),
+    ("nccl: another type", NCCL, '"float64": "NCCL_FLOAT64"', '"float64": "NCCL_FLOAT32"'),
     ("native: GELU's slope without its second term", C_ELEMENTWISE, "vec slope = f + 2.0f * v * f * (1.0f - f) * du_dx", "vec slope = f"),
     ("native: GELU's cubic term without its 3", C_ELEMENTWISE, "square * (3 * GELU_SCALE", "square * (GELU_SCALE"),
     ("native: GELU's slope of huge values is NaN", C_ELEMENTWISE, "slope = where(square > splat(1e4f), f + (v - v), slope);", ""),
@@ -391,6 +412,7 @@ def caught(bug):
         plant(bug, folder)
         covering = [
             (OF_NATIVE, NATIVE_TESTS),
+            (OF_RANKS, RANK_TESTS),
             (OF_A_GPU, GPU_TESTS),
             (OF_TEXTS, TEXT_TESTS),
             (OF_DRAWING, DRAWING_TESTS),

@@ -48,7 +48,7 @@ def faults(folder, n, seed=0, size=2):
         own = [line for line in err.splitlines() if line.startswith(("npgpt", "stopped"))]
         expected = {
             signal.SIGKILL: [],  # the launcher ends the others at once, and says which process died
-            signal.SIGSTOP: [f"rank {rank} on "],
+            signal.SIGSTOP: [f"no answer from rank {rank} on "],
             signal.SIGTERM: ["stopped after step "],
         }[fault]
         said = len(own) == len(expected) and all(text in line for text, line in zip(expected, own, strict=True))
