@@ -189,6 +189,24 @@ def test_the_first_rank_can_read_the_text_for_all(tmp_path, text, changing):
 
 
 @with_mpi
+def test_an_unforeseen_error_of_one_rank_ends_all(tmp_path, text, changing):
+    program = changing("from npgpt.training.optim import Update\nif rank == '1': Update.step = lambda *_: 1 / 0")
+    command = ("train", "text.txt", "--out", "model.npz", "--steps", 100, *TINY)
+    status, _, err = ranks.run(2, tmp_path, *command, cwd=tmp_path, program=program)
+    assert status != 0
+    assert "npgpt: rank 1 on " in err
+    assert ": ZeroDivisionError: division by zero" in err
+
+
+@with_mpi
+@pytest.mark.parametrize("wrong", [("train", "--wrong"), ("train", "text.txt", "--out", "nowhere/model.npz")])
+def test_a_wrong_command_line_is_reported_once(tmp_path, text, wrong):
+    status, _, err = ranks.run(2, tmp_path, *wrong, cwd=tmp_path)
+    assert status == 2
+    assert sum(line.startswith("npgpt") for line in err.splitlines()) == 1, err
+
+
+@with_mpi
 def test_faults_of_ranks(tmp_path):
     assert reliability.sound(rank_faults.faults(tmp_path, 6)).tried == 6  # R17
 
