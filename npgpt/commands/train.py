@@ -19,10 +19,11 @@ from npgpt.console.run_messages import print_banner, report_end, write_error
 from npgpt.console.run_progress import show_run
 from npgpt.console.signals import StopRequest, interruptible
 from npgpt.console.terminal import command_parser, failed, progress_bar, say
+from npgpt.console.train_flags import check_flags, check_flags_of_ranks
 from npgpt.engine.backend import select
 from npgpt.model.gpt import GPT
 from npgpt.model.resize import check_resizable, resized
-from npgpt.parallel.ranks import Ranks, open_ranks
+from npgpt.parallel.ranks import Ranks, open_ranks, speaks
 from npgpt.storage.archive import CheckpointError
 from npgpt.storage.checkpoint import Checkpoint, load
 from npgpt.storage.run import RunFiles
@@ -36,6 +37,7 @@ from npgpt.text.tokenizer_files import DEFAULT_VOCAB_SIZE, tokenizer_named
 from npgpt.training.events import End
 from npgpt.training.memory import check_memory, memory_advice
 from npgpt.training.plan import plan
+from npgpt.training.resumption import FinishedError
 from npgpt.training.trainer import Trainer
 
 ABOUT = "train a GPT on a text"
@@ -119,6 +121,7 @@ def parser() -> argparse.ArgumentParser:
         "--tensorboard", metavar="DIR", help="also write what TensorBoard shows into this folder; needs the extra [tensorboard]"
     )
     add_rank_flags(parser)
+    parser.is_silent = not speaks()
     add_flags(parser, TrainConfig)
     add_flags(parser, GPTConfig, skip=("vocab_size",))
     return parser
@@ -143,29 +146,36 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace, ranks: Ranks) -> int:
-    started = time.perf_counter()
+    started, is_auto = time.perf_counter(), args.resume == AUTO
     prepared = ranks.together(lambda: _prepare(args, started, ranks))
     choice, files = prepared.choice, prepared.files
     try:
         with interruptible(ranks.is_first) as stop_requested:
             trainer, end = _train(args, prepared, stop_requested, ranks)
-    except MemoryError:
-        if not select(choice.training.device).is_cpu:
-            return failed("train", "out of GPU memory: lower --micro-batch or --batch-size, then --n-embd or --n-layer")
-        return failed("train", f"out of memory: {memory_advice(choice.model, choice.training)}")
-    except OSError as error:
-        return failed("train", write_error(error, args, files))
+    except FinishedError as error:
+        if not is_auto:
+            raise
+        say(f"npgpt train: {error}")
+        return 0
+    except (MemoryError, OSError) as error:
+        if isinstance(error, OSError):
+            message = write_error(error, args, files)
+        elif select(choice.training.device).is_cpu:
+            message = f"out of memory: {memory_advice(choice.model, choice.training)}"
+        else:
+            message = "out of GPU memory: lower --micro-batch or --batch-size, then --n-embd or --n-layer"
+        ranks.end_all(error, message)
+        return failed("train", message)
     return report_end(trainer, end, args, files, max(ranks.gather(stop_requested.signal_number)))
 
 
 def _prepare(args: argparse.Namespace, started: float, ranks: Ranks) -> _Prepared:
     """Read everything, and choose what to train. Raises RequestError if the run cannot be."""
+    check_flags_of_ranks(args, ranks)
     files = _files_to_write(args.out)
     if args.resume == AUTO:
         _continue_or_start(args, ranks.on_first(files.last.exists))
-    _check_flags(args)
-    if args.minutes and ranks.size > 1:
-        raise RequestError("--minutes times this process alone; leave it out, and choose --steps")
+    check_flags(args)
     observers = Observers(args.watch, args.tensorboard) if ranks.is_first else Observers(None, None)
     last = None if args.resume is None else _state_to_resume(args, files)
     base = None if args.base is None else load(args.base)
@@ -226,32 +236,6 @@ def _files_to_write(path: str) -> RunFiles:
     if out.stem.endswith((".last", ".crash", ".previous")):
         raise RequestError(f"--out must not end in .last, .crash or .previous, because a run's other files do, got {path}")
     return RunFiles(out)
-
-
-def _check_flags(args: argparse.Namespace) -> None:
-    flags = {"--resume": args.resume is not None, "--preset": args.preset is not None, "--steps": hasattr(args, "steps")}
-    for flag, is_given in flags.items():
-        if args.minutes and is_given:
-            raise RequestError(f"--minutes chooses the run itself; give --minutes or {flag}, not both")
-    if args.base is not None:
-        for flag, is_given in {
-            "--resume": args.resume is not None,
-            "--preset": args.preset,
-            "--tokenizer": args.tokenizer,
-            "--vocab-size": args.bpe_size,
-        }.items():
-            if is_given:
-                raise RequestError(f"--from brings a model and its tokenizer; give --from or {flag}, not both")
-    elif args.add_characters:
-        raise RequestError("--add-characters is for --from; a new model knows all characters of its text")
-    if args.resume is not None and (args.tokenizer or args.bpe_size):
-        raise RequestError("a resumed run keeps its tokenizer; leave out --tokenizer and --vocab-size, or start a new run")
-    if args.resume and not args.text and Path(args.resume).suffix != ".npz":  # `--resume my.txt` means DATA
-        args.text, args.resume = [args.resume], ""
-    if not args.text and args.resume is None:
-        raise RequestError("expected DATA, a text file to train on; data/tiny.txt is one")
-    if args.val_text is not None and settings_from(args, TrainConfig).get("val_fraction"):
-        raise RequestError("give --val-text or --val-fraction, not both")
 
 
 def _read(args: argparse.Namespace, files: RunFiles, last: Checkpoint | None, base: Checkpoint | None) -> Corpus:

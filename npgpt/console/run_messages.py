@@ -40,10 +40,12 @@ def print_banner(trainer: Trainer, corpus: Corpus, files: RunFiles, base: str | 
     if model.backend.is_cpu:
         cores = core_limit()
         threads = config.threads or cores.value
-        limited = "" if config.threads or cores.source == "cores" else f" (limited by {cores.source})"
+        is_own = config.threads or cores.source == "cores" or trainer.ranks.size > 1
+        limited = "" if is_own else f" (limited by {cores.source})"
         say(f"        {threads} worker{'' if threads == 1 else 's'}{limited}, {describe_kernels()} kernels, {describe_blas()}")
     if trainer.ranks.size > 1:
-        parts = len(micro_batches(config.batch_size, c.block_size, config.micro_batch))
+        of_a_rank = None if model.backend.is_cpu else -(-config.batch_size // trainer.ranks.size)
+        parts = len(micro_batches(config.batch_size, c.block_size, config.micro_batch or of_a_rank))
         idle = f"; only {parts} have work, because a batch has {parts} micro-batches (--micro-batch)"
         say(f"        {trainer.ranks.description}{idle if parts < trainer.ranks.size else ''}")
     if trainer.files and trainer.files.are_of_earlier_run:

@@ -13,13 +13,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from npgpt.parallel.ranks import speaks
-
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # C0 without tab and line feed, DEL, C1
 
 
 class Parser(argparse.ArgumentParser):
     """Reports a wrong command line in one line. For a misspelt flag it suggests the closest one."""
+
+    is_silent = False  # whether another process says it
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments: "):
@@ -30,10 +30,10 @@ class Parser(argparse.ArgumentParser):
         elif message.endswith("expected one argument"):
             flag = message.removeprefix("argument ").split(":")[0].split("/")[-1]
             message += f"; a value that begins with - is written {flag}=VALUE"
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n" if speaks() else None)
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n" if not self.is_silent else None)
 
 
-def command_parser(name: str, about: str, examples: list[str]) -> argparse.ArgumentParser:
+def command_parser(name: str, about: str, examples: list[str]) -> Parser:
     """The parser of `npgpt NAME`. Its help begins with examples, each the arguments after the name."""
     description = "examples:\n" + "\n".join(f"  {command(name)} {e}" for e in examples) + f"\n\n{about}"
     return Parser(

@@ -51,7 +51,12 @@ class DecodeKernels(Kernels):
 
     def __init__(self) -> None:
         super().__init__(np)
-        self.one_thread = False  # whether the BLAS uses one thread now; `blas_threads` in parallel/machine.py sets this
+        self.one_thread = False  # whether a block of `blas_threads` (parallel/machine.py) has asked for one BLAS thread
+
+    @property
+    def fuses_blocks(self) -> bool:
+        """Whether `block_decode` can do something."""
+        return False
 
     def block_decode(
         self,

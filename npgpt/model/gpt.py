@@ -108,15 +108,19 @@ class Block(Module):
 
     def decode(self, x: Array, cache: KVCache) -> Array:
         """x (B, C) -> (B, C), in place."""
+        if CPU_KERNELS.fuses_blocks and self._decode_at_once(x, cache):
+            return x
+        self.attn.decode(self.ln_1.decode(x), cache, onto=x)
+        return self.mlp.decode(self.ln_2.decode(x), onto=x)
+
+    def _decode_at_once(self, x: Array, cache: KVCache) -> bool:
+        """See `block_decode` in kernels/decode.py."""
         attn, mlp = self.attn, self.mlp
         layers = (self.ln_1, attn.qkv, attn.out, self.ln_2, mlp.fc, mlp.proj)
         weights = [p if p is None else p.data for layer in layers for p in (layer.weight, layer.bias)]
         rotations = attn.rotary.rotations(cache.lengths) if attn.rotary else None
         memory, eps = cache.memory(attn.layer), self.ln_1.eps
-        if CPU_KERNELS.block_decode(x, weights, memory, cache.lengths, rotations, self.activation, eps):
-            return x
-        self.attn.decode(self.ln_1.decode(x), cache, onto=x)
-        return self.mlp.decode(self.ln_2.decode(x), onto=x)
+        return CPU_KERNELS.block_decode(x, weights, memory, cache.lengths, rotations, self.activation, eps)
 
 
 class GPT(Module):

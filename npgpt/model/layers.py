@@ -101,7 +101,8 @@ class Rotary(Module):
 
     def rotations(self, positions: Array) -> Array:
         """(B,) -> (B, head_dim)."""
-        return np.concatenate([self._at(position, 1) for position in positions.tolist()])
+        rotations = [self._at(position, 1) for position in positions.tolist()]
+        return np.concatenate(rotations) if rotations else self._at(0, 0)
 
 
 class LayerNorm(Module):

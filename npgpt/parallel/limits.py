@@ -44,13 +44,17 @@ def available_cores() -> int:
     return core_limit().value
 
 
-def memory_limit() -> Limit | None:
-    """The memory that this process may still take, in bytes; None if the system does not tell."""
+def memory_limit(processes: int = 1) -> Limit | None:
+    """The memory that this process may still take, in bytes; None if the system does not tell.
+
+    processes: how many such processes share this machine.
+    """
     resident, virtual = _own_memory()
     limits = []
     machine = _physical_memory()
     if machine is not None:
-        limits.append(Limit(machine, f"this machine has {_gib(machine)} GiB of memory"))
+        shared = f" for {processes} ranks" if processes > 1 else ""
+        limits.append(Limit(machine // processes, f"this machine has {_gib(machine)} GiB of memory{shared}"))
     group = _cgroup_memory()
     if group is not None:
         limits.append(Limit(max(0, group - resident), f"the cgroup of this process allows {_gib(group)} GiB of memory"))

@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterable
+from traceback import print_exception
 from typing import Any, TypeVar
 
 import numpy as np
@@ -28,6 +29,7 @@ Result = TypeVar("Result")
 
 # What a launcher tells the processes it starts: MPICH, Intel MPI and srun with PMI-2; Open MPI; srun with PMIx.
 LAUNCHERS = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK")
+SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE")  # how many it has started, where it says so
 DEFAULT_TIMEOUT = 600  # seconds
 SECONDS_TO_ANSWER = 3.0  # a rank that waits, too, answers in this time
 SECONDS_TO_PASS_ON = 0.5  # launchers drop what they have not passed on when they end the ranks
@@ -87,6 +89,9 @@ class Ranks:
         """What `work()` returns on the first rank, on all ranks. It runs there alone."""
         return work()
 
+    def end_all(self, error: BaseException, message: str) -> None:
+        """End all ranks with this message, unless all know of the error already."""
+
     def mapper(self, workers: Workers) -> Mapper:
         """Spreads items over the ranks, and those of a rank over its workers. All ranks get all results."""
         return workers
@@ -113,7 +118,9 @@ class MpiRanks(Ranks):
         self._parts = np.empty(0, dtype=np.float32)
         self._nothing = [np.empty(0, dtype=np.uint8), MPI.BYTE]  # a message without content
         self._nccl: NcclSum | None = None
-        self._all_know = False  # whether an exception ends all ranks in good order
+        self._known: Exception | None = None  # the error that ends all ranks in good order
+        self._asking: set[int] = set()  # ranks that have asked who is missing
+        self._hosts = ["an unknown host"] * self.size
         cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
         own = (socket.gethostname(), cores)
         places = self.gather(own)
@@ -125,16 +132,20 @@ class MpiRanks(Ranks):
             os.environ["OMP_NUM_THREADS"] = str(max(1, available_cores() // sharing))
         self._choose_gpu(self._hosts[: self.rank].count(own[0]))
 
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if error is not None and not self._all_know:  # the others wait for this rank, and nothing else would end them
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None and error is not self._known:  # the others wait for this rank, and nothing else would end them
+            print_exception(kind, error, trace, file=sys.__stderr__)
             self._abort(f"{self._name(self.rank)}: {type(error).__name__}: {error}")
 
     def _choose_gpu(self, number: int) -> None:
         """Let this rank see one GPU: the one with its number among the ranks of this machine."""
         if self.on_this_machine > 1:
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-            if len(visible) != 1 or not visible[0]:  # a launcher may have chosen one already
-                os.environ["CUDA_VISIBLE_DEVICES"] = visible[number % len(visible)] if len(visible) > 1 else str(number)
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            if visible is None:
+                os.environ["CUDA_VISIBLE_DEVICES"] = str(number)
+            elif "," in visible:  # otherwise a launcher has chosen one already, or the user wants none
+                several = visible.split(",")
+                os.environ["CUDA_VISIBLE_DEVICES"] = several[number % len(several)]
 
     @property
     def description(self) -> str:
@@ -168,24 +179,24 @@ class MpiRanks(Ranks):
         while self._comm.Iprobe(self._mpi.ANY_SOURCE, ASK, status):
             self._comm.Recv(self._nothing, status.source, ASK)
             self._comm.Isend(self._nothing, status.source, HERE).Free()
+            self._asking.add(status.source)
 
     def _find_missing(self) -> None:
-        """Ask all ranks whether they wait, too. End the run, and name one that does not answer."""
+        """Ask all ranks whether they wait, too. End the run, and name those that do not answer."""
         missing = set(range(self.size)) - {self.rank}
         for rank in missing:
             self._comm.Isend(self._nothing, rank, ASK).Free()
         deadline, status = time.monotonic() + SECONDS_TO_ANSWER, self._mpi.Status()
-        while time.monotonic() < deadline and missing:
+        while time.monotonic() < deadline:
             self._answer()
             while self._comm.Iprobe(self._mpi.ANY_SOURCE, HERE, status):
                 self._comm.Recv(self._nothing, status.source, HERE)
                 missing.discard(status.source)
             time.sleep(PAUSE)
-        if self.rank == min(set(range(self.size)) - missing):  # one line is enough
-            names = " and ".join(self._name(rank) for rank in sorted(missing)) or "one of the ranks"
-            self._abort(f"no answer from {names} for {self._timeout:g} seconds (--rank-timeout), so the run ends")
-        time.sleep(SECONDS_TO_ANSWER)
-        self._comm.Abort(1)
+        if any(rank < self.rank for rank in self._asking):  # one line is enough, and another rank writes it
+            time.sleep(SECONDS_TO_ANSWER)
+        names = " and ".join(self._name(rank) for rank in sorted(missing)) or "one of the ranks"
+        self._abort(f"no answer from {names} for {self._timeout:g} seconds (--rank-timeout), so the run ends")
 
     # ---------------------------------------------------------------- operations of all ranks
 
@@ -219,41 +230,56 @@ class MpiRanks(Ranks):
         return self._nccl
 
     def gather(self, value: Item) -> list[Item]:
-        message = pickle.dumps(value)
+        return self._exchange("gather", value)
+
+    def _exchange(self, kind: str, value: Any, failed: bool = False) -> list[Any]:
+        """The values of all ranks. Raises OtherRankError if another rank has failed, and this one does not know it yet.
+
+        kind: what this rank does. If another rank does something else, all raise an error.
+        """
+        message = pickle.dumps((kind, failed, value))
         lengths = np.empty(self.size, dtype=np.int64)
         self._wait(self._comm.Iallgather(np.array([len(message)], dtype=np.int64), lengths))
         starts = np.cumsum(lengths) - lengths
         everything = bytearray(int(lengths.sum()))
         self._wait(self._comm.Iallgatherv(message, [everything, (lengths.tolist(), starts.tolist()), self._mpi.BYTE]))
-        return [pickle.loads(everything[start : start + n]) for start, n in zip(starts, lengths, strict=True)]
+        found = [pickle.loads(everything[start : start + n]) for start, n in zip(starts, lengths, strict=True)]
+        failures = [rank for rank, (_, has_failed, _) in enumerate(found) if has_failed]
+        if failures and self.rank != failures[0]:
+            self._known = OtherRankError()
+            raise self._known
+        if not failures and len({kind for kind, _, _ in found}) > 1:
+            self._known = (
+                OtherRankError() if self.rank else RequestError("the ranks do different things; give all the same flags")
+            )
+            raise self._known
+        return [value for _, _, value in found]
 
     def broadcast(self, value: Item) -> Item:
-        message = pickle.dumps(value, protocol=5) if self.is_first else b""
-        n = self.gather(len(message))[0]
-        array = np.frombuffer(message, dtype=np.uint8) if self.is_first else np.empty(n, dtype=np.uint8)
+        packed = self.together(lambda: pickle.dumps(value, protocol=5) if self.is_first else None)
+        n = self.gather(len(packed or b""))[0]
+        array = self.together(lambda: np.empty(n, dtype=np.uint8) if packed is None else np.frombuffer(packed, dtype=np.uint8))
         piece = 1 << 30  # MPI counts bytes with 32 bits
-        for start in range(0, n, piece):
+        for start in range(0, array.size, piece):
             self._wait(self._comm.Ibcast(array[start : start + piece], root=0), SENDING)
         return value if self.is_first else pickle.loads(array.data)
 
     def together(self, work: Callable[[], Result]) -> Result:
-        result, error = None, None
         try:
             result = work()
-        except Exception as caught:
-            if self._all_know:
+        except Exception as error:
+            if error is self._known:
                 raise
-            error = caught
-        failed = [rank for rank, has_failed in enumerate(self.gather(error is not None)) if has_failed]
-        if not failed:
-            return result  # type: ignore[return-value]
-        self._all_know = True
-        if self.rank != failed[0]:
-            raise OtherRankError from error
-        assert error is not None
-        if self.is_first or isinstance(error, OtherRankError):
-            raise error
-        raise RankError(f"{self._name(self.rank)}: {error or type(error).__name__}") from error
+            self._exchange("together", None, failed=True)
+            known = error if self.is_first else RankError(f"{self._name(self.rank)}: {str(error) or type(error).__name__}")
+            self._known = known
+            raise known from (None if known is error else error)
+        self._exchange("together", None)
+        return result
+
+    def end_all(self, error: BaseException, message: str) -> None:
+        if error is not self._known:
+            self._abort(message)
 
     def on_first(self, work: Callable[[], Result]) -> Result:
         result = self.together(lambda: work() if self.is_first else None)
@@ -284,18 +310,28 @@ def speaks() -> bool:
 def open_ranks(mode: str = "auto", timeout: float = DEFAULT_TIMEOUT) -> Ranks:
     """The ranks that a launcher has started; one rank if there is no launcher, or with mode "none".
 
-    Raises RequestError if there is a launcher and mpi4py is missing or does not work.
+    Raises RequestError if there is a launcher and mpi4py is missing or does not work with it.
     """
     variable = next((name for name in LAUNCHERS if name in os.environ), None)
     if mode == "none" or variable is None:
         return ONE_RANK
+    size = next((os.environ[name] for name in SIZES if name in os.environ), "several")
+    if size == "1":
+        return ONE_RANK
+    problem = None
     try:
         from mpi4py import MPI
+
+        if MPI.COMM_WORLD.size > 1:
+            return MpiRanks(timeout)
+        if size == "several":
+            return ONE_RANK
+        problem = f"mpi4py uses another MPI than the launcher, which has started {size}"
     except (ImportError, RuntimeError) as error:  # RuntimeError: there is no MPI library
-        if not speaks():
-            raise OtherRankError from None
-        raise RequestError(
-            f"a launcher has started this process ({variable}={os.environ[variable]}), but mpi4py cannot be used ({error}); "
-            f"install it with: {sys.executable} -m pip install 'npgpt[mpi]', or use --ranks none"
-        ) from None
-    return MpiRanks(timeout) if MPI.COMM_WORLD.size > 1 else ONE_RANK
+        problem = f"mpi4py cannot be used ({error})"
+    if not speaks():
+        raise OtherRankError
+    raise RequestError(
+        f"a launcher has started this process ({variable}={os.environ[variable]}), but {problem}; "
+        f"install it with: {sys.executable} -m pip install 'npgpt[mpi]', or use --ranks none"
+    )

@@ -59,7 +59,7 @@ class ParallelStep:
         use_tf32: bool = False,
         ranks: Ranks = ONE_RANK,
     ) -> None:
-        """micro_batch: sequences in a micro-batch. None: about MICRO_BATCH_TOKENS tokens; on a GPU, the whole batch.
+        """micro_batch: sequences in a micro-batch. None: about MICRO_BATCH_TOKENS tokens; on a GPU, the share of a rank.
         bf16: on a GPU, activations are bfloat16; on a CPU, the operands of linear layers' products are rounded to bfloat16.
         use_tf32: whether products round float32 operands to TF32, on a GPU.
 
@@ -84,16 +84,19 @@ class ParallelStep:
         """
         everything = list(enumerate(self._micro_batches(x)))
         own = everything[self.ranks.rank :: self.ranks.size]
-        compute = self._on_a_gpu if self.model.backend.record else self._on_a_cpu
         if self.ranks.size == 1:
-            return compute(x, y, own, seed, number)
-        loss = self.ranks.together(lambda: compute(x, y, own, seed, number))
+            return self._compute(x, y, own, seed, number)
+        loss = self.ranks.together(lambda: self._compute(x, y, own, seed, number))
         self.ranks.add_up(self.model.flat.grad)
         return sum(self.ranks.gather(float(loss)))
 
-    def _on_a_cpu(self, x: Array, y: Array, micro_batches: Share, seed: int, number: int) -> float:
-        if not micro_batches:  # there are more ranks than micro-batches
+    def _compute(self, x: Array, y: Array, micro_batches: Share, seed: int, number: int) -> Any:
+        """The loss and the gradient of some micro-batches. There are none if there are more ranks than micro-batches."""
+        if not micro_batches:
             self.model.zero_grad()
+            return 0.0
+        if self.model.backend.record:
+            return self._on_a_gpu(x, y, micro_batches, seed, number)
         n_workers = min(self.workers.threads, len(micro_batches))
         shares = [micro_batches[worker :: self.workers.threads] for worker in range(n_workers)]
 
@@ -203,7 +206,8 @@ class ParallelStep:
 
     def _micro_batches(self, x: np.ndarray) -> list[slice]:
         rows, tokens = x.shape
-        return micro_batches(rows, tokens, self.micro_batch if self.model.backend.is_cpu else self.micro_batch or rows)
+        on_a_gpu = -(-rows // self.ranks.size)
+        return micro_batches(rows, tokens, self.micro_batch if self.model.backend.is_cpu else self.micro_batch or on_a_gpu)
 
 
 def dropout_generators(model: GPT, seed: int, number: int) -> Callable[[int], Any]:

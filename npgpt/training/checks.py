@@ -38,14 +38,17 @@ def check_arguments(model: GPT, dataset: Dataset, config: TrainConfig) -> None:
         )
 
 
-def check_ranks(ranks: Ranks, model: GPT, parts: dict[str, Any]) -> None:
-    """Raise RequestError if a rank has other weights than the first one, or another of `parts`, each by what it is called."""
+def check_ranks(ranks: Ranks, parts: dict[str, Any], model: GPT | None = None) -> None:
+    """Raise RequestError if the ranks differ in `parts` or in the weights of the model.
+
+    parts: name -> a value that must be equal on all ranks.
+    """
     if ranks.size == 1:
         return
-    parts = parts | {"weights": hashlib.sha256(to_numpy(model.flat.data).tobytes()).hexdigest()}
+    if model:
+        parts = parts | {"weights": hashlib.sha256(to_numpy(model.flat.data).data).hexdigest()}
     for rank, others in enumerate(ranks.gather(parts)):
         for name, value in parts.items():
             if others[name] != value:
-                raise RequestError(
-                    f"rank {rank} has another {name} than rank {ranks.rank}; give all ranks the same files and flags"
-                )
+                needed = "all ranks need the same files, flags and kind of processor"
+                raise RequestError(f"rank {rank} has another {name} than rank {ranks.rank}; {needed}")

@@ -36,12 +36,12 @@ def estimate_memory(model: GPTConfig, config: TrainConfig) -> int:
 def check_memory(model: GPTConfig, config: TrainConfig, processes: int = 1) -> None:
     """Raise RequestError if training needs more memory than this process may take. If that is unknown, nothing is checked.
 
-    processes: how many such processes share the memory of this machine.
+    processes: how many such processes share this machine.
 
     Operating systems promise more memory than there is, and kill the process when it uses too much.
     """
-    limit = memory_limit()
-    if limit is not None and processes * estimate_memory(model, config) > limit.value:
+    limit = memory_limit(processes)
+    if limit is not None and estimate_memory(model, config) > limit.value:
         raise RequestError(f"{limit.source}, but {memory_advice(model, config)}")
 
 

@@ -17,6 +17,10 @@ MODEL_MAY_CHANGE = ("dropout",)  # everything else is the shape of the model, wh
 MACHINE_SETTINGS = ("threads", "processes", "device", "tf32", "bf16")  # they change rounding alone; the trainer says so
 
 
+class FinishedError(RequestError):
+    """There is nothing left to do for a run that was to continue."""
+
+
 @dataclass(frozen=True)
 class Changes:
     """What a resumed run does differently: (before, now) by the name of the setting.
@@ -81,7 +85,7 @@ def changes_since(
     if refusals:
         raise RequestError(f"cannot resume: {'. Also, '.join(refusals)}")
     if last.step >= training.steps:
-        raise RequestError(f"nothing to do: the run is at step {last.step} already; ask for more than that with --steps")
+        raise FinishedError(f"nothing to do: the run is at step {last.step} already; ask for more than that with --steps")
     assert last.text is not None
     settings = of_model | of_training
     length = text_size(last.tokenizer, dataset.ids)[0]

@@ -166,7 +166,7 @@ class Trainer:
             "configuration": self.config,
             "processor or BLAS": [self.machine.get(key) for key in ("BLAS", "kernels", "NumPy")],  # weights would drift apart
         }
-        check_ranks(self.ranks, self.model, parts)
+        check_ranks(self.ranks, parts, self.model)
         self._try_to_save()
         step = self.progress.step
         is_changed = bool(self.changes.settings) and step == self._resumed_at

@@ -21,7 +21,7 @@ from npgpt.kernels.native import library as native_library
 from npgpt.kernels.native.kernels import NativeSaved
 from npgpt.kernels.native.library import OBJECT_HEAD, PROCESSORS, hash_of_sources, processors
 from npgpt.kernels.reference import Kernels
-from npgpt.model import gpt
+from npgpt.model import gpt, layers
 from npgpt.parallel.step import ParallelStep
 from npgpt.parallel.workers import Workers
 
@@ -244,6 +244,7 @@ def test_a_block_for_one_more_token(kernels, monkeypatch, options, lengths):
         cache._memory[:] = normal(np.float32, *cache._memory.shape)
         cache._set_lengths(np.array(lengths))
         monkeypatch.setattr(gpt, "CPU_KERNELS", chosen)
+        monkeypatch.setattr(layers, "CPU_KERNELS", chosen)
         results.append((model.blocks[0].decode(x.copy(), cache), cache._memory))
     for found, expected in zip(*results, strict=True):
         np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
@@ -264,6 +265,12 @@ def test_arrays_that_do_not_fit_are_left_to_numpy(kernels):
     np.testing.assert_allclose(kernels.linear_decode(x, weight, bias), numpy.linear_decode(x, weight, bias), rtol=1e-6)
     expected = numpy.linear_decode(x, weight, None, onto.copy())
     np.testing.assert_allclose(kernels.linear_decode(x, weight, None, onto), expected, rtol=1e-6)
+    q = normal(np.float32, 1, 2, 5, 4)
+    y, saved = kernels.causal_attention_forward(q, q, q)
+    for found, expected in zip(
+        kernels.causal_attention_backward(y.astype(np.float64), saved), kernels.causal_attention_backward(y, saved), strict=True
+    ):
+        np.testing.assert_array_equal(found, expected)
     y, saved = kernels.gelu_forward(x)
     np.testing.assert_allclose(kernels.gelu_backward(y.astype(np.float64), saved), kernels.gelu_backward(y, saved))
 

@@ -1,6 +1,7 @@
 """Several processes that train together: their operations, the losses of 1, 2 and 4 ranks, bytes, faults."""
 
 import json
+import re
 import sys
 from types import SimpleNamespace
 
@@ -13,8 +14,23 @@ import npgpt
 from npgpt import RequestError
 from npgpt.cli import main
 from npgpt.parallel.nccl import NcclSum
-from npgpt.parallel.ranks import LAUNCHERS, ONE_RANK, open_ranks
+from npgpt.parallel.ranks import LAUNCHERS, ONE_RANK, SIZES, open_ranks
 
+LATE = """
+import os, time
+from npgpt.parallel.ranks import MpiRanks
+with MpiRanks(1) as ranks:
+    time.sleep({0: 30, 1: 2.5, 2: 0}[ranks.rank])
+    ranks.gather(1)
+"""
+DIFFERENT = """
+from npgpt.parallel.ranks import MpiRanks
+ranks = MpiRanks()
+try:
+    ranks.together(lambda: 1) if ranks.rank == 1 else ranks.gather(2)
+except Exception as error:
+    print(type(error).__name__ + "\\n", end="", flush=True)
+"""
 with_mpi = pytest.mark.skipif(ranks.MISSING is not None, reason=str(ranks.MISSING))
 FLAGS = f"{reliability.TINY_FLAGS} --batch-size 8 --micro-batch 1 --threads 1 --log-interval 1 --eval-interval 6"
 TINY = FLAGS.split()
@@ -41,7 +57,7 @@ def losses(out):
 
 
 def test_without_a_launcher_there_is_one_rank(monkeypatch):
-    for name in LAUNCHERS:
+    for name in (*LAUNCHERS, *SIZES):
         monkeypatch.delenv(name, raising=False)
     assert open_ranks() is ONE_RANK
     monkeypatch.setenv("PMI_RANK", "0")
@@ -50,6 +66,13 @@ def test_without_a_launcher_there_is_one_rank(monkeypatch):
     with pytest.raises(
         RequestError, match=r"PMI_RANK=0.*install it with: .* -m pip install 'npgpt\[mpi\]', or use --ranks none"
     ):
+        open_ranks()
+    monkeypatch.setenv("PMI_SIZE", "1")
+    assert open_ranks() is ONE_RANK
+    monkeypatch.setenv("PMI_SIZE", "2")
+    world = SimpleNamespace(MPI=SimpleNamespace(COMM_WORLD=SimpleNamespace(size=1)))
+    monkeypatch.setitem(sys.modules, "mpi4py", world)
+    with pytest.raises(RequestError, match="mpi4py uses another MPI than the launcher, which has started 2"):
         open_ranks()
     array = np.ones(3)
     with ONE_RANK as one:
@@ -146,6 +169,11 @@ def test_a_resumed_run_with_ranks_writes_the_same_bytes(tmp_path, text):
         npgpt.load(tmp_path / folder / "model.last.npz", with_optimizer=True) for folder in ("split", "straight")
     )
     np.testing.assert_array_equal(split.model.flat.data, straight.model.flat.data)
+    for name, state in straight.optimizer_state.items():
+        np.testing.assert_array_equal(split.optimizer_state[name], state)
+    status, _, err = ranks.run(2, tmp_path, "train", text, *flags, "--steps", 13, cwd=tmp_path / "split")
+    assert status == 0
+    assert "nothing to do: the run is at step 13 already" in err
 
 
 @pytest.fixture
@@ -163,7 +191,7 @@ def changing(tmp_path):
 @with_mpi
 @pytest.mark.parametrize(
     ("name", "change"),
-    [("text", "args[1] = ['text.txt', 'other.txt'][int(rank)]"), ("configuration", "args += ['--seed', '1' + rank]")],
+    [("text", "args[1] = ['text.txt', 'other.txt'][int(rank)]"), ("--seed", "args += ['--seed', '1' + rank]")],
 )
 def test_ranks_with_other_files_or_flags_are_refused(tmp_path, text, changing, name, change):
     """Before the first step, in one line, and no file is written."""
@@ -171,7 +199,7 @@ def test_ranks_with_other_files_or_flags_are_refused(tmp_path, text, changing, n
     command = ("train", "text.txt", "--out", "model.npz", "--steps", 12, *TINY)
     status, _, err = ranks.run(2, tmp_path, *command, cwd=tmp_path, program=changing(change))
     assert status == 2
-    assert f"rank 1 has another {name} than rank 0; give all ranks the same files and flags" in err
+    assert f"rank 1 has another {name} than rank 0; all ranks need the same files, flags and kind of processor" in err
     assert err.count("npgpt train:") == 1
     assert not (tmp_path / "model.last.npz").exists()
 
@@ -189,13 +217,42 @@ def test_the_first_rank_can_read_the_text_for_all(tmp_path, text, changing):
 
 
 @with_mpi
-def test_an_unforeseen_error_of_one_rank_ends_all(tmp_path, text, changing):
-    program = changing("from npgpt.training.optim import Update\nif rank == '1': Update.step = lambda *_: 1 / 0")
+@pytest.mark.parametrize(
+    ("rank", "error", "shown"),
+    [
+        (1, "ZeroDivisionError('boom')", "npgpt: rank 1 on .*: ZeroDivisionError: boom"),
+        (1, "MemoryError()", "npgpt: out of memory: this run needs roughly"),
+        (0, "OSError(28, 'No space left on device', 'model.jsonl')", "npgpt: .*No space left on device"),
+    ],
+)
+def test_an_error_in_the_middle_of_one_rank_ends_all(tmp_path, text, changing, rank, error, shown):
+    """At once, and not when --rank-timeout is over."""
+    program = changing(
+        f"from npgpt.training.optim import Update\ndef fail(*_): raise {error}\nif rank == '{rank}': Update.step = fail"
+    )
     command = ("train", "text.txt", "--out", "model.npz", "--steps", 100, *TINY)
     status, _, err = ranks.run(2, tmp_path, *command, cwd=tmp_path, program=program)
     assert status != 0
-    assert "npgpt: rank 1 on " in err
-    assert ": ZeroDivisionError: division by zero" in err
+    assert len(re.findall(shown, err)) == 1, err
+
+
+@with_mpi
+def test_the_missing_one_of_three_ranks_is_named(tmp_path):
+    """The others do not begin to wait at the same time."""
+    program = tmp_path / "program.py"
+    program.write_text(LATE, encoding="utf-8")
+    status, _, err = ranks.run(3, tmp_path, program=program)
+    assert status != 0
+    assert len(re.findall("npgpt: no answer from rank 0 on .* for 1 seconds", err)) == 1, err
+    assert err.count("npgpt:") == 1
+
+
+@with_mpi
+def test_ranks_that_do_different_things_are_told_so(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(DIFFERENT, encoding="utf-8")
+    status, out, err = ranks.run(3, tmp_path, program=program)
+    assert (status, sorted(out.split())) == (0, ["OtherRankError", "OtherRankError", "RequestError"]), err
 
 
 @with_mpi

@@ -25,9 +25,9 @@ def faults(folder, n, seed=0, size=2):
     files = RunFiles(folder / "model.npz")
     command = ["train", "text.txt", "--out", "model.npz", "--resume", "auto", "--steps", "1000000", "--eval-interval"]
     for i in range(n):
-        rank, fault = rng.randrange(size), (signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM)[i % 3]
+        rank, fault = rng.randrange(size), (signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM, signal.SIGINT)[i % 4]
         flags = (*TINY_FLAGS.split(), "--micro-batch", 1, "--rank-timeout", TIMEOUT, "--patience", 0)
-        process = ranks.start(size, folder, *command, rng.choice((1, 1000)), *flags, cwd=folder)
+        process = ranks.start(size, folder, *command, rng.choice((1, 20)), *flags, cwd=folder)
         while not process.stderr.readline().startswith("run "):
             if process.poll() is not None:
                 raise RuntimeError(f"training ended by itself: status {process.returncode}")
@@ -36,7 +36,10 @@ def faults(folder, n, seed=0, size=2):
             tally.check(False, f"fault {i}: before it, the run ended by itself: {process.communicate()[1][-600:]}")
             continue
         started = time.monotonic()
-        ranks.send(folder, rank, fault)
+        if fault == signal.SIGINT:  # as Ctrl-C does
+            process.send_signal(fault)
+        else:
+            ranks.send(folder, rank, fault)
         try:
             _, err = process.communicate(timeout=TIMEOUT + SLACK)
         except subprocess.TimeoutExpired:
@@ -50,6 +53,7 @@ def faults(folder, n, seed=0, size=2):
             signal.SIGKILL: [],  # the launcher ends the others at once, and says which process died
             signal.SIGSTOP: [f"no answer from rank {rank} on "],
             signal.SIGTERM: ["stopped after step "],
+            signal.SIGINT: ["stopped after step "],
         }[fault]
         said = len(own) == len(expected) and all(text in line for text, line in zip(expected, own, strict=True))
         saved = npgpt.load(files.last, with_optimizer=True).step if files.last.exists() else 0

@@ -34,8 +34,10 @@ def run(n, folder, *arguments, **options):
     process = start(n, folder, *arguments, **options)
     try:
         out, err = process.communicate(timeout=SECONDS)
-    finally:
-        process.kill()
+    except subprocess.TimeoutExpired:
+        process.terminate()  # mpiexec then ends its ranks
+        process.communicate()
+        raise
     return process.returncode, out, err
 
 

@@ -32,10 +32,22 @@ static inline head_scratch scratch_of(float *scratch, int64_t n_key, int64_t hea
 }
 
 // The bytes of scratch memory for attention to n_key keys.
-int64_t NAME(attention_scratch_bytes)(int64_t n_key, int64_t head_dim) {
+int64_t NAME(attention_scratch)(int64_t n_key, int64_t head_dim) {
     const int64_t width = rounded_up(head_dim, COLUMNS), along = rounded_up(n_key, COLUMNS) * head_dim;
     return (M_BLOCK * STEPS + along + n_key * width + QUERIES * (2 * n_key + head_dim + width)) * (int64_t)sizeof(float);
 }
+
+// The elements of e for one head.
+int64_t NAME(attention_exponentials)(int64_t n_query, int64_t n_key) {
+    int64_t n = 0;
+    for (int64_t start = 0; start < n_query; start += QUERIES) {
+        const int64_t rows = smaller(n_query - start, QUERIES);
+        n += rows * (n_key - n_query + start + rows);
+    }
+    return n;
+}
+
+int64_t NAME(longest_head)(void) { return STEPS; }
 
 // Keys or values (n_key, head_dim) -> panels that have the keys as steps, STEPS of them at most in one panel.
 static void pack_keys(matrix keys, int64_t n_key, int64_t head_dim, float *to) {
@@ -136,8 +148,7 @@ void NAME(attention_backward)(
         const matrix queries = {q + batch * q_batch + head % h * q_head, q_row, 1};
         pack_columns((matrix){v + at, 1, k_row}, head_dim, n_key, 0, s.along);
         pack_keys((matrix){k + at, k_row, 1}, n_key, head_dim, s.across);
-        for (int64_t block = 0; block < n_blocks; block++)  // to the end of e of this head
-            e += smaller(n_query - block * QUERIES, QUERIES) * (n_key - n_query + smaller(n_query, (block + 1) * QUERIES));
+        e += NAME(attention_exponentials)(n_query, n_key);  // to the end of this head
         const float *block_e = e;
         for (int64_t block = n_blocks - 1; block >= 0; block--) {  // the last block sees all keys, so it writes; others add
             const int64_t start = block * QUERIES, rows = smaller(n_query - start, QUERIES), seen = n_key - n_query + start + rows;

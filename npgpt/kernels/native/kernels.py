@@ -21,10 +21,9 @@ class NativeSaved(tuple[Any, ...]):
     """The saved values of a forward pass of this file. Any other value was saved by CpuKernels."""
 
 
-QUERIES = 48  # in a block of attention, as in attention.c
-LONGEST_HEAD = 384  # STEPS in product.c
 # With fewer rows, OpenBLAS multiplies as fast, because it need not copy a matrix first.
 LEAST_ROWS = 32
+MOST_ROWS = 64  # rows for which decode.c is faster than a product that copies the weights
 # On processors with AVX-512, product.c is faster than OpenBLAS. On others, OpenBLAS is as fast.
 FASTER_PRODUCTS = ("avx512", "avx512bf16")
 
@@ -42,6 +41,10 @@ class NativeKernels(CpuKernels):
         self.has_bfloat16, self.description = library.has_bfloat16, f"native {PROCESSORS[library.processor]}"
         self.rounding = 0
         self._has_faster_products = library.processor in FASTER_PRODUCTS
+
+    @property
+    def fuses_blocks(self) -> bool:
+        return self.one_thread  # with more threads, the BLAS is faster: it spreads a product over them
 
     @property
     def bfloat16_products(self) -> bool:
@@ -86,7 +89,7 @@ class NativeKernels(CpuKernels):
         (m, k), n = a.shape, b.shape[1]
         y = np.empty((m, n), dtype=np.float32)
         strides = [stride // 4 for x in (a, b) for stride in x.strides]
-        self._run(kernel, a, b, bias, y, self._run.scratch("product", n), m, n, k, *strides)
+        self._run(kernel, a, b, bias, y, self._run.scratch("product_scratch", n), m, n, k, *strides)
         return y
 
     # ---------------------------------------------------------------- one more token of each sequence
@@ -101,9 +104,9 @@ class NativeKernels(CpuKernels):
         activation: str,
         eps: float,
     ) -> bool:
-        # With more threads, the BLAS is faster: it spreads a product over them.
         arrays = (x, *weights, rotations)
-        if not (self.one_thread and _are_float32(memory, *arrays) and all(a is None or a.flags.c_contiguous for a in arrays)):
+        fit = _are_float32(memory, *arrays) and all(a is None or a.flags.c_contiguous for a in arrays)
+        if not (fit and self.fuses_blocks and 0 < len(x) <= MOST_ROWS):
             return False
         (b, c), (_, _, heads, room, _) = x.shape, memory.shape
         proj = weights[-2]
@@ -117,7 +120,13 @@ class NativeKernels(CpuKernels):
 
     def linear_decode(self, x: Array, weight: Array, bias: Array | None, onto: Array | None = None) -> Array:
         arrays = (x, weight, bias, onto)
-        if not (self.one_thread and _are_float32(*arrays) and all(a is None or a.flags.c_contiguous for a in arrays)):
+        # With more rows, a product that copies the weights first is faster. With more threads, the BLAS is: it uses them all.
+        if not (
+            self.one_thread
+            and len(x) <= MOST_ROWS
+            and _are_float32(*arrays)
+            and all(a is None or a.flags.c_contiguous for a in arrays)
+        ):
             return super().linear_decode(x, weight, bias, onto)
         (rows, n), m = x.shape, weight.shape[1]
         y = np.empty((rows, m), dtype=x.dtype) if onto is None else onto
@@ -199,7 +208,7 @@ class NativeKernels(CpuKernels):
     ) -> tuple[Array, Saved]:
         b, h, n_query, head_dim = q.shape
         n_key = k.shape[2]
-        if not (_are_float32(q, k, v) and q.size and k.size and head_dim <= LONGEST_HEAD):
+        if not (_are_float32(q, k, v) and q.size and k.size and head_dim <= self._run.size("longest_head")):
             return super().causal_attention_forward(q, k, v, dropout, rng)
         draws, threshold = None, 0
         if dropout > 0 and rng is not None:
@@ -210,11 +219,10 @@ class NativeKernels(CpuKernels):
             k, v = np.ascontiguousarray(k), np.ascontiguousarray(v)
         # In this memory layout, joining the heads afterwards needs no copy.
         out = np.empty((b, n_query, h, head_dim), dtype=q.dtype)
-        ends = [min(start + QUERIES, n_query) for start in range(0, n_query, QUERIES)]
-        in_a_head = sum((end - start) * (n_key - n_query + end) for start, end in zip([0, *ends], ends, strict=False))
-        e, factor = np.empty(b * h * in_a_head, dtype=q.dtype), np.empty((b, h, n_query), dtype=q.dtype)
+        e = np.empty(b * h * self._run.size("attention_exponentials", n_query, n_key), dtype=q.dtype)
+        factor = np.empty((b, h, n_query), dtype=q.dtype)
         sizes = (b, h, n_query, n_key, head_dim, *_strides(q), *_strides(k))
-        scale, scratch = 1 / sqrt(head_dim), self._run.scratch("attention", n_key, head_dim)
+        scale, scratch = 1 / sqrt(head_dim), self._run.scratch("attention_scratch", n_key, head_dim)
         self._run("attention_forward", q, k, v, draws, e, factor, out, scratch, *sizes, threshold, scale, keep)
         return out.transpose(0, 2, 1, 3), NativeSaved((q, k, v, out, factor, e, sizes, scale, keep))
 
@@ -222,9 +230,9 @@ class NativeKernels(CpuKernels):
         if not isinstance(saved, NativeSaved):
             return super().causal_attention_backward(dy, saved)
         q, k, v, out, factor, e, sizes, scale, keep = saved
-        dy = np.ascontiguousarray(dy.transpose(0, 2, 1, 3))
+        dy = _contiguous(dy.transpose(0, 2, 1, 3))
         dq, dk, dv = (np.empty(a.shape, dtype=a.dtype) for a in (q, k, v))
-        scratch = self._run.scratch("attention", k.shape[2], q.shape[3])
+        scratch = self._run.scratch("attention_scratch", k.shape[2], q.shape[3])
         self._run("attention_backward", dy, q, k, v, out, factor, e, dq, dk, dv, scratch, *sizes, scale, keep)
         return dq, dk, dv
 

@@ -38,7 +38,8 @@ FUNCTIONS = {
     "product": "pppppnnnnnnn",
     "bfloat16_product": "pppppnnnnnnn",
 }
-SCRATCH_BYTES = {"product": "n", "attention": "nn"}  # the sizes that decide how much scratch memory a kernel needs
+# Functions that say a number for some sizes. Scratch memory is in bytes, exponentials are in elements.
+NUMBERS = {"product_scratch": "n", "attention_scratch": "nn", "attention_exponentials": "nn", "longest_head": ""}
 # The kinds of processor, the best one first, and their names in messages.
 PROCESSORS = {"avx512bf16": "AVX-512 and bfloat16", "avx512": "AVX-512", "avx2": "AVX2", "any": "SIMD of 16 bytes"}
 CACHE_LINE = 64  # bytes
@@ -58,9 +59,9 @@ class Library:
         self._functions = {name: getattr(loaded, f"{name}_{processor}") for name in names}
         for name, function in self._functions.items():
             function.argtypes, function.restype = [TYPES[kind] for kind in FUNCTIONS[name]], None
-        self._scratch_bytes = {name: getattr(loaded, f"{name}_scratch_bytes_{processor}") for name in SCRATCH_BYTES}
-        for name, function in self._scratch_bytes.items():
-            function.argtypes, function.restype = [TYPES[kind] for kind in SCRATCH_BYTES[name]], ctypes.c_int64
+        self._numbers = {name: getattr(loaded, f"{name}_{processor}") for name in NUMBERS}
+        for name, function in self._numbers.items():
+            function.argtypes, function.restype = [TYPES[kind] for kind in NUMBERS[name]], ctypes.c_int64
         self._of_thread = threading.local()
 
     def __call__(self, name: str, *arguments: Any) -> None:
@@ -69,9 +70,13 @@ class Library:
         # whose first field after the object's head is this address (NumPy's documentation of PyArrayObject).
         self._functions[name](*[_pointer_at(id(a) + OBJECT_HEAD).value if isinstance(a, np.ndarray) else a for a in arguments])
 
+    def size(self, name: str, *sizes: int) -> int:
+        """One of NUMBERS."""
+        return int(self._numbers[name](*sizes))
+
     def scratch(self, name: str, *sizes: int) -> np.ndarray:
-        """Memory for a call of a kernel; see SCRATCH_BYTES. Each thread has its own, and keeps it."""
-        needed = self._scratch_bytes[name](*sizes)
+        """Memory for a call of a kernel, as much as one of NUMBERS says. Each thread has its own, and keeps it."""
+        needed = self.size(name, *sizes)
         memory: np.ndarray | None = getattr(self._of_thread, "memory", None)
         if memory is None or memory.nbytes < needed:
             memory = np.empty(needed + CACHE_LINE, dtype=np.uint8)

@@ -234,7 +234,7 @@ static inline void product_of(
     }
 }
 
-// a @ b + bias with the strides of both matrices. scratch has room for product_scratch_bytes(n).
+// a @ b + bias with the strides of both matrices. scratch has room for product_scratch(n).
 void NAME(product)(
     const float *a, const float *b, const float *bias, float *out, float *scratch, int64_t m, int64_t n, int64_t k, int64_t a_row,
     int64_t a_column, int64_t b_row, int64_t b_column) {
@@ -251,4 +251,4 @@ void NAME(bfloat16_product)(
 #endif
 
 // The bytes of scratch memory for a product with n columns.
-int64_t NAME(product_scratch_bytes)(int64_t n) { return (M_BLOCK + rounded_up(n, COLUMNS)) * STEPS * (int64_t)sizeof(float); }
+int64_t NAME(product_scratch)(int64_t n) { return (M_BLOCK + rounded_up(n, COLUMNS)) * STEPS * (int64_t)sizeof(float); }
