@@ -119,6 +119,13 @@ def select(name: str = "auto") -> Backend:
                 return _cuda()
             except ImportError as error:  # CuPy for another CUDA version, or an incomplete installation
                 missing = f"CuPy is installed but cannot be imported: {error}"
+            except OSError as error:
+                missing = f"CuPy cannot keep compiled kernels ({error}); set CUPY_CACHE_DIR to a folder that can be written"
+            except RuntimeError as error:
+                reason = str(error).strip().split("\n")[0] or type(error).__name__
+                missing = (
+                    f"CuPy is installed but cannot compute ({reason}); docs/gpu.md says how to install it with its headers"
+                )
         if name == "auto":
             if missing.startswith("CuPy"):
                 warnings.warn(f"the GPU of this machine is not used: {missing}", RuntimeWarning, stacklevel=2)
@@ -233,5 +240,18 @@ def _cuda() -> Backend:
 
     if cupy.ndarray not in _backends:
         kernels = CudaKernels(cupy, CudaLaunch(cupy), CublasGemm(cupy))
-        _backends[cupy.ndarray] = Backend("cuda", cupy, kernels, functools.partial(CudaGraph, cupy))
+        backend = Backend("cuda", cupy, kernels, functools.partial(CudaGraph, cupy))
+        try:
+            try_out(backend)
+        except cupy.cuda.compiler.CompileException as error:
+            raise RuntimeError(str(error)) from error
+        _backends[cupy.ndarray] = backend
     return _backends[cupy.ndarray]
+
+
+def try_out(backend: Backend) -> None:
+    """Compute with one kernel and one product. So what is wrong shows before a run, and not in the middle of it."""
+    x = backend.xp.ones((2, 2), dtype=np.float32)
+    y, _ = backend.kernels.gelu_forward(x)
+    backend.kernels.linear_forward(y, x, None)
+    to_numpy(y)

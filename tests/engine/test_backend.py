@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from support import devices
 
 from npgpt import Tensor
 from npgpt.engine import backend
@@ -19,6 +20,49 @@ def test_auto_warns_when_a_gpu_is_not_used(monkeypatch):
         assert select("auto") is CPU
     monkeypatch.setattr(backend, "_why_no_cuda", lambda: "there is no NVIDIA driver")
     assert select("auto") is CPU
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (ImportError("libcublas.so.13"), "CuPy is installed but cannot be imported: libcublas.so.13"),
+        (PermissionError(13, "Permission denied", "/home/x/.cupy"), "CuPy cannot keep compiled kernels .*; set CUPY_CACHE_DIR"),
+        (
+            RuntimeError("cuda_fp16.h: no such file\nmore"),
+            r"cannot compute \(cuda_fp16.h: no such file\); docs/gpu.md says how",
+        ),
+        (RuntimeError(), r"CuPy is installed but cannot compute \(RuntimeError\)"),
+        (SyntaxError("a kernel that does not compile"), r"cannot compute \(a kernel that does not compile\)"),
+    ],
+)
+def test_what_does_not_work_is_found_at_the_start(monkeypatch, error, shown):
+    """`auto` goes on with the CPU and warns; "cuda" is refused. CuPy is a module that has only what is used before."""
+
+    def fail(backend):
+        raise error
+
+    compiler = SimpleNamespace(CompileException=SyntaxError)
+    cupy = SimpleNamespace(ndarray=type("ndarray", (), {}), cuda=SimpleNamespace(compiler=compiler))
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(backend, "_why_no_cuda", lambda: None)
+    for name in ("CudaKernels", "CudaLaunch", "CublasGemm"):
+        monkeypatch.setattr(backend, name, lambda *_: None)
+    monkeypatch.setattr(backend, "try_out", fail)
+    with pytest.warns(RuntimeWarning, match=f"the GPU of this machine is not used: .*{shown}"):
+        assert select("auto") is CPU
+    with pytest.raises(backend.DeviceError, match=f"device 'cuda' cannot be used: .*{shown}"):
+        select("cuda")
+
+
+@devices.on_cpu
+def test_a_kernel_and_a_product_are_tried_out(monkeypatch):
+    pretended = devices.pretended_device(monkeypatch)
+    calls = []
+    for name in ("gelu_forward", "linear_forward"):
+        run = getattr(pretended.kernels, name)
+        monkeypatch.setattr(pretended.kernels, name, lambda *a, run=run, name=name: calls.append(name) or run(*a))
+    backend.try_out(pretended)
+    assert calls == ["gelu_forward", "linear_forward"]
 
 
 def test_bfloat16_names_what_it_needs(monkeypatch):
