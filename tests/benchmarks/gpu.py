@@ -1,4 +1,4 @@
-"""`make gpu`: the tests on a GPU, the speed of a training step against PyTorch, the time of each kernel, a run to a loss.
+"""`make gpu`: tests on a GPU, training steps against PyTorch, the time of each kernel, a run to a loss, several GPUs.
 
 This takes less than nine minutes. It prints tables, and after each stage it writes a JSON file. It needs CuPy. If PyTorch is
 installed with CUDA, npgpt is compared with it, and PyTorch's profiler measures the kernels.
@@ -25,7 +25,7 @@ from npgpt.engine.backend import DeviceError, select
 from npgpt.storage.run import RunFiles, read_log
 
 ROOT = HERE.parent.parent
-STAGES = ["tests", "training", "kernels", "run"]
+STAGES = ["tests", "training", "kernels", "run", "ranks"]
 DTYPES = ["float32", "TF32", "bfloat16"]
 PYTORCH = [f"eager {dtype} cuda" for dtype in DTYPES] + ["compiled bfloat16 cuda"]  # compiling takes about a minute
 PUBLISHED = 1.4697  # nanoGPT's best validation loss of its configuration for a GPU, on tiny Shakespeare (its README)
@@ -165,9 +165,35 @@ def run_to_a_loss(text, seconds, extra):
     return row | {"published": PUBLISHED}, row["best_loss"] <= PUBLISHED
 
 
+def several(cupy, text):
+    """Train with one rank and with one for each GPU: (the seconds of a step and the largest difference of the losses, passed).
+
+    With a given micro-batch, all see the same batches and masks. With one GPU there is nothing to compare.
+    """
+    n, mpiexec = cupy.cuda.runtime.getDeviceCount(), Path(sys.executable).parent / "mpiexec"
+    missing = "there is one GPU" if n < 2 else "there is no mpiexec; install npgpt[mpi]" if not mpiexec.exists() else None
+    if missing:
+        print(f"\nseveral GPUs are left out: {missing}")
+        return {"left_out": missing}, True
+    losses, row = [], {"gpus": n}
+    for ranks in (1, n):
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "model.npz"
+            command = [sys.executable, "-m", "npgpt", "train", text, "--out", out, "--preset", "char", "--device", "cuda"]
+            command += ["--steps", "60", "--micro-batch", str(64 // n), "--log-interval", "1", "--eval-interval", "60"]
+            launcher = [mpiexec, "-n", str(n)] if ranks > 1 else []
+            subprocess.run([*launcher, *command], cwd=ROOT, check=True)
+            steps = [event for event in read_log(RunFiles(out).log) if event["event"] == "step"]
+        losses.append(np.array([step["loss"] for step in steps]))
+        row[f"ms, {ranks} ranks"] = round(1e3 * statistics.median(step["seconds"] for step in steps[20:]), 1)
+    row["difference"] = float(np.abs(losses[1] / losses[0] - 1).max())
+    print("\n" + "  ".join(f"{key} {value}" for key, value in row.items()))
+    return row, row["difference"] < 1e-3  # float32, and another order of sums
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="default: all four")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="default: all")
     parser.add_argument("--text", default=None, help="default: data/tinyshakespeare.txt if it is there, else data/tiny.txt")
     parser.add_argument("--rounds", type=int, default=6, help="number of turns of each contender")
     parser.add_argument("--seconds", type=float, default=150, help="longest time of the tests, and of the training run")
@@ -187,6 +213,7 @@ def main():
         "training": lambda: speed(args.rounds),
         "kernels": lambda: kernels(cupy),
         "run": lambda: run_to_a_loss(text, args.seconds, extra),
+        "ranks": lambda: several(cupy, text),
     }
     missed = []
     for stage in args.stages:
