@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import os
 import shlex
 import time
@@ -179,7 +180,7 @@ def _prepare(args: argparse.Namespace, started: float, ranks: Ranks) -> _Prepare
     observers = Observers(args.watch, args.tensorboard) if ranks.is_first else Observers(None, None)
     last = None if args.resume is None else _state_to_resume(args, files)
     base = None if args.base is None else load(args.base)
-    read = lambda: _read(args, files, last, base)  # noqa: E731
+    read = functools.partial(_read, args, files, last, base)
     corpus = ranks.on_first(read) if args.text_from_rank_0 else read()
     if args.minutes:
         choice = _plan(args, started + 60 * args.minutes, files, corpus, base)

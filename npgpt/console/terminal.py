@@ -19,7 +19,7 @@ CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # C0 without tab and line
 class Parser(argparse.ArgumentParser):
     """Reports a wrong command line in one line. For a misspelt flag it suggests the closest one."""
 
-    is_silent = False  # whether another process says it
+    is_silent = False  # True: another process reports the same error
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments: "):

@@ -41,7 +41,7 @@ ASK, HERE = 1, 2  # tags of messages between ranks that wait
 
 
 class OtherRankError(Exception):
-    """Another rank has failed, and says why. This one ends without a word."""
+    """Another rank has failed, and says why. This rank ends without a message."""
 
 
 class RankError(RuntimeError):
@@ -49,7 +49,7 @@ class RankError(RuntimeError):
 
 
 class Ranks:
-    """The ranks of a run, seen from one of them. This class is that of a run with one process."""
+    """The ranks of a run, seen from one of them. This class is for a run with one process. MpiRanks is for several."""
 
     size, rank = 1, 0
     on_this_machine = 1  # ranks that share this machine
@@ -266,7 +266,7 @@ class MpiRanks(Ranks):
     def together(self, work: Callable[[], Result]) -> Result:
         try:
             result = work()
-        except Exception as error:
+        except Exception as error:  # whatever it is, the others must know; it is raised again
             if error is self._known:
                 raise
             self._exchange("together", None, failed=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import statistics
 import time
@@ -145,7 +146,7 @@ class Trainer:
                 shield(lambda: together(self._open))
                 self.progress = self.ranks.broadcast(self.progress)  # the first rank alone has looked at the files
                 outcome = yield from self._steps_and_evaluations(stop_requested, shield)
-                explain = lambda: self.ranks.on_first(self._explain_divergence)  # noqa: E731
+                explain = functools.partial(self.ranks.on_first, self._explain_divergence)
                 reason = shield(explain) if outcome is Outcome.DIVERGED else ""
             finally:
                 try:

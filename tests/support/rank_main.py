@@ -16,7 +16,7 @@ from npgpt.parallel.workers import Workers
 
 
 def operations(ranks):
-    """Every operation of MpiRanks, against what it is defined to be."""
+    """Check every operation of MpiRanks against its definition."""
     size, rank = ranks.size, ranks.rank
     for dtype in (np.float32, np.float64):
         for n in (0, 1, size - 1, 1000, 1001):
