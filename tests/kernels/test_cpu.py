@@ -213,7 +213,7 @@ def test_a_few_rows_of_layer_norm_and_gelu(fast, dtype, shape):
     close(fast.gelu_decode(x), REFERENCE.gelu_forward(x)[0], dtype)
 
 
-@pytest.mark.parametrize(("tokens", "head_dim"), [(1, 4), (17, 16), (40, 33), (129, 64)])
+@pytest.mark.parametrize(("tokens", "head_dim"), [(1, 4), (17, 16), (40, 33), (129, 64), (30, 150)])
 def test_attention_of_one_more_token(fast, dtype, tokens, head_dim):
     """Over a cache with room for more tokens, for queries that are views, and for sequences that lack some keys."""
     cache = normal(dtype, 2, 3, 2, tokens + 5, head_dim)

@@ -381,7 +381,11 @@ BUGS = [
     ("native: half of 2^k", VECTOR, "half = whole >> 1;", "half = whole;"),
     ("native: the last elements of a row are not stored", VECTOR, "_mm512_mask_storeu_ps(to, (__mmask16)((1u << n) - 1)", "_mm512_mask_storeu_ps(to, (__mmask16)((1u << n) / 2)"),
     ("native: a few rows without the rest of n", C_DECODE, "for (; i < n; i++)", "for (; i < n - 1; i++)"),
-    ("native: a few rows without the last columns", C_DECODE, "for (int64_t j = whole; j < m; j++)", "for (int64_t j = whole; j < m - 1; j++)"),
+    ("native: a few rows without the last columns", C_DECODE, "n, m, m - whole);", "n, m, m - whole - 1);"),
+    ("native: the last rows of the weights twice", C_DECODE, "n - i < DEPTH ? n - i : DEPTH", "DEPTH"),
+    ("native: a copy of weights without its last vector", C_DECODE, "for (int v = 0; v < VECTORS; v++) store(copy", "for (int v = 1; v < VECTORS; v++) store(copy"),
+    ("native: the stride of copied weights", C_DECODE, "block_product(x, copy, y, 0, n, WIDTH, m, depth, 6, 0)", "block_product(x, copy, y, 0, n, m, m, depth, 6, 0)"),
+    ("native: the last numbers of a head are not weighed", C_DECODE, "sum += scores[t] * load_some(value", "sum += load_some(value"),
     ("native: a few rows forget what is there", C_DECODE, "(add ? y[r * m + j] : 0.0f)", "0.0f"),
     ("exchange: merges from the right", GGUF, 'f"{token[:k]} {token[k]}"', 'f"{token[k]} {token[:k]}"'),
 ]  # fmt: skip

@@ -2,18 +2,28 @@
 // product is the time to read the weights, so they are read once, in the order in which they lie in memory.
 
 #define VECTORS (BYTES == 64 ? 4 : 2)  // vectors of one row of y in registers
-#define AT_ONCE 6                      // rows of x multiplied at once
-#define TILE 2048                      // columns of a single row; it stays in the first-level cache
+#define WIDTH (VECTORS * LANES)        // columns of y computed at once
+#define AT_ONCE 6                      // rows of y computed at once
+#define DEPTH 32                       // rows of w used at once; WIDTH columns of them stay in the first-level cache
+#define TILE 2048                      // columns of a single row; they stay in the first-level cache
 
-static inline void one_row_product(const float *x, const float *w, float *y, int64_t n, int64_t m) {
-    for (int64_t tile = 0; tile < m; tile += TILE) {
-        const int64_t end = m - tile < TILE ? m : tile + TILE;
+// Brings the numbers at `from` into the second-level cache. The processor itself sees no pattern in rows that are read in pieces.
+// `from` may be past the end of an array.
+#define FETCH(from) __builtin_prefetch(from, 0, 2)
+
+// y (columns,) += x (n,) @ w (n, columns). The rows of w are m apart.
+static inline void one_row_product(const float *x, const float *w, float *y, int64_t n, int64_t m, int64_t columns) {
+    for (int64_t tile = 0; tile < columns; tile += TILE) {
+        const int64_t end = columns - tile < TILE ? columns : tile + TILE;
         int64_t i = 0;
         for (; i + 8 <= n; i += 8)  // eight rows of w at once, so that y is read and written less often
             for (int64_t j = tile; j < end; j += LANES) {
                 const float *from = w + i * m + j;
                 vec sum = load_some(y + j, end - j, 0);
-                UNROLL for (int r = 0; r < 8; r++, from += m) sum += x[i + r] * load_some(from, end - j, 0);
+                UNROLL for (int r = 0; r < 8; r++, from += m) {
+                    sum += x[i + r] * load_some(from, end - j, 0);
+                    FETCH(from + 16 * m);
+                }
                 store_some(y + j, end - j, sum);
             }
         for (; i < n; i++)
@@ -22,18 +32,23 @@ static inline void one_row_product(const float *x, const float *w, float *y, int
     }
 }
 
-// VECTORS vectors of `rows` <= AT_ONCE rows of y, from column j on; all these columns exist.
+// WIDTH columns of `rows` <= AT_ONCE rows of y += x @ w, for `depth` rows of w. The rows of x, w and y are n, stride and m apart.
+//
+// `first` says that w comes from memory, so the rows after these are fetched. With `copy`, these columns of w are written there,
+// one row after the other.
 static inline __attribute__((always_inline)) void block_product(
-    const float *x, const float *w, float *y, int64_t n, int64_t m, const int rows) {
+    const float *x, const float *w, float *y, float *copy, int64_t n, int64_t stride, int64_t m, int64_t depth, const int rows,
+    const int first) {
     vec sum[AT_ONCE][VECTORS];
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < VECTORS; v++) sum[r][v] = load(y + r * m + v * LANES);
-    for (int64_t i = 0; i < n; i++, w += m) {
+    for (int64_t i = 0; i < depth; i++, w += stride) {
         vec part[VECTORS];
-        for (int v = 0; v < VECTORS; v++) {
-            part[v] = load(w + v * LANES);
-            __builtin_prefetch(w + 16 * m + v * LANES);  // the processor itself does not see a pattern in such short pieces
-        }
+        for (int v = 0; v < VECTORS; v++) part[v] = load(w + v * LANES);
+        if (first)
+            for (int v = 0; v < VECTORS; v++) FETCH(w + DEPTH * stride + v * LANES);
+        if (first && copy)
+            for (int v = 0; v < VECTORS; v++) store(copy + i * WIDTH + v * LANES, part[v]);
         for (int r = 0; r < rows; r++)
             for (int v = 0; v < VECTORS; v++) sum[r][v] += x[r * n + i] * part[v];
     }
@@ -41,32 +56,40 @@ static inline __attribute__((always_inline)) void block_product(
         for (int v = 0; v < VECTORS; v++) store(y + r * m + v * LANES, sum[r][v]);
 }
 
+// The same for two rows or more.
+static void columns_product(const float *x, const float *w, float *y, int64_t rows, int64_t n, int64_t m, int64_t depth) {
+    float copy[DEPTH * WIDTH] __attribute__((aligned(64)));
+    switch (rows) {  // a constant number of rows, so that sums are in registers
+        case 2: block_product(x, w, y, 0, n, m, m, depth, 2, 1); return;
+        case 3: block_product(x, w, y, 0, n, m, m, depth, 3, 1); return;
+        case 4: block_product(x, w, y, 0, n, m, m, depth, 4, 1); return;
+        case 5: block_product(x, w, y, 0, n, m, m, depth, 5, 1); return;
+        case 6: block_product(x, w, y, 0, n, m, m, depth, 6, 1); return;
+        default: block_product(x, w, y, copy, n, m, m, depth, 6, 1);
+    }
+    for (int64_t r = AT_ONCE; r < rows; r += AT_ONCE) {
+        x += AT_ONCE * n, y += AT_ONCE * m;
+        switch (rows - r < AT_ONCE ? rows - r : AT_ONCE) {
+            case 1: block_product(x, copy, y, 0, n, WIDTH, m, depth, 1, 0); break;
+            case 2: block_product(x, copy, y, 0, n, WIDTH, m, depth, 2, 0); break;
+            case 3: block_product(x, copy, y, 0, n, WIDTH, m, depth, 3, 0); break;
+            case 4: block_product(x, copy, y, 0, n, WIDTH, m, depth, 4, 0); break;
+            case 5: block_product(x, copy, y, 0, n, WIDTH, m, depth, 5, 0); break;
+            default: block_product(x, copy, y, 0, n, WIDTH, m, depth, 6, 0);
+        }
+    }
+}
+
 // y (rows, m) = x (rows, n) @ w (n, m) + bias (m,); without a bias, bias is null. With `add`, y is added to what it holds.
 void NAME(few_rows_product)(
     const float *x, const float *w, const float *bias, float *y, int64_t rows, int64_t n, int64_t m, int64_t add) {
     for (int64_t r = 0; r < rows; r++)
         for (int64_t j = 0; j < m; j++) y[r * m + j] = (add ? y[r * m + j] : 0.0f) + (bias ? bias[j] : 0.0f);
-    if (rows == 1) {
-        one_row_product(x, w, y, n, m);
-        return;
-    }
-    const int64_t width = VECTORS * LANES, whole = m / width * width;
-    for (int64_t j = 0; j < whole; j += width)
-        for (int64_t r = 0; r < rows; r += AT_ONCE) {
-            const float *from = x + r * n;
-            float *to = y + r * m + j;
-            switch (rows - r < AT_ONCE ? rows - r : AT_ONCE) {  // a constant number of rows, so that sums are in registers
-                case 1: block_product(from, w + j, to, n, m, 1); break;
-                case 2: block_product(from, w + j, to, n, m, 2); break;
-                case 3: block_product(from, w + j, to, n, m, 3); break;
-                case 4: block_product(from, w + j, to, n, m, 4); break;
-                case 5: block_product(from, w + j, to, n, m, 5); break;
-                default: block_product(from, w + j, to, n, m, 6);
-            }
-        }
-    for (int64_t r = 0; r < rows; r++)  // the last columns
-        for (int64_t i = 0; i < n; i++)
-            for (int64_t j = whole; j < m; j++) y[r * m + j] += x[r * n + i] * w[i * m + j];
+    const int64_t whole = rows < 2 ? 0 : m / WIDTH * WIDTH;
+    for (int64_t i = 0; i < n; i += DEPTH)
+        for (int64_t j = 0; j < whole; j += WIDTH)
+            columns_product(x + i, w + i * m + j, y + j, rows, n, m, n - i < DEPTH ? n - i : DEPTH);
+    for (int64_t r = 0; r < rows; r++) one_row_product(x + r * n, w + whole, y + r * m + whole, n, m, m - whole);
 }
 
 // y (head_dim) = attention of one query over `tokens` keys and values. absent is null, or -inf where there is no key. scores has
@@ -81,13 +104,19 @@ static void attend(
         scores[t] = scale * sum_of(dot) + (absent ? absent[t] : 0.0f);
     }
     float factor = 1 / exponentials_of_row(scores, scores, tokens, 1, largest_of_row(scores, tokens));
-    memset(y, 0, head_dim * sizeof(float));
-    for (int64_t t = 0; t < tokens; t++, value += head_dim)
-        for (int64_t i = 0; i < head_dim; i += LANES) {
-            vec sum = load_some(y + i, head_dim - i, 0) + scores[t] * load_some(value + i, head_dim - i, 0);
-            store_some(y + i, head_dim - i, sum);
-        }
-    for (int64_t i = 0; i < head_dim; i++) y[i] *= factor;
+    int64_t i = 0;
+    for (; i + WIDTH <= head_dim; i += WIDTH) {
+        vec sum[VECTORS];
+        for (int v = 0; v < VECTORS; v++) sum[v] = splat(0);
+        for (int64_t t = 0; t < tokens; t++)
+            for (int v = 0; v < VECTORS; v++) sum[v] += scores[t] * load(value + t * head_dim + i + v * LANES);
+        for (int v = 0; v < VECTORS; v++) store(y + i + v * LANES, sum[v] * factor);
+    }
+    for (; i < head_dim; i += LANES) {  // the last ones
+        vec sum = splat(0);
+        for (int64_t t = 0; t < tokens; t++) sum += scores[t] * load_some(value + t * head_dim + i, head_dim - i, 0);
+        store_some(y + i, head_dim - i, sum * factor);
+    }
 }
 
 // y (batch, heads, head_dim) = attention of one query of each sequence over `tokens` keys and values of each head.
