@@ -53,27 +53,34 @@ class DecodeKernels(Kernels):
         super().__init__(np)
         self.one_thread = False  # whether a block of `blas_threads` (parallel/machine.py) has asked for one BLAS thread
 
-    @property
-    def fuses_blocks(self) -> bool:
-        """Whether `block_decode` can do something."""
-        return False
+    def fuses_blocks(self, rows: int) -> bool:
+        """Whether `blocks_decode` is there, and faster for this number of sequences than one operation after the other."""
+        return False  # NumPy has nothing that is
 
-    def block_decode(
+    def block_addresses(self, weights: Sequence[Array | None]) -> Array | None:
+        """What `blocks_decode` needs to know of the weights; None if it cannot use these.
+
+        weights: of each block, the weight and the bias of: the first layer norm, qkv, out, the second layer norm, fc, proj.
+        """
+        raise NotImplementedError
+
+    def blocks_decode(
         self,
         x: Array,
-        weights: Sequence[Array | None],
+        addresses: Array,
         memory: Array,
         lengths: Array,
         rotations: Array | None,
+        d_ff: int,
         activation: str,
         eps: float,
-    ) -> bool:
-        """A whole transformer block, in place: x (B, C). Returns False if these kernels cannot do it with these arrays.
+    ) -> None:
+        """All blocks of a transformer, in place: x (B, C).
 
-        weights: the weight and the bias of the first layer norm, qkv, out, the second layer norm, fc and proj. memory, lengths:
-        of the cache; this writes to it. rotations: (B, head_dim), for rotary positions.
+        addresses: from `block_addresses`. memory, lengths: of the cache; this writes to it. rotations: (B, head_dim), for
+        rotary positions.
         """
-        return False  # NumPy has nothing that is faster than one operation after the other
+        raise NotImplementedError
 
     def linear_decode(self, x: Array, weight: Array, bias: Array | None, onto: Array | None = None) -> Array:
         """x (B, in) -> x @ weight + bias (B, out). With `onto` (B, out), this is added to it in place, and it is returned."""

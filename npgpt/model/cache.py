@@ -33,6 +33,9 @@ class KVCache:
         # It starts as zeros, because what is `absent` must still be finite.
         self._memory: Array = backend.xp.zeros((config.n_layer, 2, batch, config.n_head, self._room, head_dim), dtype=dtype)
         self._set_lengths(np.zeros(batch, dtype=np.int64))
+        # The weights of the model that uses this cache, and what the kernels know of them; see GPT.decode.
+        self.weights: list[Array | None] = []
+        self.addresses: Array | None = None
 
     @property
     def length(self) -> int:
@@ -81,6 +84,11 @@ class KVCache:
     def memory(self, layer: int) -> Array:
         """The keys and values of one block, (2, B, n_head, room, head_dim). Position p is at p % room."""
         return self._memory[layer, :, : len(self.lengths)]
+
+    @property
+    def all_memory(self) -> Array:
+        """That of all blocks, (n_layer, 2, most, n_head, room, head_dim), with room for `most` sequences."""
+        return self._memory
 
     def advance(self, n: int) -> None:
         """Count n more tokens of each sequence, whose keys and values `extend` has kept in every block."""

@@ -11,6 +11,7 @@ each sequence (see layers.py). Shapes: B sequences, T tokens, C = n_embd channel
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import numpy as np
@@ -98,7 +99,6 @@ class Block(Module):
         self.attn = MultiHeadSelfAttention(config, layer, rotary, backend, dtype)
         self.ln_2 = LayerNorm(config.n_embd, config.bias, backend, dtype)
         self.mlp = FeedForward(config, backend, dtype)
-        self.activation = config.activation
         self.residual = Residual(config.dropout)
 
     def __call__(self, x: Tensor, rng: Any, cache: KVCache | None, last_only: bool) -> Tensor:
@@ -108,19 +108,13 @@ class Block(Module):
 
     def decode(self, x: Array, cache: KVCache) -> Array:
         """x (B, C) -> (B, C), in place."""
-        if CPU_KERNELS.fuses_blocks and self._decode_at_once(x, cache):
-            return x
         self.attn.decode(self.ln_1.decode(x), cache, onto=x)
         return self.mlp.decode(self.ln_2.decode(x), onto=x)
 
-    def _decode_at_once(self, x: Array, cache: KVCache) -> bool:
-        """See `block_decode` in kernels/decode.py."""
-        attn, mlp = self.attn, self.mlp
-        layers = (self.ln_1, attn.qkv, attn.out, self.ln_2, mlp.fc, mlp.proj)
-        weights = [p if p is None else p.data for layer in layers for p in (layer.weight, layer.bias)]
-        rotations = attn.rotary.rotations(cache.lengths) if attn.rotary else None
-        memory, eps = cache.memory(attn.layer), self.ln_1.eps
-        return CPU_KERNELS.block_decode(x, weights, memory, cache.lengths, rotations, self.activation, eps)
+    def weights(self) -> list[Array | None]:
+        """The weight and the bias of each layer, as `block_addresses` in kernels/decode.py wants them."""
+        layers = (self.ln_1, self.attn.qkv, self.attn.out, self.ln_2, self.mlp.fc, self.mlp.proj)
+        return [p if p is None else p.data for layer in layers for p in (layer.weight, layer.bias)]
 
 
 class GPT(Module):
@@ -204,11 +198,25 @@ class GPT(Module):
         x = self.wte.decode(ids)  # (B, C)
         if self.config.position == "learned":
             x += self.wpe.decode(cache.positions)
-        for block in self.blocks:
-            x = block.decode(x, cache)
+        if not (CPU_KERNELS.fuses_blocks(len(x)) and self._decode_blocks(x, cache)):
+            for block in self.blocks:
+                x = block.decode(x, cache)
         cache.advance(1)
         x = self.ln_f.decode(x)
         return x @ self.wte.weight.data.T if self.config.tie_weights else self.lm_head.decode(x)
+
+    def _decode_blocks(self, x: Array, cache: KVCache) -> bool:
+        """All blocks in one call, in place; see `blocks_decode` in kernels/decode.py. False if the weights do not allow it."""
+        weights = [p for block in self.blocks for p in block.weights()]
+        if not (cache.weights and all(map(operator.is_, weights, cache.weights))):
+            cache.weights, cache.addresses = weights, CPU_KERNELS.block_addresses(weights)
+        if cache.addresses is None:
+            return False
+        first, lengths = self.blocks[0], cache.lengths
+        rotations = first.attn.rotary.rotations(lengths) if first.attn.rotary else None
+        d_ff, activation = len(first.mlp.proj.weight.data), self.config.activation
+        CPU_KERNELS.blocks_decode(x, cache.addresses, cache.all_memory, lengths, rotations, d_ff, activation, first.ln_1.eps)
+        return True
 
     @property
     def backend(self) -> Backend:

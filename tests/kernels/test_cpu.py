@@ -181,7 +181,15 @@ def test_every_override_runs_and_is_tested():
     """Each class of kernels uses its own overrides, and has no method that the reference does not have."""
     in_numpy = {"causal_attention", "rotary", "layer_norm", "gelu", "embedding", "adamw"}
     in_c = in_numpy - {"rotary"} | {"linear", "dropout", "residual", "cross_entropy"}
-    decoding = {"block_decode", "linear_decode", "layer_norm_decode", "gelu_decode", "attention_decode"}
+    decoding = {
+        "fuses_blocks",
+        "block_addresses",
+        "blocks_decode",
+        "linear_decode",
+        "layer_norm_decode",
+        "gelu_decode",
+        "attention_decode",
+    }
     for classes, tested in [((CpuKernels, DecodeKernels), in_numpy), ((native.NativeKernels,), in_c)]:
         members = {name: value for kernels in classes for name, value in vars(kernels).items()}
         methods = {name for name, value in members.items() if callable(value) and not name.startswith("_")}

@@ -234,26 +234,51 @@ def test_threads_do_not_share_scratch_memory():
     ],
 )
 @pytest.mark.parametrize("lengths", [(0,), (6, 6, 6), (7, 12, 3, 30)])
-def test_a_block_for_one_more_token(kernels, monkeypatch, options, lengths):
+def test_blocks_for_one_more_token(kernels, monkeypatch, options, lengths):
     """The result and the cache are those of one operation after the other, also where the room in the cache is full."""
-    model = GPT(GPTConfig(11, **({"block_size": 12, "n_layer": 1, "n_head": 2, "n_embd": 24} | options)), seed=1)
+    model = GPT(GPTConfig(11, **({"block_size": 12, "n_layer": 2, "n_head": 2, "n_embd": 24} | options)), seed=1)
     model.parameters().data += 0.3 * np.random.default_rng(0).standard_normal(model.num_parameters(), dtype=np.float32)
     x, results = normal(np.float32, len(lengths), model.config.n_embd), []
     for chosen in (CpuKernels(), kernels):
-        cache = model.new_cache(len(lengths))
-        cache._memory[:] = normal(np.float32, *cache._memory.shape)
+        cache = model.new_cache(len(lengths) + 1)
+        cache.remove(0)  # so there is room for more sequences than there are
+        cache.all_memory[:] = normal(np.float32, *cache.all_memory.shape)
         cache._set_lengths(np.array(lengths))
         monkeypatch.setattr(gpt, "CPU_KERNELS", chosen)
         monkeypatch.setattr(layers, "CPU_KERNELS", chosen)
-        results.append((model.blocks[0].decode(x.copy(), cache), cache._memory))
+        y = x.copy()
+        if chosen is kernels:
+            assert model._decode_blocks(y, cache)
+        else:
+            for block in model.blocks:
+                y = block.decode(y, cache)
+        results.append((y, cache.all_memory))
     for found, expected in zip(*results, strict=True):
-        np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
-    arguments = (x, [x] * 12, cache.memory(0), cache.lengths, None, "gelu", 1e-5)
+        np.testing.assert_allclose(found, expected, rtol=5e-5, atol=5e-5)
+
+
+def test_blocks_are_decoded_at_once_where_that_is_right(kernels, monkeypatch):
+    """With one thread, few sequences, and contiguous weights of float32, those that the model has now."""
     kernels.one_thread = False
-    assert not kernels.block_decode(*arguments)
+    assert not kernels.fuses_blocks(1)
     kernels.one_thread = True
-    assert not kernels.block_decode(x.astype(np.float64), *arguments[1:])
-    assert not kernels.block_decode(np.asfortranarray(normal(np.float32, 2, 8)), *arguments[1:])
+    assert [kernels.fuses_blocks(rows) for rows in (0, 1, 64, 65)] == [False, True, True, False]
+    weight = normal(np.float32, 4, 8)
+    assert kernels.block_addresses([weight, None]).tolist() == [weight.ctypes.data, 0]
+    assert kernels.block_addresses([weight.T, None]) is None
+    assert kernels.block_addresses([weight.astype(np.float64), None]) is None
+
+    monkeypatch.setattr(gpt, "CPU_KERNELS", kernels)
+    model, ids = GPT(GPTConfig(11, block_size=12, n_layer=2, n_head=2, n_embd=24), seed=1), np.array([3])
+    proj, cache, expected = model.blocks[1].mlp.proj.weight, model.new_cache(), model.new_cache()
+    model.decode(ids, cache)
+    model.decode(ids, expected)
+    proj.data = 2 * proj.data  # the cache knows where the old weights are
+    np.testing.assert_array_equal(model.decode(ids, cache), model.decode(ids, expected))
+    assert cache.addresses is not None
+    proj.data = np.asfortranarray(proj.data)
+    np.testing.assert_allclose(model.decode(ids, cache), model.decode(ids, expected), rtol=1e-5)
+    assert cache.addresses is None
 
 
 def test_arrays_that_do_not_fit_are_left_to_numpy(kernels):

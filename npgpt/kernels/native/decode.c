@@ -1,5 +1,5 @@
-// One more token of each sequence: products of a few rows, attention over the cache, and a transformer block. The time of such a
-// product is the time to read the weights, so they are read once, in the order in which they lie in memory.
+// One more token of each sequence: products of a few rows, attention over the cache, and the blocks of a transformer. The
+// time of such a product is the time to read the weights, so they are read once, in the order in which they lie in memory.
 
 #define VECTORS (BYTES == 64 ? 4 : 2)  // vectors of one row of y in registers
 #define WIDTH (VECTORS * LANES)        // columns of y computed at once
@@ -143,40 +143,44 @@ static void rotate(float *x, const float *rotation, int64_t n) {
     }
 }
 
-// A transformer block for one more token of each sequence: x (batch, c), in place. w has the weight and the bias of: the first layer
-// norm, qkv, out, the second layer norm, fc, proj. A bias may be NULL.
+// The weight and the bias of each layer of a block. A bias may be NULL.
+struct block_weights {
+    const float *ln_1, *ln_1_bias, *qkv, *qkv_bias, *out, *out_bias, *ln_2, *ln_2_bias, *fc, *fc_bias, *proj, *proj_bias;
+};
+
+// All blocks of a transformer for one more token of each sequence: x (batch, c), in place.
 //
-// k and v are the cache of this block. Each sequence has `room` keys in it. lengths (batch,) says how many tokens came before: the
-// key of this one takes the place of the oldest one if there is no room left. rotations (batch, head_dim) is NULL without rotary
-// positions. scratch has room for batch * (c + max(3 c, d_ff) + 2) + room.
-void NAME(decode_block)(
-    float *x, const float *ln_1, const float *ln_1_bias, const float *qkv, const float *qkv_bias, const float *out,
-    const float *out_bias, const float *ln_2, const float *ln_2_bias, const float *fc, const float *fc_bias, const float *proj,
-    const float *proj_bias, float *k, float *v, const int64_t *lengths, const float *rotations, float *scratch, int64_t batch,
-    int64_t c, int64_t heads, int64_t d_ff, int64_t room, int64_t kv_stride, int64_t is_gelu, double eps) {
+// cache (layers, 2, most, heads, room, head_dim) has keys and values, of which the first `batch` of `most` sequences are used.
+// lengths (batch,) says how many tokens came before: the key of this one takes the place of the oldest one if there is no room left.
+// rotations (batch, head_dim) is NULL without rotary positions. scratch has room for batch * (c + max(3 c, d_ff) + 2) + room.
+void NAME(decode_blocks)(
+    float *x, const struct block_weights *weights, float *cache, const int64_t *lengths, const float *rotations, float *scratch,
+    int64_t layers, int64_t batch, int64_t c, int64_t heads, int64_t d_ff, int64_t room, int64_t most, int64_t is_gelu, double eps) {
     const int64_t head_dim = c / heads, wide = 3 * c > d_ff ? 3 * c : d_ff;
     float *narrow = scratch, *hidden = narrow + batch * c, *moments = hidden + batch * wide, *scores = moments + 2 * batch;
-    NAME(layer_norm_forward)(x, ln_1, ln_1_bias, narrow, moments, moments + batch, batch, c, eps);
-    NAME(few_rows_product)(narrow, qkv, qkv_bias, hidden, batch, c, 3 * c, 0);
-    for (int64_t b = 0; b < batch; b++)
-        for (int64_t h = 0; h < heads; h++) {
-            const int64_t at = b * kv_stride + h * room * head_dim, newest = at + lengths[b] % room * head_dim;
-            float *query = hidden + b * 3 * c + h * head_dim, *key = query + c, *value = key + c;
-            if (rotations) {
-                rotate(query, rotations + b * head_dim, head_dim);
-                rotate(key, rotations + b * head_dim, head_dim);
+    for (const struct block_weights *w = weights; w < weights + layers; w++, cache += 2 * most * room * c) {
+        NAME(layer_norm_forward)(x, w->ln_1, w->ln_1_bias, narrow, moments, moments + batch, batch, c, eps);
+        NAME(few_rows_product)(narrow, w->qkv, w->qkv_bias, hidden, batch, c, 3 * c, 0);
+        for (int64_t b = 0; b < batch; b++)
+            for (int64_t h = 0; h < heads; h++) {
+                float *k = cache + (b * heads + h) * room * head_dim, *v = k + most * room * c;
+                float *query = hidden + b * 3 * c + h * head_dim, *key = query + c, *value = key + c;
+                if (rotations) {
+                    rotate(query, rotations + b * head_dim, head_dim);
+                    rotate(key, rotations + b * head_dim, head_dim);
+                }
+                const int64_t newest = lengths[b] % room * head_dim, tokens = lengths[b] < room ? lengths[b] + 1 : room;
+                memcpy(k + newest, key, head_dim * sizeof(float));
+                memcpy(v + newest, value, head_dim * sizeof(float));
+                attend(query, k, v, 0, narrow + b * c + h * head_dim, scores, tokens, head_dim, 1 / __builtin_sqrtf(head_dim));
             }
-            memcpy(k + newest, key, head_dim * sizeof(float));
-            memcpy(v + newest, value, head_dim * sizeof(float));
-            const int64_t tokens = lengths[b] < room ? lengths[b] + 1 : room;
-            attend(query, k + at, v + at, 0, narrow + b * c + h * head_dim, scores, tokens, head_dim, 1 / __builtin_sqrtf(head_dim));
-        }
-    NAME(few_rows_product)(narrow, out, out_bias, x, batch, c, c, 1);
-    NAME(layer_norm_forward)(x, ln_2, ln_2_bias, narrow, moments, moments + batch, batch, c, eps);
-    NAME(few_rows_product)(narrow, fc, fc_bias, hidden, batch, c, d_ff, 0);
-    if (is_gelu)
-        NAME(gelu_forward)(hidden, hidden, batch * d_ff);
-    else
-        for (int64_t i = 0; i < batch * d_ff; i++) hidden[i] = hidden[i] < 0 ? 0 : hidden[i];
-    NAME(few_rows_product)(hidden, proj, proj_bias, x, batch, d_ff, c, 1);
+        NAME(few_rows_product)(narrow, w->out, w->out_bias, x, batch, c, c, 1);
+        NAME(layer_norm_forward)(x, w->ln_2, w->ln_2_bias, narrow, moments, moments + batch, batch, c, eps);
+        NAME(few_rows_product)(narrow, w->fc, w->fc_bias, hidden, batch, c, d_ff, 0);
+        if (is_gelu)
+            NAME(gelu_forward)(hidden, hidden, batch * d_ff);
+        else
+            for (int64_t i = 0; i < batch * d_ff; i++) hidden[i] = hidden[i] < 0 ? 0 : hidden[i];
+        NAME(few_rows_product)(hidden, w->proj, w->proj_bias, x, batch, d_ff, c, 1);
+    }
 }

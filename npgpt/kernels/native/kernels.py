@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from npgpt.kernels.cpu import CpuKernels
-from npgpt.kernels.native.library import PROCESSORS, Library
+from npgpt.kernels.native.library import PROCESSORS, Library, address_of
 from npgpt.kernels.reference import AdamWStep, Array, Saved
 
 
@@ -42,9 +42,9 @@ class NativeKernels(CpuKernels):
         self.rounding = 0
         self._has_faster_products = library.processor in FASTER_PRODUCTS
 
-    @property
-    def fuses_blocks(self) -> bool:
-        return self.one_thread  # with more threads, the BLAS is faster: it spreads a product over them
+    def fuses_blocks(self, rows: int) -> bool:
+        # With more rows, a product that copies the weights first is faster. With more threads, the BLAS is: it uses them all.
+        return self.one_thread and 0 < rows <= MOST_ROWS
 
     @property
     def bfloat16_products(self) -> bool:
@@ -94,39 +94,30 @@ class NativeKernels(CpuKernels):
 
     # ---------------------------------------------------------------- one more token of each sequence
 
-    def block_decode(
+    def block_addresses(self, weights: Sequence[Array | None]) -> Array | None:
+        if not (_are_float32(*weights) and all(a is None or a.flags.c_contiguous for a in weights)):
+            return None
+        return np.array([0 if a is None else address_of(a) for a in weights], dtype=np.uintp)
+
+    def blocks_decode(
         self,
         x: Array,
-        weights: Sequence[Array | None],
+        addresses: Array,
         memory: Array,
         lengths: Array,
         rotations: Array | None,
+        d_ff: int,
         activation: str,
         eps: float,
-    ) -> bool:
-        arrays = (x, *weights, rotations)
-        fit = _are_float32(memory, *arrays) and all(a is None or a.flags.c_contiguous for a in arrays)
-        if not (fit and self.fuses_blocks and 0 < len(x) <= MOST_ROWS):
-            return False
-        (b, c), (_, _, heads, room, _) = x.shape, memory.shape
-        proj = weights[-2]
-        assert proj is not None
-        d_ff = len(proj)
-        scratch = np.empty(b * (c + max(3 * c, d_ff) + 2) + room, dtype=x.dtype)
-        k, v = memory
-        sizes = (b, c, heads, d_ff, room, k.strides[0] // 4, activation == "gelu")
-        self._run("decode_block", x, *weights, k, v, lengths, rotations, scratch, *sizes, eps)
-        return True
+    ) -> None:
+        (b, c), (layers, _, most, heads, room, _) = x.shape, memory.shape
+        scratch = np.empty(b * (c + max(3 * c, d_ff) + 2) + room, dtype=np.float32)
+        sizes = (layers, b, c, heads, d_ff, room, most, activation == "gelu")
+        self._run("decode_blocks", x, addresses, memory, lengths, rotations, scratch, *sizes, eps)
 
     def linear_decode(self, x: Array, weight: Array, bias: Array | None, onto: Array | None = None) -> Array:
         arrays = (x, weight, bias, onto)
-        # With more rows, a product that copies the weights first is faster. With more threads, the BLAS is: it uses them all.
-        if not (
-            self.one_thread
-            and len(x) <= MOST_ROWS
-            and _are_float32(*arrays)
-            and all(a is None or a.flags.c_contiguous for a in arrays)
-        ):
+        if not (self.fuses_blocks(len(x)) and _are_float32(*arrays) and all(a is None or a.flags.c_contiguous for a in arrays)):
             return super().linear_decode(x, weight, bias, onto)
         (rows, n), m = x.shape, weight.shape[1]
         y = np.empty((rows, m), dtype=x.dtype) if onto is None else onto

@@ -34,7 +34,7 @@ FUNCTIONS = {
     "cross_entropy_backward": "ppppnn",
     "few_rows_product": "ppppnnnn",
     "decode_attention": "ppppppnnnnnnnd",
-    "decode_block": "pppppppppppppppppp" + "nnnnnnnd",
+    "decode_blocks": "ppppppnnnnnnnnd",
     "product": "pppppnnnnnnn",
     "bfloat16_product": "pppppnnnnnnn",
 }
@@ -44,8 +44,17 @@ NUMBERS = {"product_scratch": "n", "attention_scratch": "nn", "attention_exponen
 PROCESSORS = {"avx512bf16": "AVX-512 and bfloat16", "avx512": "AVX-512", "avx2": "AVX2", "any": "SIMD of 16 bytes"}
 CACHE_LINE = 64  # bytes
 OBJECT_HEAD = object.__basicsize__  # bytes
-_pointer_at = ctypes.c_void_p.from_address
 TYPES: dict[str, Any] = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "d": ctypes.c_double}
+_pointer_at = ctypes.c_void_p.from_address
+
+
+def address_of(array: np.ndarray) -> int | None:
+    """Where the elements of an array begin.
+
+    NumPy's own attributes that tell this take as long as a small kernel. An array is a Python object whose first field after
+    the object's head is this address (NumPy's documentation of PyArrayObject).
+    """
+    return _pointer_at(id(array) + OBJECT_HEAD).value
 
 
 class Library:
@@ -66,9 +75,7 @@ class Library:
 
     def __call__(self, name: str, *arguments: Any) -> None:
         """arguments: NumPy arrays, which must be contiguous; None for a null pointer; numbers."""
-        # NumPy's attributes that tell the address of the elements take as long as a small kernel. An array is a Python object
-        # whose first field after the object's head is this address (NumPy's documentation of PyArrayObject).
-        self._functions[name](*[_pointer_at(id(a) + OBJECT_HEAD).value if isinstance(a, np.ndarray) else a for a in arguments])
+        self._functions[name](*[address_of(a) if isinstance(a, np.ndarray) else a for a in arguments])
 
     def size(self, name: str, *sizes: int) -> int:
         """One of NUMBERS."""
@@ -119,7 +126,7 @@ def _loaded() -> ctypes.CDLL | None:
     except (OSError, AttributeError) as error:  # for another processor or C library, or damaged
         problem = f"cannot be loaded ({error})"
     array = np.zeros(1)
-    if problem is None and _pointer_at(id(array) + OBJECT_HEAD).value != array.ctypes.data:
+    if problem is None and address_of(array) != array.ctypes.data:
         problem = "does not find the elements of an array in this Python"
     if problem is None:
         return loaded
