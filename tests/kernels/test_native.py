@@ -257,8 +257,8 @@ def test_blocks_for_one_more_token(kernels, monkeypatch, options, lengths):
         np.testing.assert_allclose(found, expected, rtol=5e-5, atol=5e-5)
 
 
-def test_blocks_are_decoded_at_once_where_that_is_right(kernels, monkeypatch):
-    """With one thread, few sequences, and contiguous weights of float32, those that the model has now."""
+def test_blocks_are_decoded_at_once_where_that_is_right(kernels):
+    """With one thread, few sequences, and contiguous weights of float32."""
     kernels.one_thread = False
     assert not kernels.fuses_blocks(1)
     kernels.one_thread = True
@@ -267,19 +267,6 @@ def test_blocks_are_decoded_at_once_where_that_is_right(kernels, monkeypatch):
     assert kernels.block_addresses([weight, None]).tolist() == [weight.ctypes.data, 0]
     assert kernels.block_addresses([weight.T, None]) is None
     assert kernels.block_addresses([weight.astype(np.float64), None]) is None
-
-    monkeypatch.setattr(gpt, "CPU_KERNELS", kernels)
-    model, ids = GPT(GPTConfig(11, block_size=12, n_layer=2, n_head=2, n_embd=24), seed=1), np.array([3])
-    proj, cache, fresh = model.blocks[1].mlp.proj.weight, model.new_cache(), model.new_cache()
-    before = [model.decode(ids, cache) for _ in range(2)]
-    proj.data = 2 * proj.data  # the cache knows where the old weights are
-    after = [model.decode(ids, fresh) for _ in range(3)]
-    assert np.abs(after[1] - before[1]).max() > 1e-3
-    np.testing.assert_array_equal(model.decode(ids, cache), after[2])
-    assert cache.addresses is not None
-    proj.data = np.asfortranarray(proj.data)
-    np.testing.assert_allclose(model.decode(ids, cache), model.decode(ids, fresh), rtol=1e-4, atol=1e-6)
-    assert cache.addresses is None
 
 
 def test_arrays_that_do_not_fit_are_left_to_numpy(kernels):

@@ -162,3 +162,18 @@ def test_last_only_gives_the_logits_of_the_last_position(model, rng):
     cache = model.new_cache(3)
     model(ids[:, :5], cache=cache, last_only=True)
     np.testing.assert_allclose(model(ids[:, 5:], cache=cache, last_only=True)[0].data, logits.data, rtol=0, atol=1e-5)
+
+
+def test_decoding_uses_the_weights_that_the_model_has_now():
+    """A cache knows where the weights were. New arrays may take their place, also arrays that the kernels in C cannot read."""
+    model, ids = GPT(GPTConfig(11, block_size=12, n_layer=2, n_head=2, n_embd=24), seed=1), np.array([3])
+    proj, cache, fresh = model.blocks[1].mlp.proj.weight, model.new_cache(), model.new_cache()
+    with blas_threads(1):
+        before = [model.decode(ids, cache) for _ in range(2)]
+        proj.data = 2 * proj.data
+        after = [model.decode(ids, fresh) for _ in range(3)]
+        assert np.abs(after[1] - before[1]).max() > 1e-3
+        np.testing.assert_array_equal(model.decode(ids, cache), after[2])
+        expected = model.decode(ids, fresh)
+        proj.data = np.asfortranarray(proj.data)
+        np.testing.assert_allclose(model.decode(ids, cache), expected, rtol=1e-4, atol=1e-6)
