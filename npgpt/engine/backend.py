@@ -21,9 +21,10 @@ import numpy as np
 
 from npgpt.engine.streams import Stream, generator, seed_sequence
 from npgpt.kernels.cpu import CpuKernels
-from npgpt.kernels.cuda.kernels import CudaKernels, Key
+from npgpt.kernels.cuda.kernels import CudaKernels
 from npgpt.kernels.cuda.launch import CudaLaunch
 from npgpt.kernels.cuda.products import CublasGemm
+from npgpt.kernels.cuda.random import Key
 from npgpt.kernels.cuda.recording import CudaGraph, Recording
 from npgpt.kernels.native.kernels import NativeKernels
 from npgpt.kernels.native.library import library

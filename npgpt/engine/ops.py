@@ -6,13 +6,15 @@ general operations are methods of Tensor.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from npgpt.engine.backend import backend_of, is_float
+from npgpt.engine.graph import current_watch
 from npgpt.engine.tensor import Tensor, record
-from npgpt.kernels.reference import Array, Kernels
+from npgpt.kernels.reference import Array, Kernels, Onto
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -28,7 +30,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     kernels = _kernels("linear", *inputs)
     y, saved = kernels.linear_forward(x.data, weight.data, None if bias is None else bias.data)
     needs, n = (x.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad), len(inputs)
-    return record(y, inputs, lambda dy: kernels.linear_backward(dy, saved, needs)[:n])
+
+    def backward(dy: Array) -> tuple[Array | None, ...]:
+        onto = _sums(weight, bias)
+        return _not_added(kernels.linear_backward(dy, saved, needs, onto), None, *onto)[:n]
+
+    return record(y, inputs, backward)
 
 
 def softmax(x: Tensor, axis: int = -1) -> Tensor:
@@ -73,6 +80,19 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, rng:
     return record(y, (q, k, v), lambda dy: kernels.causal_attention_backward(dy, saved))
 
 
+def self_attention(qkv: Tensor, dropout: float = 0.0, rng: Any = None) -> Tensor:
+    """`causal_attention` of queries, keys and values that lie side by side: (B, T, 3, H, head_dim) -> (B, T, H, head_dim).
+
+    Raises ValueError if qkv has another shape.
+    """
+    if qkv.ndim != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"self_attention: expected qkv (B, T, 3, H, head_dim), got {qkv.shape}")
+    _check_probability("self_attention", dropout)
+    kernels = _kernels("self_attention", qkv)
+    y, saved = kernels.self_attention_forward(qkv.data, dropout, rng)
+    return record(y, (qkv,), lambda dy: (kernels.self_attention_backward(dy, saved),))
+
+
 def rotary(x: Tensor, rotation: Any) -> Tensor:
     """Turn each pair of neighbouring elements by the angle of its position (Su et al., 2021, section 3.2.2).
 
@@ -102,7 +122,12 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
     kernels = _kernels("layer_norm", *inputs)
     y, saved = kernels.layer_norm_forward(x.data, weight.data, None if bias is None else bias.data, eps)
     n = len(inputs)
-    return record(y, inputs, lambda dy: kernels.layer_norm_backward(dy, saved)[:n])
+
+    def backward(dy: Array) -> tuple[Array | None, ...]:
+        onto = _sums(weight, bias)
+        return _not_added(kernels.layer_norm_backward(dy, saved, onto), None, *onto)[:n]
+
+    return record(y, inputs, backward)
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -153,7 +178,12 @@ def embedding(weight: Tensor, ids: Any) -> Tensor:
     ids_data = _integers("embedding", ids, weight, weight.shape[0])
     kernels = backend_of(weight.data, ids_data).kernels
     y, saved = kernels.embedding_forward(weight.data, ids_data)
-    return record(y, (weight,), lambda dy: (kernels.embedding_backward(dy, saved),))
+
+    def backward(dy: Array) -> tuple[Array | None, ...]:
+        onto, _ = _sums(weight)
+        return _not_added((kernels.embedding_backward(dy, saved, onto),), onto)
+
+    return record(y, (weight,), backward)
 
 
 def cross_entropy(logits: Tensor, targets: Any, reduction: str = "mean") -> Tensor:
@@ -171,6 +201,29 @@ def cross_entropy(logits: Tensor, targets: Any, reduction: str = "mean") -> Tens
     y, saved = kernels.cross_entropy_forward(logits.data, target_ids)
     losses = record(y, (logits,), lambda dy: (kernels.cross_entropy_backward(dy, saved),))
     return losses.mean() if reduction == "mean" else losses
+
+
+def _sums(weight: Tensor, bias: Tensor | None = None) -> Onto:
+    """The arrays in which the gradients of the parameters are added up, for a kernel that adds to them itself.
+
+    None stands for a parameter without one, or with one that is not as Onto in kernels/reference.py says. Under a Watch both
+    are None, so that it sees every gradient.
+    """
+    if current_watch():
+        return None, None
+    return _sum(weight), None if bias is None else _sum(bias)
+
+
+def _sum(parameter: Tensor) -> Array | None:
+    grad, data = parameter.grad, parameter.data
+    if grad is None or not parameter.requires_grad or parameter._node is not None:
+        return None
+    return grad if grad.flags.c_contiguous and (grad.shape, grad.dtype) == (data.shape, data.dtype) else None
+
+
+def _not_added(gradients: Sequence[Array | None], *onto: Array | None) -> tuple[Array | None, ...]:
+    """The gradients that the walk back must still add up: those that were not added to an array of `onto`."""
+    return tuple(dx if total is None else None for dx, total in zip(gradients, onto, strict=True))
 
 
 def _kernels(op: str, *tensors: Tensor) -> Kernels:

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from npgpt.kernels.decode import DecodeKernels
-from npgpt.kernels.reference import GELU_CUBIC, GELU_SCALE, AdamWStep, Array, Saved
+from npgpt.kernels.reference import GELU_CUBIC, GELU_SCALE, Array, Onto, Saved
+from npgpt.kernels.updates import AdamWStep
 
 BLOCK = 65_536  # elements in a block: 256 KiB of float32, so a few blocks fit into a second-level cache
 QUERY_BLOCK = 64  # queries in a block of attention; they share a range of keys
@@ -198,12 +199,12 @@ class CpuKernels(DecodeKernels):
                 y[s] += bias
         return y.reshape(shape), (xhat, rstd, weight)
 
-    def layer_norm_backward(self, dy: Array, saved: Saved) -> tuple[Array, Array, Array]:
+    def layer_norm_backward(self, dy: Array, saved: Saved, onto: Onto = (None, None)) -> tuple[Array, Array, Array]:
         xhat, rstd, weight = saved
         shape, c = dy.shape, dy.shape[-1]
         dy = _as_rows(dy)
         dx = np.empty_like(dy)
-        dweight, dbias = np.zeros_like(weight), np.zeros_like(weight)
+        dweight, dbias = (np.zeros_like(weight) if sums is None else sums for sums in onto)
         weight_mean = weight / c
         for s in _blocks(*dy.shape):
             product = dy[s] * xhat[s]
@@ -257,16 +258,16 @@ class CpuKernels(DecodeKernels):
 
     # ---------------------------------------------------------------- embedding
 
-    def embedding_backward(self, dy: Array, saved: Saved) -> Array:
+    def embedding_backward(self, dy: Array, saved: Saved, onto: Array | None = None) -> Array:
         """Sort the rows by id. Rows of equal id are then neighbours, and each run of them is summed at once."""
         shape, ids = saved
-        dweight = np.zeros(shape, dtype=dy.dtype)
+        dweight = np.zeros(shape, dtype=dy.dtype) if onto is None else onto
         if ids.size:
             ids = ids.reshape(-1)
             order = np.argsort(ids, kind="stable")
             ordered = ids[order]
             starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
-            dweight[ordered[starts]] = np.add.reduceat(_as_rows(dy)[order], starts, axis=0)
+            dweight[ordered[starts]] += np.add.reduceat(_as_rows(dy)[order], starts, axis=0)
         return dweight
 
     # ---------------------------------------------------------------- AdamW

@@ -15,34 +15,32 @@ No method writes to its arguments, except where its docstring says so. `dy` may 
 from __future__ import annotations
 
 from math import pi, prod, sqrt
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-Array = Any  # numpy.ndarray or cupy.ndarray
+from npgpt.kernels.updates import Array, Updates
+
 Saved = Any  # what a forward pass keeps for its own backward pass
 
 GELU_SCALE = sqrt(2 / pi)
 GELU_CUBIC = 0.044715
 
-
-class AdamWStep(NamedTuple):
-    """The numbers of one AdamW step, the same for all parameters."""
-
-    step: int  # counts from 1
-    lr: float
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    n_decay: int | None = None  # weight decay acts on the first n_decay elements; None: on all
-    scale: Array | None = None  # array of shape (): multiplies the gradient; if negative, nothing is updated
+# Where a parameter has an array for its gradient already, a backward pass adds to that array and returns it. This saves a new
+# array and a pass over it. Such an array is contiguous and has the dtype of the parameter.
+Onto = tuple["Array | None", "Array | None"]
 
 
-class Kernels:
+def added(gradient: Array, onto: Array | None) -> Array:
+    """A gradient, added to `onto` if there is one."""
+    if onto is None:
+        return gradient
+    onto += gradient
+    return onto
+
+
+class Kernels(Updates):
     """Every operation, on arrays of the module `xp` (`numpy` or `cupy`)."""
-
-    def __init__(self, xp: Any = np) -> None:
-        self.xp = xp
 
     # ---------------------------------------------------------------- linear
     #
@@ -63,14 +61,14 @@ class Kernels:
         return y.reshape(*x.shape[:-1], weight.shape[-1]), (rows, weight, x.shape)
 
     def linear_backward(
-        self, dy: Array, saved: Saved, needs: tuple[bool, bool, bool] = (True, True, True)
+        self, dy: Array, saved: Saved, needs: tuple[bool, bool, bool] = (True, True, True), onto: Onto = (None, None)
     ) -> tuple[Array | None, Array | None, Array | None]:
-        """-> dx, dweight, dbias. `needs` says which of them are wanted; the others are None."""
+        """-> dx, dweight, dbias. `needs` says which of them are wanted; the others are None. onto: for dweight and dbias."""
         rows, weight, x_shape = saved
         dy = dy.reshape(len(rows), weight.shape[-1])
         dx = (dy @ weight.T).reshape(x_shape) if needs[0] else None
-        dweight = rows.T @ dy if needs[1] else None
-        dbias = dy.sum(axis=0) if needs[2] else None
+        dweight = added(rows.T @ dy, onto[0]) if needs[1] else None
+        dbias = added(dy.sum(axis=0), onto[1]) if needs[2] else None
         return dx, dweight, dbias
 
     # ---------------------------------------------------------------- softmax
@@ -194,6 +192,31 @@ class Kernels:
         dk = dscores.swapaxes(-1, -2) @ q
         return dq, dk, dv
 
+    # The same for queries, keys and values that one layer has computed side by side. `split_heads` and `merge_heads` are
+    # inverse to each other: they only change the places of elements.
+
+    def self_attention_forward(self, qkv: Array, dropout: float = 0.0, rng: Any = None) -> tuple[Array, Saved]:
+        """qkv (B, T, 3, H, head_dim) -> out (B, T, H, head_dim)."""
+        out, saved = self.causal_attention_forward(*self.split_heads(qkv), dropout, rng)
+        return out.swapaxes(1, 2), saved
+
+    def self_attention_backward(self, dy: Array, saved: Saved) -> Array:
+        """-> dqkv."""
+        return self.merge_heads(*self.causal_attention_backward(dy.swapaxes(1, 2), saved))
+
+    def split_heads(self, qkv: Array) -> tuple[Array, Array, Array]:
+        """(B, T, 3, H, head_dim) -> three of (B, H, T, head_dim)."""
+        q, k, v = (qkv[:, :, i].swapaxes(1, 2) for i in range(3))
+        return q, k, v
+
+    def merge_heads(self, q: Array, k: Array, v: Array) -> Array:
+        """Three of (B, H, T, head_dim) -> (B, T, 3, H, head_dim)."""
+        b, h, t, head_dim = q.shape
+        qkv = self.xp.empty((b, t, 3, h, head_dim), dtype=q.dtype)
+        for i, part in enumerate((q, k, v)):
+            qkv[:, :, i] = part.swapaxes(1, 2)
+        return qkv
+
     # ---------------------------------------------------------------- rotary positions
     #
     # "RoFormer: Enhanced Transformer with Rotary Position Embedding" (Su et al., 2021), section 3.2.2. Two neighbouring
@@ -249,15 +272,15 @@ class Kernels:
             y += bias
         return y, (xhat, rstd, weight)
 
-    def layer_norm_backward(self, dy: Array, saved: Saved) -> tuple[Array, Array, Array]:
-        """-> dx, dweight, dbias."""
+    def layer_norm_backward(self, dy: Array, saved: Saved, onto: Onto = (None, None)) -> tuple[Array, Array, Array]:
+        """-> dx, dweight, dbias. onto: for dweight and dbias."""
         xhat, rstd, weight = saved
         g = dy * weight
         mean_g = g.mean(axis=-1, keepdims=True)
         mean_g_xhat = (g * xhat).mean(axis=-1, keepdims=True)
         dx = rstd * (g - mean_g - xhat * mean_g_xhat)
         leading = tuple(range(dy.ndim - 1))
-        return dx, (dy * xhat).sum(axis=leading), dy.sum(axis=leading)
+        return dx, added((dy * xhat).sum(axis=leading), onto[0]), added(dy.sum(axis=leading), onto[1])
 
     # ---------------------------------------------------------------- activations
     #
@@ -295,10 +318,10 @@ class Kernels:
         """weight (V, C), ids (...) integers in [0, V) -> y (..., C)."""
         return weight[ids], (weight.shape, ids)
 
-    def embedding_backward(self, dy: Array, saved: Saved) -> Array:
+    def embedding_backward(self, dy: Array, saved: Saved, onto: Array | None = None) -> Array:
         """-> dweight."""
         shape, ids = saved
-        dweight = self.xp.zeros(shape, dtype=dy.dtype)
+        dweight = self.xp.zeros(shape, dtype=dy.dtype) if onto is None else onto
         self.xp.add.at(dweight, ids, dy)
         return dweight
 
@@ -339,44 +362,3 @@ class Kernels:
     def add_into(self, total: Array, index: Any, values: Array) -> None:
         """total[index] += values, in place, for an index of slices and integers."""
         total[index] += values
-
-    # ---------------------------------------------------------------- clipping by the norm
-    #
-    # "On the difficulty of training recurrent neural networks" (Pascanu et al., 2013). The factor for the gradient stays in an
-    # array, so on a GPU a step never waits for a number to arrive on the host.
-
-    def clip_factor(self, gradient: Array, loss: Array, max_norm: float, scale: Array) -> Array:
-        """gradient (n,), loss () -> array (2,) of the loss and the gradient's norm.
-
-        Writes to `scale` () the factor that makes the norm at most max_norm. Writes -1 if the loss or the norm is not
-        finite, or if scale was already negative.
-        """
-        xp = self.xp
-        with np.errstate(over="ignore", invalid="ignore"):
-            norm = xp.sqrt((gradient * gradient).sum())
-        finite = xp.isfinite(norm) & xp.isfinite(loss)
-        scale[...] = xp.where(finite & (scale >= 0), xp.where(norm > max_norm, max_norm / norm, 1), -1)
-        return xp.stack([loss, norm])
-
-    # ---------------------------------------------------------------- AdamW
-    #
-    # "Decoupled Weight Decay Regularization" (Loshchilov, Hutter, 2019), algorithm 2. exp_avg and
-    # exp_avg_sq are running means of the gradient and of its square. They start at zero, so after t
-    # steps their weights add up to only 1 - beta^t; dividing by that corrects the bias. Weight decay
-    # acts on the parameter itself, not through the gradient.
-
-    def adamw(self, parameter: Array, gradient: Array, exp_avg: Array, exp_avg_sq: Array, numbers: AdamWStep) -> None:
-        """Update `parameter`, `exp_avg` and `exp_avg_sq` in place. All four arrays have one shape."""
-        step, lr, (beta1, beta2), eps, weight_decay, n_decay, scale = numbers
-        if scale is not None:
-            if scale < 0:
-                return
-            gradient = gradient * scale
-        exp_avg *= beta1
-        exp_avg += (1 - beta1) * gradient
-        exp_avg_sq *= beta2
-        exp_avg_sq += (1 - beta2) * (gradient * gradient)
-        denominator = self.xp.sqrt(exp_avg_sq / (1 - beta2**step)) + eps
-        decayed = parameter if n_decay is None else parameter.reshape(-1)[:n_decay]
-        decayed *= 1 - lr * weight_decay
-        parameter -= (lr / (1 - beta1**step)) * exp_avg / denominator

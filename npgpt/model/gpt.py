@@ -39,16 +39,22 @@ class MultiHeadSelfAttention(Module):
         self.out = Linear(c, c, config.bias, backend, dtype)
         self._scale = np.dtype(dtype).type(1 / math.sqrt(c // config.n_head))
 
+    def _project(self, x: Tensor) -> Tensor:
+        """x (B, T, C) -> (B, T, 3, n_head, head_dim): queries, keys and values side by side, before rotary positions."""
+        b, t, c = x.shape
+        return self.qkv(x).reshape(b, t, 3, self.n_head, c // self.n_head)
+
     def project(self, x: Tensor, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C), at the positions from `first` on -> queries, keys and values, each (B, n_head, T, head_dim)."""
-        b, t, c = x.shape
-        qkv = self.qkv(x).reshape(b, t, 3, self.n_head, c // self.n_head)
+        qkv = self._project(x)
         qk = self.rotary(qkv[:, :, :2], first) if self.rotary else qkv
         q, k, v = (part.transpose(0, 2, 1, 3) for part in (qk[:, :, 0], qk[:, :, 1], qkv[:, :, 2]))
         return q, k, v
 
     def __call__(self, x: Tensor, rng: Any, cache: KVCache | None, last_only: bool) -> Tensor:
-        b, _, c = x.shape
+        b, t, c = x.shape
+        if not (self.rotary or cache or last_only):
+            return self.out(ops.self_attention(self._project(x), self.attn_dropout, rng).reshape(b, t, c))
         q, k, v = self.project(x, cache.length if cache else 0)
         if cache:
             k, v = map(Tensor, cache.extend(self.layer, k.data, v.data))

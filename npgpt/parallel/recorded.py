@@ -12,7 +12,7 @@ import numpy as np
 
 from npgpt.engine.backend import random_key
 from npgpt.engine.streams import Stream
-from npgpt.kernels.cuda.kernels import Key
+from npgpt.kernels.cuda.random import Key
 from npgpt.kernels.cuda.recording import Recording
 from npgpt.kernels.reference import Array
 from npgpt.model.gpt import GPT

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 from npgpt.config.settings import TrainConfig
 from npgpt.engine.tensor import Tensor
-from npgpt.kernels.reference import AdamWStep, Array
+from npgpt.kernels.updates import AdamWStep, Array
 from npgpt.model.gpt import GPT
 from npgpt.model.module import Parameters
 from npgpt.training.optim import ALONE, AdamW, Spread

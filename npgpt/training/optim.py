@@ -14,7 +14,7 @@ import numpy as np
 
 from npgpt.engine.backend import to_numpy
 from npgpt.engine.tensor import Tensor
-from npgpt.kernels.reference import AdamWStep, Array
+from npgpt.kernels.updates import AdamWStep, Array
 from npgpt.model.module import Parameters, zero_grad
 
 

@@ -29,7 +29,8 @@ from npgpt.engine.backend import CPU, has_bfloat16_products
 from npgpt.generation.generate import TokenStream
 from npgpt.kernels.cpu import CpuKernels
 from npgpt.kernels.native.kernels import NativeKernels
-from npgpt.kernels.reference import AdamWStep, Kernels
+from npgpt.kernels.reference import Kernels
+from npgpt.kernels.updates import AdamWStep
 from npgpt.parallel.limits import available_cores
 from npgpt.parallel.machine import blas_threads, describe_kernels, keep_freed_memory
 from npgpt.storage.files import atomic_copy

@@ -72,7 +72,7 @@ def test_a_wrong_gradient_is_named():
         gradcheck(squared_wrongly, [np.array([1.0, 2.0]), np.ones(2)], names=["a", "b"])
 
 
-@pytest.mark.parametrize("name", ["gelu", "layer_norm", "causal_attention", "embedding", "linear", "cross_entropy"])
+@pytest.mark.parametrize("name", ["gelu", "layer_norm", "self_attention", "embedding", "linear", "cross_entropy"])
 def test_the_first_wrong_operation_of_a_model_is_named(name, monkeypatch):
     kernels = type(CPU.kernels)
     real = getattr(kernels, f"{name}_backward")

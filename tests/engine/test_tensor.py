@@ -11,6 +11,7 @@ import pytest
 
 from npgpt import Tensor, gradcheck, no_grad, ops
 from npgpt.engine.backend import CPU
+from npgpt.engine.graph import Watch, watched
 from npgpt.engine.tensor import record
 
 
@@ -93,6 +94,38 @@ def test_an_input_without_gradient_is_not_kept():
     assert dx is None
     assert dbias is None
     assert dweight.shape == (3, 4)
+
+
+def test_gradients_of_parameters_are_added_up():
+    """In the array that is there, if it is as a kernel wants it; in a new one under a Watch or for the first gradient."""
+    x, w, b = Tensor(np.random.default_rng(0).standard_normal((5, 3))), leaf(3, 4), leaf(4)
+    ids, table = np.array([1, 0, 1]), leaf(3, 4)
+
+    def backward():
+        (ops.linear(x, w, b).sum() + (ops.layer_norm(ops.embedding(table, ids), b, b) * w.sum()).sum()).backward()
+        return [t.grad for t in (w, b, table)]
+
+    first = backward()
+    expected = [3 * gradient for gradient in first]
+    assert all(found is before for found, before in zip(backward(), first, strict=True))
+    with watched(Watch()):
+        found = backward()
+    for a, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, other, rtol=1e-12, atol=1e-12)
+    w.grad = np.asfortranarray(w.grad)
+    table.grad = table.grad.astype(np.float32)
+    for a, other in zip(backward(), expected, strict=True):
+        np.testing.assert_allclose(a, other / 3 * 4, rtol=1e-5, atol=1e-5)
+    assert not w.grad.flags.c_contiguous
+    assert table.grad.dtype == np.float32
+
+
+def test_a_kernel_does_not_add_to_the_gradient_of_a_result():
+    """The gradient of a weight that was computed goes back to the leaf that it was computed from."""
+    x, w = Tensor(np.ones((2, 3))), leaf(4, 3)
+    for _ in range(2):
+        ops.linear(x, w.T).sum().backward()
+    np.testing.assert_allclose(w.grad, np.full((4, 3), 4.0))
 
 
 def test_no_grad_records_nothing_and_nests():

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from support.arrays import close, normal
+from support.arrays import adds_to_sums, close, normal
 from support.native import native_kernels
 
 from npgpt import GPT, AdamW, Dataset, GPTConfig
@@ -14,7 +14,8 @@ from npgpt.kernels.decode import DecodeKernels, few_rows_product
 from npgpt.kernels.native import kernels as native
 from npgpt.kernels.native import library
 from npgpt.kernels.native.library import PROCESSORS
-from npgpt.kernels.reference import AdamWStep, Kernels
+from npgpt.kernels.reference import Kernels
+from npgpt.kernels.updates import AdamWStep
 from npgpt.parallel.step import ParallelStep
 from npgpt.parallel.workers import Workers
 
@@ -45,6 +46,7 @@ def same(fast, name, inputs, dtype, *rest, seed=None, size=1.0):
         dy.flags.writeable = False
         gradients = getattr(kernels, f"{name}_backward")(dy, saved)
         results.append((y, *(gradients if isinstance(gradients, tuple) else (gradients,))))
+        adds_to_sums(kernels, name, dy, saved, results[-1], size)
     for expected, found in zip(*results, strict=True):
         close(found, expected, dtype, size)
 
@@ -93,6 +95,14 @@ def test_attention_of_other_sizes(fast, dtype, n_query, n_key, head_dim, dropout
     same(fast, "causal_attention", (qkv[0, :, :, -n_query:], qkv[1], qkv[2]), dtype, dropout, seed=5, size=20)
     columns = normal(dtype, 1, 2, head_dim, n_key).swapaxes(2, 3)
     same(fast, "causal_attention", (columns[:, :, :n_query], columns, columns[:, ::-1, ::-1]), dtype, dropout, seed=5, size=20)
+
+
+@pytest.mark.parametrize(("tokens", "head_dim"), [(1, 1), (5, 3), (49, 16), (97, 33)])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_self_attention(fast, dtype, tokens, head_dim, dropout):
+    """Also if queries, keys and values lie elsewhere than side by side."""
+    same(fast, "self_attention", (normal(dtype, 2, tokens, 3, 2, head_dim),), dtype, dropout, seed=5, size=20)
+    same(fast, "self_attention", (normal(dtype, 3, 2, tokens, 2, head_dim).transpose(1, 2, 0, 3, 4),), dtype, dropout, seed=5)
 
 
 def test_attention_of_huge_scores_stays_finite(fast):
@@ -180,7 +190,7 @@ def test_training_with_the_reference_gives_the_same_losses(monkeypatch):
 def test_every_override_runs_and_is_tested():
     """Each class of kernels uses its own overrides, and has no method that the reference does not have."""
     in_numpy = {"causal_attention", "rotary", "layer_norm", "gelu", "embedding", "adamw"}
-    in_c = in_numpy - {"rotary"} | {"linear", "dropout", "residual", "cross_entropy"}
+    in_c = in_numpy - {"rotary"} | {"linear", "dropout", "residual", "cross_entropy", "self_attention"}
     decoding = {
         "fuses_blocks",
         "block_addresses",

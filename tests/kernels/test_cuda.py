@@ -3,15 +3,17 @@
 import numpy as np
 import pytest
 from support import cuda_on_cpu
-from support.arrays import BFLOAT16_EPS, close, normal
+from support.arrays import BFLOAT16_EPS, adds_to_sums, close, normal
 from support.devices import on_cpu
 
 from npgpt.engine import backend
 from npgpt.engine.backend import select
 from npgpt.kernels.cuda import kernels as cuda
 from npgpt.kernels.cuda import launch
-from npgpt.kernels.cuda.kernels import CudaKernels, Key
-from npgpt.kernels.reference import AdamWStep, Kernels
+from npgpt.kernels.cuda.kernels import CudaKernels
+from npgpt.kernels.cuda.random import Key
+from npgpt.kernels.reference import Kernels
+from npgpt.kernels.updates import AdamWStep
 
 
 def key_of(number, xp=np):
@@ -39,6 +41,7 @@ def same(cuda_kernels, name, inputs, dtype, *rest, key=None, size=1.0):
         gradients = getattr(kernels, f"{name}_backward")(dy, saved)
         every = (y, *(gradients if isinstance(gradients, tuple) else (gradients,)))
         results.append([np.asarray(a) if isinstance(a, np.generic) else a for a in every])  # scalars become arrays
+        adds_to_sums(kernels, name, dy, saved, every, size)
     for expected, found in zip(*results, strict=True):
         close(found, expected, dtype, size)
     for array, untouched in zip(inputs, before, strict=True):
@@ -77,6 +80,23 @@ def test_attention(cuda_kernels, dtype, n_query, n_key, dropout):
     q, k, v = (normal(dtype, 2, n, 3, 4).transpose(0, 2, 1, 3) for n in (n_query, n_key, n_key))
     rest = [] if dropout is None else [dropout]
     same(cuda_kernels, "causal_attention", (q, k, v), dtype, *rest, key=None if dropout is None else 5, size=10)
+
+
+@on_cpu
+@pytest.mark.parametrize("head_dim", [3, 8, 20])
+@pytest.mark.parametrize("dropout", [None, 0.3])
+def test_self_attention(cuda_kernels, dtype, head_dim, dropout, monkeypatch):
+    """All heads are copied by one launch there and one back."""
+    launched = []
+    launch = cuda_kernels._launch
+    monkeypatch.setattr(cuda_kernels, "_launch", lambda name, *rest: (launched.append(name), launch(name, *rest)))
+    rest = [] if dropout is None else [dropout]
+    qkv = normal(dtype, 2, 5, 3, 2, head_dim)
+    same(cuda_kernels, "self_attention", (qkv,), dtype, *rest, key=None if dropout is None else 5, size=10)
+    assert launched.count("copy_heads") == 2
+    assert launched.count("copy") == 2  # the result and its gradient
+    same(cuda_kernels, "self_attention", (qkv[::-1],), dtype, *rest, key=None if dropout is None else 5, size=10)
+    assert launched.count("copy_heads") == 3
 
 
 @on_cpu
@@ -188,6 +208,7 @@ def test_rounding_to_bfloat16(cuda_kernels, bf16):
         ("linear", [(6, 5, 8)], [(8, 7), (7,)], []),
         ("linear", [(140, 65)], [(65, 7), None], []),
         ("causal_attention", [(2, 3, 33, 8)] * 3, [], []),
+        ("self_attention", [(2, 33, 3, 2, 8)], [], [0.3]),
         ("causal_attention", [(2, 3, 4, 8), (2, 3, 9, 8), (2, 3, 9, 8)], [], [0.3]),
         ("layer_norm", [(9, 40)], [(40,), (40,)], []),
         ("layer_norm", [(2, 70, 33)], [(33,), None], []),

@@ -148,7 +148,9 @@ def test_which_products_are_used(kernels, monkeypatch):
     """A kernel multiplies if the BLAS has one thread, this processor gains from it, and there are rows enough."""
     used = []
     original = kernels._product
-    monkeypatch.setattr(kernels, "_product", lambda kernel, *rest: used.append(kernel) or original(kernel, *rest))
+    monkeypatch.setattr(
+        kernels, "_product", lambda kernel, *rest, **named: used.append(kernel) or original(kernel, *rest, **named)
+    )
     x, weight = normal(np.float32, 40, 8), normal(np.float32, 8, 8)
     gains = kernels.description.startswith("native AVX-512")
     for rows, one_thread in [(40, True), (40, False), (31, True)]:

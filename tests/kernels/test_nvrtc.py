@@ -23,7 +23,7 @@ def nvrtc():
     return None
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
 @pytest.mark.parametrize("dtype", launch.ELEMENTS)
 def test_every_kernel_compiles(architecture, dtype):
     library = nvrtc()

@@ -38,9 +38,9 @@ def test_products_of_views(dtype):
         for left, right in ((a, b), (b.swapaxes(-1, -2), a.swapaxes(-1, -2))):
             given = []
 
-            def gemm(first, second, out, sizes, count, given=given):
+            def gemm(first, second, out, sizes, count, add, given=given):
                 given.extend([first.array, second.array])
-                cuda_on_cpu.Gemm()(first, second, out, sizes, count)
+                cuda_on_cpu.Gemm()(first, second, out, sizes, count, add)
 
             found = product(np, gemm, left, right)
             close(found, left @ right, dtype, 10)

@@ -19,6 +19,7 @@ using std::tanh;
 #define __device__
 #define __expf(value) std::exp(value)  // CUDA's fast approximation; the C library has an __expf of its own
 #define __global__
+#define __shared__ static  // there is only one block at a time
 
 static unsigned __float_as_uint(float value) {
     unsigned bits;
@@ -55,6 +56,8 @@ static void wait_for_the_others() {
 }
 
 static void __syncwarp() { wait_for_the_others(); }
+
+static void __syncthreads() { wait_for_the_others(); }
 
 template <typename Value>
 static Value __shfl_xor_sync(unsigned, Value value, int distance) {

@@ -73,7 +73,7 @@ def launch(name, dtype, grid, threads, arguments):
         kind = parameter.replace("const ", "").strip().rsplit(" ", 1)[0]
         if kind.endswith("*"):
             assert argument is None or argument.dtype == types[kind[:-1]], (name, parameter)
-            assert argument is None or name == "copy" or argument.flags.c_contiguous, (name, parameter)
+            assert argument is None or name in ("copy", "copy_heads") or argument.flags.c_contiguous, (name, parameter)
             values.append(ctypes.c_void_p(argument.ctypes.data if argument is not None else None))
         elif kind == "double":
             assert type(argument) is float, (name, parameter)
@@ -90,7 +90,7 @@ class Gemm:
 
     tf32 = False
 
-    def __call__(self, a: Operand, b: Operand, out: Operand, sizes, count):
+    def __call__(self, a: Operand, b: Operand, out: Operand, sizes, count, add):
         m, n, k = sizes
         assert out.array.flags.c_contiguous
         assert not out.transposed
@@ -98,7 +98,8 @@ class Gemm:
             self._matrices(operand, *shape, count) for operand, shape in ((a, (m, k)), (b, (k, n)), (out, (m, n)))
         )
         wide = launching.ELEMENTS[a.array.dtype.name][2]
-        result[...] = (left.astype(wide) @ right.astype(wide)).astype(result.dtype)
+        product = left.astype(wide) @ right.astype(wide)
+        result[...] = (product + result if add else product).astype(result.dtype)
 
     def _matrices(self, operand, rows, columns, count):
         stored = (columns, rows) if operand.transposed else (rows, columns)

@@ -7,6 +7,8 @@ the host, because the CPU waits for the GPU there. Functions that CuPy lacks, or
 import numpy as np
 
 waits = []  # the copies to the host since the list was last cleared
+# What CuPy would compute itself since the list was last cleared: the name of each function, and the bytes of its arrays.
+computed = []
 
 
 class ndarray:  # noqa: N801 (CuPy's name)
@@ -40,6 +42,8 @@ class ndarray:  # noqa: N801 (CuPy's name)
         return _there(self.on_host[_here(index)])
 
     def __setitem__(self, index, value):
+        target = self.on_host[_here(index)]
+        computed.append(("copy or fill", target.nbytes + (value.on_host.nbytes if isinstance(value, ndarray) else 0)))
         self.on_host[_here(index)] = _here(value)
 
     def get(self):
@@ -75,9 +79,19 @@ def _there(x):
     return ndarray(np.asarray(x)) if isinstance(x, np.ndarray | np.generic) else x
 
 
+def _counted(name, result, *arguments):
+    """The result of one of CuPy's functions. It is listed in `computed` unless it is a view or empty memory."""
+    arrays = [x.on_host for x in arguments if isinstance(x, ndarray)]
+    is_view = isinstance(result, np.ndarray) and any(np.may_share_memory(result, x) for x in arrays)
+    if isinstance(result, np.ndarray | np.generic) and not is_view and not name.startswith("empty"):
+        computed.append((name, result.nbytes + sum(x.nbytes for x in arrays)))
+    return _there(result)
+
+
 def _method(name):
     def call(self, *args, **kwargs):
-        return _there(getattr(self.on_host, name)(*_here(args), **{k: _here(v) for k, v in kwargs.items()}))
+        result = getattr(self.on_host, name)(*_here(args), **{k: _here(v) for k, v in kwargs.items()})
+        return _counted(name, result, self, *args)
 
     return call
 
@@ -85,6 +99,7 @@ def _method(name):
 def _in_place(name):
     def call(self, other):
         getattr(self.on_host, name)(_here(other))
+        computed.append((name, 2 * self.on_host.nbytes + (other.on_host.nbytes if isinstance(other, ndarray) else 0)))
         return self
 
     return call
@@ -109,13 +124,13 @@ class Module:
 
     def asarray(self, x, dtype=None):
         """Copies any array or number to the device."""
-        return ndarray(np.array(_here(x) if isinstance(x, ndarray) else x, dtype=dtype, copy=None))
+        return _counted("asarray", np.array(_here(x) if isinstance(x, ndarray) else x, dtype=dtype, copy=None), x)
 
     def array(self, x, dtype=None):
-        return ndarray(np.array(_here(x) if isinstance(x, ndarray) else x, dtype=dtype))
+        return _counted("array", np.array(_here(x) if isinstance(x, ndarray) else x, dtype=dtype), x)
 
     def ascontiguousarray(self, x, dtype=None):
-        return ndarray(np.asarray(_here(x), dtype=dtype, order="C"))
+        return _counted("ascontiguousarray", np.asarray(_here(x), dtype=dtype, order="C"), x)
 
     def asnumpy(self, x):
         return x.get()
@@ -126,7 +141,7 @@ class Module:
             return function
 
         def call(*args, **kwargs):
-            return _there(function(*_here(args), **{k: _here(v) for k, v in kwargs.items()}))
+            return _counted(name, function(*_here(args), **{k: _here(v) for k, v in kwargs.items()}), *args)
 
         call.at = lambda *args: function.at(*_here(args))  # ufuncs have a method `at`
         return call
@@ -161,7 +176,7 @@ def gemm_on(gemm):
     class Gemm:
         tf32 = False
 
-        def __call__(self, a, b, out, sizes, count):
-            gemm(*(operand._replace(array=operand.array.on_host) for operand in (a, b, out)), sizes, count)
+        def __call__(self, a, b, out, sizes, count, add):
+            gemm(*(operand._replace(array=operand.array.on_host) for operand in (a, b, out)), sizes, count, add)
 
     return Gemm()

@@ -75,6 +75,10 @@ def attention_in_torch(torch, q, k, v, weight=None):
     return (p if weight is None else p * torch.from_numpy(weight).to(p.dtype)) @ v
 
 
+def self_attention_in_torch(torch, qkv, weight=None):
+    return attention_in_torch(torch, *(part.transpose(1, 2) for part in qkv.unbind(2)), weight).transpose(1, 2)
+
+
 def rotations(n, inner, head_dim):
     """The rotations of the positions 5 .. 5 + n - 1, (n, 1, head_dim), by their definition."""
     angles = [[m / 10_000 ** (2 * i / head_dim) for i in range(head_dim // 2)] for m in range(5, 5 + n)]
@@ -241,6 +245,18 @@ CASES: dict[str, Case] = {
     ),
     "attention with a past": Case(
         ops.causal_attention, _heads, lambda torch: lambda q, k, v: attention_in_torch(torch, q, k, v)
+    ),
+    "self-attention": Case(
+        ops.self_attention,
+        lambda d: [(d.a, d.b + 1, 3, d.c, 4)],
+        lambda torch: lambda qkv: self_attention_in_torch(torch, qkv),
+    ),
+    "self-attention with dropout": Case(
+        lambda qkv: ops.self_attention(qkv, 0.3, draws()),
+        lambda d: [(d.a, d.b + 1, 3, d.c, 4)],
+        lambda torch: lambda qkv: self_attention_in_torch(
+            torch, qkv, kept((qkv.shape[0], qkv.shape[3], qkv.shape[1], qkv.shape[1]), 0.3)
+        ),
     ),
     "attention with dropout": Case(
         lambda q, k, v: ops.causal_attention(q, k, v, 0.3, draws()),

@@ -17,36 +17,18 @@ import numpy as np
 
 from npgpt.kernels.cuda.launch import ELEMENTS, Launch
 from npgpt.kernels.cuda.products import Gemm, product
-from npgpt.kernels.reference import AdamWStep, Array, Kernels, Saved
+from npgpt.kernels.cuda.random import NO_DROPOUT, dropout_arguments
+from npgpt.kernels.reference import Array, Kernels, Onto, Saved
+from npgpt.kernels.updates import AdamWStep
 
 THREADS = 256  # threads in a block
+WARP = 32  # threads in a warp
 GROUP = 8  # elements that one thread reads at once; see Group in common.cu
 MAX_BLOCKS = 4096  # blocks of an elementwise kernel; each thread loops over further elements
 MAX_SUM_BLOCKS = 256  # blocks of a sum; each warp writes one partial sum
 MIN_CHUNK = 64  # the fewest rows that one thread adds up, one after the other
 MAX_CHUNKS = 65_535  # the largest second dimension of a CUDA grid
 MAX_PARTIAL = 1 << 24  # elements of the partial sums of an embedding's gradient
-
-
-class Key:
-    """Takes the place of a random generator on a GPU.
-
-    A random number is a function of the key, of the number of earlier uses and of the element's index. So a backward pass
-    can draw the numbers of its forward pass again. See `philox` in common.cu.
-    """
-
-    def __init__(self, key: Array) -> None:
-        """key: an array with one uint64, on the device. A recorded step reads it at each replay."""
-        self.key, self.uses = key, 0
-
-    def use(self) -> tuple[Array, int]:
-        """The key, and a number that no other operation gets. One operation draws with both."""
-        self.uses += 1
-        return self.key, self.uses - 1
-
-
-# The dropout arguments of a kernel that drops nothing; see `_dropout_arguments`.
-NO_DROPOUT: tuple[Array | None, int, int, float] = (None, 0, 0, 1.0)
 
 
 class CudaSaved(tuple[Any, ...]):
@@ -61,8 +43,8 @@ class CudaKernels(Kernels):
         super().__init__(xp)
         self._launch, self.gemm = launch, gemm
 
-    def _product(self, a: Array, b: Array, dtype: Any = None) -> Array:
-        return product(self.xp, self.gemm, a, b, dtype)
+    def _product(self, a: Array, b: Array, dtype: Any = None, onto: Array | None = None) -> Array:
+        return product(self.xp, self.gemm, a, b, dtype, onto)
 
     # ---------------------------------------------------------------- linear
 
@@ -77,25 +59,25 @@ class CudaKernels(Kernels):
         return y.reshape(*x.shape[:-1], weight.shape[-1]), CudaSaved((rows, rounded, x.shape))
 
     def linear_backward(
-        self, dy: Array, saved: Saved, needs: tuple[bool, bool, bool] = (True, True, True)
+        self, dy: Array, saved: Saved, needs: tuple[bool, bool, bool] = (True, True, True), onto: Onto = (None, None)
     ) -> tuple[Array | None, Array | None, Array | None]:
         if not isinstance(saved, CudaSaved):
-            return super().linear_backward(dy, saved, needs)
+            return super().linear_backward(dy, saved, needs, onto)
         rows, weight, x_shape = saved
         dy = dy.reshape(len(rows), weight.shape[-1])
         dx = self._product(dy, weight.T).reshape(x_shape) if needs[0] else None
-        dweight = self._product(rows.T, dy, _parameter_dtype(rows)) if needs[1] else None
-        return dx, dweight, self._column_sums(dy) if needs[2] else None
+        dweight = self._product(rows.T, dy, _parameter_dtype(rows), onto[0]) if needs[1] else None
+        return dx, dweight, self._column_sums(dy, onto[1]) if needs[2] else None
 
-    def _column_sums(self, x: Array) -> Array:
+    def _column_sums(self, x: Array, onto: Array | None) -> Array:
         """x (n, c) -> (c,), in the dtype of parameters."""
         x, (n, c) = self.xp.ascontiguousarray(x), x.shape
         if not x.size:
-            return self.xp.zeros(c, dtype=_parameter_dtype(x))
+            return self.xp.zeros(c, dtype=_parameter_dtype(x)) if onto is None else onto
         chunk, chunks = _chunks(n)
         partial = self.xp.empty((chunks, c), dtype=_parameter_dtype(x))
         self._launch("column_sums", x.dtype.name, (-(-c // THREADS), chunks), THREADS, (x, partial, n, c, chunk))
-        return self._sum_of_rows(partial)
+        return self._sum_of_rows(partial, onto)[0]
 
     # ---------------------------------------------------------------- dropout
 
@@ -109,7 +91,7 @@ class CudaKernels(Kernels):
     def dropout_forward(self, x: Array, p: float, rng: Any) -> tuple[Array, Saved]:
         if not _are_activations(x):
             return super().dropout_forward(x, p, rng)
-        drawn = CudaSaved(_dropout_arguments(p, rng))
+        drawn = CudaSaved(dropout_arguments(p, rng))
         return self._dropout(x, drawn), drawn
 
     def dropout_backward(self, dy: Array, saved: Saved) -> Array:
@@ -118,7 +100,7 @@ class CudaKernels(Kernels):
     def residual_forward(self, x: Array, branch: Array, p: float, rng: Any) -> tuple[Array, Saved]:
         if not _are_activations(x, branch):
             return super().residual_forward(x, branch, p, rng)
-        drawn = CudaSaved(_dropout_arguments(p, rng))
+        drawn = CudaSaved(dropout_arguments(p, rng))
         return self._dropout(branch, drawn, onto=x), drawn
 
     def _dropout(self, x: Array, drawn: tuple[Any, ...], onto: Array | None = None) -> Array:
@@ -144,7 +126,7 @@ class CudaKernels(Kernels):
         kept, drawn = None, NO_DROPOUT
         if dropout > 0 and rng is not None:
             kept = self.xp.empty_like(p)
-            drawn = _dropout_arguments(dropout, rng)
+            drawn = dropout_arguments(dropout, rng)
         sizes = _attention_sizes(q, k)
         scale = 1 / sqrt(q.shape[-1])
         self._launch("causal_softmax_forward", p.dtype.name, _row_grid(sizes[0]), THREADS, (p, p, kept, *sizes, scale, *drawn))
@@ -162,6 +144,28 @@ class CudaKernels(Kernels):
         sizes = _attention_sizes(q, k)
         self._launch("causal_softmax_backward", ds.dtype.name, _row_grid(sizes[0]), THREADS, (ds, p, ds, *sizes, scale, *drawn))
         return self._product(ds, k), self._product(ds.swapaxes(-1, -2), q), dv
+
+    def split_heads(self, qkv: Array) -> tuple[Array, Array, Array]:
+        q, k, v = super().split_heads(qkv)
+        if not (_are_activations(qkv) and qkv.size and qkv.flags.c_contiguous):
+            return q, k, v
+        heads = self.xp.empty((3, *q.shape), dtype=q.dtype)
+        self._copy_heads((q, k, v, heads), q, merge=0)
+        return heads[0], heads[1], heads[2]
+
+    def merge_heads(self, q: Array, k: Array, v: Array) -> Array:
+        if not (_are_activations(q, k, v) and q.size and all(x.flags.c_contiguous for x in (q, k, v))):
+            return super().merge_heads(q, k, v)
+        b, h, t, head_dim = q.shape
+        qkv = self.xp.empty((b, t, 3, h, head_dim), dtype=q.dtype)
+        self._copy_heads((q, k, v, qkv), super().split_heads(qkv)[0], merge=1)
+        return qkv
+
+    def _copy_heads(self, arrays: tuple[Array, ...], part: Array, merge: int) -> None:
+        """part: one of the three parts of qkv."""
+        blocks, _ = _elementwise_grid(prod(part.shape[:-1]) * _groups(part.shape[-1]))
+        strides = [stride // part.itemsize for stride in part.strides[:-1]]
+        self._launch("copy_heads", part.dtype.name, (blocks, 3), THREADS, (*arrays, *part.shape, *strides, merge))
 
     def _contiguous(self, x: Array) -> Array:
         """x (B, H, T, head_dim), copied if it is a view."""
@@ -204,9 +208,9 @@ class CudaKernels(Kernels):
         )
         return y, CudaSaved((x, weight, mean, rstd))
 
-    def layer_norm_backward(self, dy: Array, saved: Saved) -> tuple[Array, Array, Array]:
+    def layer_norm_backward(self, dy: Array, saved: Saved, onto: Onto = (None, None)) -> tuple[Array, Array, Array]:
         if not isinstance(saved, CudaSaved):
-            return super().layer_norm_backward(dy, saved)
+            return super().layer_norm_backward(dy, saved, onto)
         x, weight, mean, rstd = saved
         dy, dtype = self.xp.ascontiguousarray(dy), x.dtype.name
         n, c = _rows_and_columns(x.shape)
@@ -216,13 +220,20 @@ class CudaKernels(Kernels):
         partial = self.xp.empty((chunks, 2, c), dtype=weight.dtype)
         arguments = (dy, x, mean, rstd, partial, n, c, chunk)
         self._launch("layer_norm_backward_weight", dtype, (-(-c // THREADS), chunks), THREADS, arguments)
-        dweight, dbias = self._sum_of_rows(partial)
-        return dx, dweight, dbias
+        return dx, *self._sum_of_rows(partial, *onto)
 
-    def _sum_of_rows(self, x: Array) -> Array:
-        y = self.xp.empty(x.shape[1:], dtype=x.dtype)
-        self._launch("sum_of_rows", x.dtype.name, _elementwise_grid(y.size), THREADS, (x, y, len(x), y.size))
-        return y
+    def _sum_of_rows(self, x: Array, *onto: Array | None) -> list[Array]:
+        """The sums over the rows of one matrix x (n, ...), or of those that lie side by side in x (n, number of onto, ...).
+
+        They are added to the arrays of `onto`; where it has None, the sum is a new array.
+        """
+        shape = x.shape[-1:] if len(onto) > 1 else x.shape[1:]
+        results = [self.xp.empty(shape, dtype=x.dtype) if total is None else total for total in onto]
+        n, c = len(x), prod(shape)
+        for i, (y, total) in enumerate(zip(results, onto, strict=True)):
+            arguments = (x, y, n, c, len(onto) * c, i * c, int(total is not None))
+            self._launch("sum_of_rows", x.dtype.name, (-(-c // WARP), 1), THREADS, arguments)
+        return results
 
     # ---------------------------------------------------------------- GELU
 
@@ -267,7 +278,7 @@ class CudaKernels(Kernels):
 
     # ---------------------------------------------------------------- embedding
 
-    def embedding_backward(self, dy: Array, saved: Saved) -> Array:
+    def embedding_backward(self, dy: Array, saved: Saved, onto: Array | None = None) -> Array:
         """Add up the rows of each chunk into a table of its own, then add up the tables.
 
         This needs no atomic additions, so the sum has the same bits every time.
@@ -275,13 +286,13 @@ class CudaKernels(Kernels):
         (v, c), ids = saved
         n = ids.size
         if not (_are_activations(dy) and n and c):
-            return super().embedding_backward(dy, saved)
+            return super().embedding_backward(dy, saved, onto)
         chunk = max(MIN_CHUNK, -(-n * v * c // MAX_PARTIAL), -(-n // MAX_CHUNKS))
         partial = self.xp.empty((-(-n // chunk), v, c), dtype=_parameter_dtype(dy))
         dy, ids = self.xp.ascontiguousarray(dy), self.xp.ascontiguousarray(ids, dtype=np.int64)
         grid = (-(-c // THREADS), len(partial))
         self._launch("embedding_backward", dy.dtype.name, grid, THREADS, (dy, ids, partial, n, c, v, chunk))
-        return self._sum_of_rows(partial)
+        return self._sum_of_rows(partial, onto)[0]
 
     # ---------------------------------------------------------------- cross-entropy
 
@@ -314,10 +325,10 @@ class CudaKernels(Kernels):
         if not (_are_parameters(gradient, loss, scale) and gradient.size and gradient.flags.c_contiguous):
             return super().clip_factor(gradient, loss, max_norm, scale)
         dtype, blocks = gradient.dtype, min(MAX_SUM_BLOCKS, -(-gradient.size // THREADS))
-        partial, seen = self.xp.empty(blocks * (THREADS // 32), dtype=dtype), self.xp.empty(2, dtype=dtype)
+        partial, seen = self.xp.empty(blocks * (THREADS // WARP), dtype=dtype), self.xp.empty(2, dtype=dtype)
         self._launch("sum_of_squares", dtype.name, (blocks, 1), THREADS, (gradient, partial, gradient.size))
         arguments = (partial, partial.size, loss, float(max_norm), scale, seen)
-        self._launch("clip_factor", dtype.name, (1, 1), 32, arguments)
+        self._launch("clip_factor", dtype.name, (1, 1), WARP, arguments)
         return seen
 
     def adamw(self, parameter: Array, gradient: Array, exp_avg: Array, exp_avg_sq: Array, numbers: AdamWStep) -> None:
@@ -362,11 +373,6 @@ def _rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
     return prod(shape[:-1]), shape[-1] if shape else 1
 
 
-def _dropout_arguments(p: float, rng: Key) -> tuple[Array | None, int, int, float]:
-    """(key, use, threshold, scale) for the dropout kernels: a draw below the threshold drops an element."""
-    return *rng.use(), round(p * 65536), float(1 / (1 - p)) if p < 1 else 0.0
-
-
 def _attention_sizes(q: Array, k: Array) -> tuple[int, int, int]:
     """(rows of scores, queries, keys)."""
     return prod(q.shape[:-1]), q.shape[-2], k.shape[-2]
@@ -384,7 +390,7 @@ def _groups(n: int) -> int:
 
 def _row_grid(n: int) -> tuple[int, int]:
     """The grid for n rows, one warp for each."""
-    return -(-n // (THREADS // 32)), 1
+    return -(-n // (THREADS // WARP)), 1
 
 
 def _elementwise_grid(n: int) -> tuple[int, int]:

@@ -95,12 +95,22 @@ extern "C" __global__ void column_sums(const T* x, A* partial, long long n, long
     partial[blockIdx.y * c + column] = sum;
 }
 
-// y (c,) = the sum over the rows of x (n, c), from the first row to the last. A thread adds up one column.
-extern "C" __global__ void sum_of_rows(const A* x, A* y, long long n, long long c) {
-    for (long long column = thread_number(); column < c; column += thread_count()) {
-        A sum = 0;
-        #pragma unroll 16
-        for (long long row = 0; row < n; row++) sum += x[row * c + column];
-        y[column] = sum;
+// y (c,) = the sum over the rows of x (n, c), plus what y holds if `add`. The rows are `stride` apart; x begins at `offset`.
+//
+// A block adds up as many columns as a warp has threads. Each of its warps adds up some of the rows.
+extern "C" __global__ void sum_of_rows(
+    const A* x, A* y, long long n, long long c, long long stride, long long offset, long long add) {
+    __shared__ A of_warp[MAX_WARPS][WARP];
+    int warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+    long long column = blockIdx.x * (long long)WARP + lane();
+    A sum = 0;
+    if (column < c) {
+        #pragma unroll 8
+        for (long long row = warp; row < n; row += warps) sum += x[row * stride + offset + column];
     }
+    of_warp[warp][lane()] = sum;
+    __syncthreads();
+    if (warp > 0 || column >= c) return;
+    for (int i = 1; i < warps; i++) sum += of_warp[i][lane()];
+    y[column] = add ? y[column] + sum : sum;
 }

@@ -34,8 +34,8 @@ class Gemm(Protocol):
 
     tf32: bool  # whether float32 operands may be rounded to TF32
 
-    def __call__(self, a: Operand, b: Operand, out: Operand, sizes: tuple[int, int, int], count: int) -> None:
-        """out (m, n) = a (m, k) @ b (k, n), for `count` matrices. sizes: (m, n, k)."""
+    def __call__(self, a: Operand, b: Operand, out: Operand, sizes: tuple[int, int, int], count: int, add: bool) -> None:
+        """out (m, n) = a (m, k) @ b (k, n), or out += that if `add`, for `count` matrices. sizes: (m, n, k)."""
 
 
 class CublasGemm:
@@ -61,16 +61,17 @@ class CublasGemm:
         self._numbers = {name: np.array([0, 1], "float64" if name == "float64" else "float32") for name in self._kinds}
         self._zero_and_one = {name: (n.ctypes.data, n.ctypes.data + n.itemsize) for name, n in self._numbers.items()}
 
-    def __call__(self, a: Operand, b: Operand, out: Operand, sizes: tuple[int, int, int], count: int) -> None:
+    def __call__(self, a: Operand, b: Operand, out: Operand, sizes: tuple[int, int, int], count: int, add: bool) -> None:
         name = a.array.dtype.name
         zero, one = self._zero_and_one[name]
+        beta = one if add else zero
         computing = self._tf32 if self.tf32 and name == "float32" else self._computing[name]
         first, second, result = self._place(a), self._place(b), self._place(out)
         transposed = int(a.transposed), int(b.transposed)
         self._use_current_stream()
         _check(
             self._gemm(
-                self._handle, *transposed, *sizes, one, *first, *second, zero, *result, count, computing, self._algorithm
+                self._handle, *transposed, *sizes, one, *first, *second, beta, *result, count, computing, self._algorithm
             )
         )
 
@@ -105,21 +106,23 @@ def _check(status: int) -> None:
         raise RuntimeError(f"cuBLAS answered with status {status}; https://docs.nvidia.com/cuda/cublas/ lists them")
 
 
-def product(xp: Any, gemm: Gemm, a: Array, b: Array, dtype: Any = None) -> Array:
-    """a (..., rows, inner) @ b (..., inner, columns) -> (..., rows, columns).
+def product(xp: Any, gemm: Gemm, a: Array, b: Array, dtype: Any = None, onto: Array | None = None) -> Array:
+    """a (..., rows, inner) @ b (..., inner, columns) -> (..., rows, columns), or added to the contiguous array `onto`.
 
     a and b have one dtype and equal leading axes. `dtype` is that of the result, by default theirs.
     """
     *lead, rows, inner = a.shape
     columns = b.shape[-1]
-    out = xp.empty((*lead, rows, columns), dtype=dtype or a.dtype)
+    out = xp.empty((*lead, rows, columns), dtype=dtype or a.dtype) if onto is None else onto
     if out.size == 0 or inner == 0:
-        out[...] = 0
+        if onto is None:
+            out[...] = 0
         return out
     # Arrays here are stored row by row, and BLAS reads column by column: it sees their transposes. So this call computes
     # b^T @ a^T, which is (a @ b)^T.
     first, second = _operand(xp, b), _operand(xp, a)
-    gemm(first, second, Operand(out, False, columns, rows * columns), (columns, rows, inner), prod(lead))
+    result = Operand(out, False, columns, rows * columns)
+    gemm(first, second, result, (columns, rows, inner), prod(lead), onto is not None)
     return out
 
 

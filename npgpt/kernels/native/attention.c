@@ -135,16 +135,19 @@ static void softmax_backward_of_row(float *ds, const float *e, float *kept, int6
     }
 }
 
-// dy and out have the shape and the strides of out in the forward pass; dq, dk and dv are contiguous. e is what the forward pass left.
+// dy and out have the shape and the strides of out in the forward pass. e is what the forward pass left. dk and dv have the same
+// strides.
 void NAME(attention_backward)(
     const float *dy, const float *q, const float *k, const float *v, const float *out, const float *factor, const float *e,
     float *dq, float *dk, float *dv, float *scratch, int64_t b, int64_t h, int64_t n_query, int64_t n_key, int64_t head_dim,
-    int64_t q_batch, int64_t q_head, int64_t q_row, int64_t k_batch, int64_t k_head, int64_t k_row, double scale, double keep) {
+    int64_t q_batch, int64_t q_head, int64_t q_row, int64_t k_batch, int64_t k_head, int64_t k_row, int64_t dq_batch,
+    int64_t dq_head, int64_t dq_row, int64_t dk_batch, int64_t dk_head, int64_t dk_row, double scale, double keep) {
     const head_scratch s = scratch_of(scratch, n_key, head_dim);
     const int64_t n_blocks = (n_query + QUERIES - 1) / QUERIES;
     for (int64_t head = 0; head < b * h; head++, factor += n_query) {
         const int64_t batch = head / h, at = batch * k_batch + head % h * k_head;
         const int64_t y = batch * n_query * h * head_dim + head % h * head_dim;
+        const int64_t at_dq = batch * dq_batch + head % h * dq_head, at_dk = batch * dk_batch + head % h * dk_head;
         const matrix queries = {q + batch * q_batch + head % h * q_head, q_row, 1};
         pack_columns((matrix){v + at, 1, k_row}, head_dim, n_key, 0, s.along);
         pack_keys((matrix){k + at, k_row, 1}, n_key, head_dim, s.across);
@@ -159,14 +162,11 @@ void NAME(attention_backward)(
             multiply((matrix){s.g, head_dim, 1}, s.along, head_dim, 0, s.scores, seen, rows, seen, head_dim, 0, s.a, 0);
             for (int64_t r = 0; r < rows; r++)
                 softmax_backward_of_row(s.scores + r * seen, block_e + r * seen, s.kept + r * seen, seen, term[r], scale);
-            sum_over_keys(s.scores, s.across, dq + start * head_dim, head_dim, rows, seen, n_key, head_dim, s.a);
+            sum_over_keys(s.scores, s.across, dq + at_dq + start * dq_row, dq_row, rows, seen, n_key, head_dim, s.a);
             pack_columns(part(queries, start, 0), rows, head_dim, 0, s.packed);
-            multiply((matrix){s.scores, 1, seen}, s.packed, rows, 0, dk, head_dim, seen, head_dim, rows, add, s.a, 0);
+            multiply((matrix){s.scores, 1, seen}, s.packed, rows, 0, dk + at_dk, dk_row, seen, head_dim, rows, add, s.a, 0);
             pack_columns((matrix){s.g, head_dim, 1}, rows, head_dim, 0, s.packed);
-            multiply((matrix){s.kept, 1, seen}, s.packed, rows, 0, dv, head_dim, seen, head_dim, rows, add, s.a, 0);
+            multiply((matrix){s.kept, 1, seen}, s.packed, rows, 0, dv + at_dk, dk_row, seen, head_dim, rows, add, s.a, 0);
         }
-        dq += n_query * head_dim;
-        dk += n_key * head_dim;
-        dv += n_key * head_dim;
     }
 }

@@ -14,7 +14,8 @@ import numpy as np
 
 from npgpt.kernels.cpu import CpuKernels
 from npgpt.kernels.native.library import PROCESSORS, Library, address_of
-from npgpt.kernels.reference import AdamWStep, Array, Saved
+from npgpt.kernels.reference import Array, Onto, Saved, added
+from npgpt.kernels.updates import AdamWStep
 
 
 class NativeSaved(tuple[Any, ...]):
@@ -61,18 +62,19 @@ class NativeKernels(CpuKernels):
         return y.reshape(*x.shape[:-1], weight.shape[-1]), (rows, weight, x.shape)
 
     def linear_backward(
-        self, dy: Array, saved: Saved, needs: tuple[bool, bool, bool] = (True, True, True)
+        self, dy: Array, saved: Saved, needs: tuple[bool, bool, bool] = (True, True, True), onto: Onto = (None, None)
     ) -> tuple[Array | None, Array | None, Array | None]:
         rows, weight, x_shape = saved
         if not _are_float32(dy, rows, weight):
-            return super().linear_backward(dy, saved, needs)
+            return super().linear_backward(dy, saved, needs, onto)
         dy = np.ascontiguousarray(dy.reshape(len(rows), weight.shape[-1]))
         product = self._product_for(len(rows))
         dx = self._product(product, dy, weight.T).reshape(x_shape) if needs[0] else None
-        dweight = self._product(product, rows.T, dy) if needs[1] else None
-        dbias = np.empty(dy.shape[-1], dtype=dy.dtype) if needs[2] else None
-        if dbias is not None:
-            self._run("column_sums", dy, dbias, *dy.shape)
+        dweight = self._product(product, rows.T, dy, onto=onto[0]) if needs[1] else None
+        dbias = None
+        if needs[2]:
+            dbias = np.zeros(dy.shape[-1], dtype=dy.dtype) if onto[1] is None else onto[1]
+            self._run("add_column_sums", dy, dbias, *dy.shape)
         return dx, dweight, dbias
 
     def _product_for(self, rows: int) -> str | None:
@@ -81,15 +83,15 @@ class NativeKernels(CpuKernels):
             return "bfloat16_product"
         return "product" if self.one_thread and self._has_faster_products and rows >= LEAST_ROWS else None
 
-    def _product(self, kernel: str | None, a: Array, b: Array, bias: Array | None = None) -> Array:
-        """a (m, k) @ b (k, n) + bias (n,). kernel: see `_product_for`."""
+    def _product(self, kernel: str | None, a: Array, b: Array, bias: Array | None = None, onto: Array | None = None) -> Array:
+        """a (m, k) @ b (k, n), plus bias (n,), or added to onto (m, n). kernel: see `_product_for`."""
         if kernel is None:
-            return a @ b if bias is None else a @ b + bias
+            return added(a @ b if bias is None else a @ b + bias, onto)
         a, b = (x if x.itemsize in x.strides and min(x.strides) >= 0 else _contiguous(x) for x in (a, b))
         (m, k), n = a.shape, b.shape[1]
-        y = np.empty((m, n), dtype=np.float32)
+        y = np.empty((m, n), dtype=np.float32) if onto is None else onto
         strides = [stride // 4 for x in (a, b) for stride in x.strides]
-        self._run(kernel, a, b, bias, y, self._run.scratch("product_scratch", n), m, n, k, *strides)
+        self._run(kernel, a, b, bias, y, self._run.scratch("product_scratch", n), m, n, k, *strides, onto is not None)
         return y
 
     # ---------------------------------------------------------------- one more token of each sequence
@@ -220,12 +222,25 @@ class NativeKernels(CpuKernels):
     def causal_attention_backward(self, dy: Array, saved: Saved) -> tuple[Array, Array, Array]:
         if not isinstance(saved, NativeSaved):
             return super().causal_attention_backward(dy, saved)
+        dq, dk, dv = (np.empty(a.shape, dtype=a.dtype) for a in saved[:3])
+        self._attention_backward(dy, saved, dq, dk, dv)
+        return dq, dk, dv
+
+    def self_attention_backward(self, dy: Array, saved: Saved) -> Array:
+        if not isinstance(saved, NativeSaved):
+            return super().self_attention_backward(dy, saved)
+        b, h, t, head_dim = saved[0].shape
+        dqkv = np.empty((b, t, 3, h, head_dim), dtype=np.float32)
+        self._attention_backward(dy.swapaxes(1, 2), saved, *self.split_heads(dqkv))
+        return dqkv
+
+    def _attention_backward(self, dy: Array, saved: NativeSaved, dq: Array, dk: Array, dv: Array) -> None:
+        """Writes to dq, dk and dv. They may be views; dk and dv have the same strides."""
         q, k, v, out, factor, e, sizes, scale, keep = saved
         dy = _contiguous(dy.transpose(0, 2, 1, 3))
-        dq, dk, dv = (np.empty(a.shape, dtype=a.dtype) for a in (q, k, v))
+        strides = (*_strides(dq), *_strides(dk))
         scratch = self._run.scratch("attention_scratch", k.shape[2], q.shape[3])
-        self._run("attention_backward", dy, q, k, v, out, factor, e, dq, dk, dv, scratch, *sizes, scale, keep)
-        return dq, dk, dv
+        self._run("attention_backward", dy, q, k, v, out, factor, e, dq, dk, dv, scratch, *sizes, *strides, scale, keep)
 
     # ---------------------------------------------------------------- layer norm
 
@@ -239,23 +254,23 @@ class NativeKernels(CpuKernels):
         self._run("layer_norm_forward", x, weight, bias, y, mean, rstd, n, c, eps)
         return y, NativeSaved((x, weight, mean, rstd))
 
-    def layer_norm_backward(self, dy: Array, saved: Saved) -> tuple[Array, Array, Array]:
+    def layer_norm_backward(self, dy: Array, saved: Saved, onto: Onto = (None, None)) -> tuple[Array, Array, Array]:
         if not isinstance(saved, NativeSaved):
-            return super().layer_norm_backward(dy, saved)
+            return super().layer_norm_backward(dy, saved, onto)
         x, weight, mean, rstd = saved
-        dx, dweight, dbias = np.empty_like(x), np.empty_like(weight), np.empty_like(weight)
+        dx, (dweight, dbias) = np.empty_like(x), (np.zeros_like(weight) if sums is None else sums for sums in onto)
         self._run("layer_norm_backward", _contiguous(dy), x, weight, mean, rstd, dx, dweight, dbias, *_rows_and_columns(x))
         return dx, dweight, dbias
 
     # ---------------------------------------------------------------- embedding
 
-    def embedding_backward(self, dy: Array, saved: Saved) -> Array:
+    def embedding_backward(self, dy: Array, saved: Saved, onto: Array | None = None) -> Array:
         shape, ids = saved
         if not (_are_float32(dy) and len(shape) == 2):
-            return super().embedding_backward(dy, saved)
+            return super().embedding_backward(dy, saved, onto)
         ids = _ids(ids, shape[0])
-        dweight = np.empty(shape, dtype=dy.dtype)
-        self._run("embedding_backward", _contiguous(dy), ids, dweight, ids.size, shape[1], shape[0])
+        dweight = np.zeros(shape, dtype=dy.dtype) if onto is None else onto
+        self._run("embedding_backward", _contiguous(dy), ids, dweight, ids.size, shape[1])
         return dweight
 
     # ---------------------------------------------------------------- cross-entropy

@@ -26,17 +26,17 @@ FUNCTIONS = {
     "adamw": "ppppnnddddddd",
     "layer_norm_forward": "ppppppnnd",
     "layer_norm_backward": "ppppppppnn",
-    "column_sums": "ppnn",
-    "embedding_backward": "pppnnn",
+    "add_column_sums": "ppnn",
+    "embedding_backward": "pppnn",
     "attention_forward": "pppppppp" + "nnnnn" + "nnnnnn" + "ndd",
-    "attention_backward": "ppppppppppp" + "nnnnn" + "nnnnnn" + "dd",
+    "attention_backward": "ppppppppppp" + "nnnnn" + "nnnnnn" + "nnnnnn" + "dd",
     "cross_entropy_forward": "ppppnn",
     "cross_entropy_backward": "ppppnn",
     "few_rows_product": "ppppnnnn",
     "decode_attention": "ppppppnnnnnnnd",
     "decode_blocks": "ppppppnnnnnnnnd",
-    "product": "pppppnnnnnnn",
-    "bfloat16_product": "pppppnnnnnnn",
+    "product": "pppppnnnnnnnn",
+    "bfloat16_product": "pppppnnnnnnnn",
 }
 # Functions that say a number for some sizes. Scratch memory is in bytes, exponentials are in elements.
 NUMBERS = {"product_scratch": "n", "attention_scratch": "nn", "attention_exponentials": "nn", "longest_head": ""}

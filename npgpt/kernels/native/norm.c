@@ -22,12 +22,10 @@ void NAME(layer_norm_forward)(
     }
 }
 
-// dweight and dbias are sums over the rows, from the first to the last.
+// Sums over the rows, from the first to the last, are added to dweight and dbias.
 void NAME(layer_norm_backward)(
     const float *dy, const float *x, const float *weight, const float *mean, const float *rstd, float *dx, float *dweight,
     float *dbias, int64_t n, int64_t c) {
-    memset(dweight, 0, c * sizeof(float));
-    memset(dbias, 0, c * sizeof(float));
     for (int64_t row = 0; row < n; row++, dy += c, x += c, dx += c) {
         float m = mean[row], r = rstd[row];
         vec sum_g = splat(0), sum_g_xhat = splat(0);
@@ -50,9 +48,8 @@ void NAME(layer_norm_backward)(
 
 #define ROWS_AT_ONCE 256  // of a sum: sums of sums round less than one long sum
 
-// y (c,) = the sum over the rows of x (n, c), from the first to the last.
-void NAME(column_sums)(const float *x, float *y, int64_t n, int64_t c) {
-    memset(y, 0, c * sizeof(float));
+// y (c,) += the sum over the rows of x (n, c), from the first to the last.
+void NAME(add_column_sums)(const float *x, float *y, int64_t n, int64_t c) {
     for (int64_t first = 0; first < n; first += ROWS_AT_ONCE) {
         const int64_t last = n - first < ROWS_AT_ONCE ? n : first + ROWS_AT_ONCE;
         for (int64_t i = 0; i < c; i += LANES) {
@@ -63,9 +60,8 @@ void NAME(column_sums)(const float *x, float *y, int64_t n, int64_t c) {
     }
 }
 
-// table (v, c) = 0, then table[ids[row]] += dy[row] for each row of dy (n, c), from the first to the last.
-void NAME(embedding_backward)(const float *dy, const int64_t *ids, float *table, int64_t n, int64_t c, int64_t v) {
-    memset(table, 0, v * c * sizeof(float));
+// table[ids[row]] += dy[row] for each row of dy (n, c), from the first to the last. table has rows of c numbers.
+void NAME(embedding_backward)(const float *dy, const int64_t *ids, float *table, int64_t n, int64_t c) {
     for (int64_t row = 0; row < n; row++, dy += c) {
         float *sum = table + ids[row] * c;
         for (int64_t i = 0; i < c; i++) sum[i] += dy[i];

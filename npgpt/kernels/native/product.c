@@ -221,32 +221,34 @@ static inline void multiply(
     }
 }
 
-// out (m, n) = a (m, k) @ b (k, n) + bias (n,). out is contiguous.
+// out (m, n) = a (m, k) @ b (k, n) + bias (n,), or out += a @ b if `add`. out is contiguous.
 static inline void product_of(
-    matrix a, matrix b, const float *bias, float *out, float *scratch, int64_t m, int64_t n, int64_t k, const int pairs) {
+    matrix a, matrix b, const float *bias, float *out, float *scratch, int64_t m, int64_t n, int64_t k, int64_t add,
+    const int pairs) {
     float *packed_a = scratch, *packed_b = packed_a + M_BLOCK * STEPS;
     const int64_t values = pairs ? 2 * STEPS : STEPS, blocks = k > values ? (k + values - 1) / values : 1;
     const int64_t in_a_block = rounded_up((k + blocks - 1) / blocks, 2);  // blocks of nearly equal size
     for (int64_t block = 0; block < blocks; block++) {
         const int64_t p = block * in_a_block, depth = smaller(k - p, in_a_block);
         pack_columns(part(b, p, 0), depth, n, pairs, packed_b);
-        multiply(part(a, 0, p), packed_b, pairs ? (depth + 1) / 2 : depth, bias, out, n, m, n, depth, block > 0, packed_a, pairs);
+        const int64_t steps = pairs ? (depth + 1) / 2 : depth;
+        multiply(part(a, 0, p), packed_b, steps, bias, out, n, m, n, depth, add || block, packed_a, pairs);
     }
 }
 
-// a @ b + bias with the strides of both matrices. scratch has room for product_scratch(n).
+// The same with the strides of both matrices. scratch has room for product_scratch(n).
 void NAME(product)(
     const float *a, const float *b, const float *bias, float *out, float *scratch, int64_t m, int64_t n, int64_t k, int64_t a_row,
-    int64_t a_column, int64_t b_row, int64_t b_column) {
-    product_of((matrix){a, a_row, a_column}, (matrix){b, b_row, b_column}, bias, out, scratch, m, n, k, 0);
+    int64_t a_column, int64_t b_row, int64_t b_column, int64_t add) {
+    product_of((matrix){a, a_row, a_column}, (matrix){b, b_row, b_column}, bias, out, scratch, m, n, k, add, 0);
 }
 
 #ifdef HAS_BFLOAT16
 // The same with operands rounded to bfloat16.
 void NAME(bfloat16_product)(
     const float *a, const float *b, const float *bias, float *out, float *scratch, int64_t m, int64_t n, int64_t k, int64_t a_row,
-    int64_t a_column, int64_t b_row, int64_t b_column) {
-    product_of((matrix){a, a_row, a_column}, (matrix){b, b_row, b_column}, bias, out, scratch, m, n, k, 1);
+    int64_t a_column, int64_t b_row, int64_t b_column, int64_t add) {
+    product_of((matrix){a, a_row, a_column}, (matrix){b, b_row, b_column}, bias, out, scratch, m, n, k, add, 1);
 }
 #endif
 
