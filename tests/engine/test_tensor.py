@@ -96,14 +96,19 @@ def test_an_input_without_gradient_is_not_kept():
     assert dweight.shape == (3, 4)
 
 
-def test_gradients_of_parameters_are_added_up():
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_gradients_of_parameters_are_added_up(dtype):
     """In the array that is there, if it is as a kernel wants it; in a new one under a Watch or for the first gradient."""
-    x, w, b = Tensor(np.random.default_rng(0).standard_normal((5, 3))), leaf(3, 4), leaf(4)
-    ids, table = np.array([1, 0, 1]), leaf(3, 4)
+    x, w, b = (
+        Tensor(np.random.default_rng(0).standard_normal((5, 3)).astype(dtype)),
+        leaf(3, 4, dtype=dtype),
+        leaf(4, dtype=dtype),
+    )
+    ids, table, scale = np.array([1, 0, 1]), leaf(3, 4, dtype=dtype), leaf(4, dtype=dtype)
 
     def backward():
-        (ops.linear(x, w, b).sum() + (ops.layer_norm(ops.embedding(table, ids), b, b) * w.sum()).sum()).backward()
-        return [t.grad for t in (w, b, table)]
+        (ops.linear(x, w, b).sum() + (ops.layer_norm(ops.embedding(table, ids), scale, b) * w.sum()).sum()).backward()
+        return [t.grad for t in (w, b, table, scale)]
 
     first = backward()
     expected = [3 * gradient for gradient in first]
@@ -111,21 +116,27 @@ def test_gradients_of_parameters_are_added_up():
     with watched(Watch()):
         found = backward()
     for a, other in zip(found, expected, strict=True):
-        np.testing.assert_allclose(a, other, rtol=1e-12, atol=1e-12)
-    w.grad = np.asfortranarray(w.grad)
-    table.grad = table.grad.astype(np.float32)
+        np.testing.assert_allclose(a, other, rtol=1e-5, atol=1e-5)
+    w.grad, table.grad = np.asfortranarray(w.grad), np.asfortranarray(table.grad)
+    b.grad, scale.grad = np.repeat(b.grad, 2)[::2], scale.grad.astype(np.float16 if dtype == np.float32 else np.float32)
     for a, other in zip(backward(), expected, strict=True):
-        np.testing.assert_allclose(a, other / 3 * 4, rtol=1e-5, atol=1e-5)
-    assert not w.grad.flags.c_contiguous
-    assert table.grad.dtype == np.float32
+        np.testing.assert_allclose(a, other / 3 * 4, rtol=2e-3, atol=2e-3)
+    assert not table.grad.flags.c_contiguous
+    assert scale.grad.dtype != dtype
 
 
-def test_a_kernel_does_not_add_to_the_gradient_of_a_result():
-    """The gradient of a weight that was computed goes back to the leaf that it was computed from."""
-    x, w = Tensor(np.ones((2, 3))), leaf(4, 3)
+def test_a_kernel_adds_to_the_gradients_of_leaves_alone():
+    """Not to that of a result, and not to that of a leaf which is frozen."""
+    x, w, b = Tensor(np.ones((2, 3))), leaf(4, 3), leaf(4)
+    b.grad, b.requires_grad = np.full(4, 7.0), False
     for _ in range(2):
-        ops.linear(x, w.T).sum().backward()
-    np.testing.assert_allclose(w.grad, np.full((4, 3), 4.0))
+        transposed = w.T
+        transposed.grad = np.zeros((3, 4))
+        y = ops.linear(x, transposed, b)
+        (ops.layer_norm(y, Tensor(np.ones(4)), b) + y).sum().backward()  # rows of a layer norm always have the sum 0
+        assert not transposed.grad.any()
+    np.testing.assert_allclose(w.grad, np.full((4, 3), 4.0), rtol=1e-9)
+    np.testing.assert_array_equal(b.grad, np.full(4, 7.0))
 
 
 def test_no_grad_records_nothing_and_nests():

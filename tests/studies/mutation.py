@@ -366,6 +366,7 @@ BUGS = [
     ("gradients added by a kernel are added again", OPS, "(dx if total is None else None for", "(dx for"),
     ("gradients of any layout are added to by a kernel", OPS, "return grad if grad.flags.c_contiguous and", "return grad if"),
     ("gradients of results are added to by a kernel", OPS, "or parameter._node is not None", ""),
+    ("gradients of frozen leaves are added to by a kernel", OPS, "or not parameter.requires_grad", ""),
     ("native: dk of the last block alone", C_ATTENTION, "dk + at_dk, dk_row, seen, head_dim, rows, add, s.a, 0", "dk + at_dk, dk_row, seen, head_dim, rows, 0, s.a, 0"),
     ("native: values past the first panel of keys are left out", C_ATTENTION, "smaller(seen - p, STEPS), p > 0, packed_a, 0);", "smaller(seen - p, STEPS), 0, packed_a, 0);"),
     ("native: too little scratch memory for attention", C_ATTENTION, "QUERIES * (2 * n_key + head_dim + width)", "QUERIES * (n_key + head_dim)"),
