@@ -100,6 +100,23 @@ def test_self_attention(cuda_kernels, dtype, head_dim, dropout, monkeypatch):
 
 
 @on_cpu
+def test_with_as_many_threads_as_on_a_gpu(dtype):
+    """Other tests give a block two warps."""
+    kernels = CudaKernels(np, cuda_on_cpu.launch, cuda_on_cpu.Gemm())
+    assert cuda.THREADS == 256
+    x, weight, bias = normal(dtype, 70, 65), normal(dtype, 65), normal(dtype, 65, seed=1)
+    same(kernels, "layer_norm", (x, weight, bias), dtype, size=4)
+    same(kernels, "linear", (x, normal(dtype, 65, 300), normal(dtype, 300)), dtype, size=20)
+    same(kernels, "gelu", (x,), dtype)
+    same(kernels, "dropout", (x,), dtype, 0.3, key=3)
+    same(kernels, "residual", (x, x * 2), dtype, 0.3, key=3)
+    same(kernels, "self_attention", (normal(dtype, 2, 11, 3, 2, 20),), dtype, 0.3, key=3, size=10)
+    same(kernels, "rotary", (normal(dtype, 4, 6), normal(dtype, 6, seed=1)), dtype)
+    same(kernels, "embedding", (normal(dtype, 5, 300), np.arange(200) % 5), dtype, size=40)
+    same(kernels, "embedding", (normal(dtype, 1030, 33), np.arange(200) * 5), dtype, size=40)
+
+
+@on_cpu
 @pytest.mark.parametrize("head_dim", [3, 8, 20])
 def test_sums_of_gradients(cuda_kernels, dtype, head_dim, monkeypatch):
     """Of whole arrays, and into the slices of an array that three heads share. The kernels run, and write to nothing else."""
@@ -158,6 +175,9 @@ def test_embedding(cuda_kernels, dtype, ids, monkeypatch):
     same(cuda_kernels, "embedding", (normal(dtype, 5, 3), np.array(ids, dtype=np.int64)), dtype, size=20)
     monkeypatch.setattr(cuda, "MAX_PARTIAL", 60)
     same(cuda_kernels, "embedding", (normal(dtype, 5, 3), np.array(ids, dtype=np.uint8)), dtype, size=20)
+    monkeypatch.setattr(cuda, "MOST_IN_CHUNKS", 4)  # as for a large table
+    for columns in (3, 70):
+        same(cuda_kernels, "embedding", (normal(dtype, 5, columns), np.array(ids, dtype=np.int64)), dtype, size=20)
 
 
 @on_cpu

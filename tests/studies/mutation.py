@@ -360,6 +360,8 @@ BUGS = [
     ("cuda: products forget the gradients before", PRODUCTS, "onto is not None)", "False)"),
     ("cuda: sums of rows forget the gradients before", NORM, "add ? y[column] + sum : sum", "sum"),
     ("cuda: the sums of layer norm exchanged", CUDA, "i * c, int(total", "(len(onto) - 1 - i) * c, int(total"),
+    ("cuda: an embedding's rows beyond the first of a warp", EMBEDDING, "found; found &= found - 1", "found; found = 0"),
+    ("cuda: an embedding forgets the gradients before", EMBEDDING, "i < c && !add; i", "i < c; i"),
     ("cuda: heads merged in their own order", ELEMENTWISE, "(merge ? apart : together), d", "together, d"),
     ("cuda: keys are taken for queries", ELEMENTWISE, "blockIdx.y == 0 ? q : blockIdx.y == 1 ? k : v", "blockIdx.y == 1 ? q : blockIdx.y == 0 ? k : v"),
     ("self-attention: keys are taken for values", REFERENCE, "enumerate((q, k, v))", "enumerate((q, v, k))"),

@@ -69,6 +69,17 @@ static Value __shfl_xor_sync(unsigned, Value value, int distance) {
     return other;
 }
 
+static unsigned __ballot_sync(unsigned, bool condition) {
+    unsigned me = threadIdx.x, first = me - me % 32, bits = 0;
+    exchanged[me] = condition;
+    wait_for_the_others();
+    for (unsigned i = 0; i < 32; i++) bits |= (unsigned)(exchanged[first + i] != 0) << i;
+    wait_for_the_others();
+    return bits;
+}
+
+static int __ffs(int value) { return __builtin_ffs(value); }
+
 static void thread_main() {
     for (;;) {  // each pass is this thread's part of one block
         body();

@@ -29,6 +29,7 @@ MAX_SUM_BLOCKS = 256  # blocks of a sum; each warp writes one partial sum
 MIN_CHUNK = 64  # the fewest rows that one thread adds up, one after the other
 MAX_CHUNKS = 65_535  # the largest second dimension of a CUDA grid
 MAX_PARTIAL = 1 << 24  # elements of the partial sums of an embedding's gradient
+MOST_IN_CHUNKS = 1024  # rows of an embedding table whose gradient is added up in chunks
 
 
 class CudaSaved(tuple[Any, ...]):
@@ -125,10 +126,8 @@ class CudaKernels(Kernels):
         p = self._product(q, k.swapaxes(-1, -2))  # the scores; the kernel replaces them by probabilities
         kept, drawn = None, NO_DROPOUT
         if dropout > 0 and rng is not None:
-            kept = self.xp.empty_like(p)
-            drawn = dropout_arguments(dropout, rng)
-        sizes = _attention_sizes(q, k)
-        scale = 1 / sqrt(q.shape[-1])
+            kept, drawn = self.xp.empty_like(p), dropout_arguments(dropout, rng)
+        sizes, scale = _attention_sizes(q, k), 1 / sqrt(q.shape[-1])
         self._launch("causal_softmax_forward", p.dtype.name, _row_grid(sizes[0]), THREADS, (p, p, kept, *sizes, scale, *drawn))
         kept = p if kept is None else kept
         y = self._contiguous(self._product(kept, v).swapaxes(1, 2)).swapaxes(1, 2)
@@ -212,9 +211,8 @@ class CudaKernels(Kernels):
         if not isinstance(saved, CudaSaved):
             return super().layer_norm_backward(dy, saved, onto)
         x, weight, mean, rstd = saved
-        dy, dtype = self.xp.ascontiguousarray(dy), x.dtype.name
+        dy, dx, dtype = self.xp.ascontiguousarray(dy), self.xp.empty_like(x), x.dtype.name
         n, c = _rows_and_columns(x.shape)
-        dx = self.xp.empty_like(x)
         self._launch("layer_norm_backward", dtype, _row_grid(n), THREADS, (dy, x, weight, mean, rstd, dx, n, c))
         chunk, chunks = _chunks(n)
         partial = self.xp.empty((chunks, 2, c), dtype=weight.dtype)
@@ -240,8 +238,7 @@ class CudaKernels(Kernels):
     def gelu_forward(self, x: Array) -> tuple[Array, Saved]:
         if not (_are_activations(x) and x.size):
             return super().gelu_forward(x)
-        y = self.xp.empty(x.shape, dtype=x.dtype)
-        x = self.xp.ascontiguousarray(x)
+        y, x = self.xp.empty(x.shape, dtype=x.dtype), self.xp.ascontiguousarray(x)
         self._launch("gelu_forward", x.dtype.name, _elementwise_grid(_groups(x.size)), THREADS, (x, y, x.size))
         return y, CudaSaved((x,))
 
@@ -279,7 +276,7 @@ class CudaKernels(Kernels):
     # ---------------------------------------------------------------- embedding
 
     def embedding_backward(self, dy: Array, saved: Saved, onto: Array | None = None) -> Array:
-        """Add up the rows of each chunk into a table of its own, then add up the tables.
+        """Add up the rows of each chunk into a table of its own, then add up the tables. In a large table, go from id to id.
 
         This needs no atomic additions, so the sum has the same bits every time.
         """
@@ -287,9 +284,14 @@ class CudaKernels(Kernels):
         n = ids.size
         if not (_are_activations(dy) and n and c):
             return super().embedding_backward(dy, saved, onto)
+        dy, ids = self.xp.ascontiguousarray(dy), self.xp.ascontiguousarray(ids, dtype=np.int64)
+        if v > MOST_IN_CHUNKS:
+            table = self.xp.empty((v, c), dtype=_parameter_dtype(dy)) if onto is None else onto
+            arguments = (dy, ids, table, n, c, v, int(onto is not None))
+            self._launch("embedding_backward_by_id", dy.dtype.name, _row_grid(v), THREADS, arguments)
+            return table
         chunk = max(MIN_CHUNK, -(-n * v * c // MAX_PARTIAL), -(-n // MAX_CHUNKS))
         partial = self.xp.empty((-(-n // chunk), v, c), dtype=_parameter_dtype(dy))
-        dy, ids = self.xp.ascontiguousarray(dy), self.xp.ascontiguousarray(ids, dtype=np.int64)
         grid = (-(-c // THREADS), len(partial))
         self._launch("embedding_backward", dy.dtype.name, grid, THREADS, (dy, ids, partial, n, c, v, chunk))
         return self._sum_of_rows(partial, onto)[0]
