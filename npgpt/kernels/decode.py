@@ -51,7 +51,11 @@ class DecodeKernels(Kernels):
 
     def __init__(self) -> None:
         super().__init__(np)
-        self.one_thread = False  # whether a block of `blas_threads` (parallel/machine.py) has asked for one BLAS thread
+        self.threads = 0  # those that a block of `blas_threads` (parallel/machine.py) has asked for; 0 outside of one
+
+    @property
+    def one_thread(self) -> bool:
+        return self.threads == 1
 
     def fuses_blocks(self, rows: int) -> bool:
         """Whether `blocks_decode` is there, and faster for this number of sequences than one operation after the other."""

@@ -58,7 +58,7 @@ _blas_before: list[int] = []
 
 def _set_blas_threads() -> None:
     newest = next(reversed(_wishes.values()), None)
-    CPU_KERNELS.one_thread = newest == 1
+    CPU_KERNELS.threads = newest or 0
     for library, before in zip(_blas_libraries(), _blas_before, strict=True):
         # threadpoolctl 3.8 lets the first thread that sets the number of OpenBLAS set it again, and ignores other threads
         # without a word. Here every thread may set it.

@@ -154,7 +154,7 @@ def test_which_products_are_used(kernels, monkeypatch):
     x, weight = normal(np.float32, 40, 8), normal(np.float32, 8, 8)
     gains = kernels.description.startswith("native AVX-512")
     for rows, one_thread in [(40, True), (40, False), (31, True)]:
-        kernels.one_thread = one_thread
+        kernels.threads = 1 if one_thread else 2
         used.clear()
         y, saved = kernels.linear_forward(x[:rows], weight, None)
         kernels.linear_backward(y, saved)
@@ -260,10 +260,10 @@ def test_blocks_for_one_more_token(kernels, monkeypatch, options, lengths):
 
 
 def test_blocks_are_decoded_at_once_where_that_is_right(kernels):
-    """With one thread, few sequences, and contiguous weights of float32."""
-    kernels.one_thread = False
+    """With a given number of threads, few sequences, and contiguous weights of float32."""
+    kernels.threads = 0
     assert not kernels.fuses_blocks(1)
-    kernels.one_thread = True
+    kernels.threads = 2
     assert [kernels.fuses_blocks(rows) for rows in (0, 1, 64, 65)] == [False, True, True, False]
     weight = normal(np.float32, 4, 8)
     assert kernels.block_addresses([weight, None]).tolist() == [weight.ctypes.data, 0]

@@ -56,7 +56,7 @@ VECTOR, C_ELEMENTWISE, C_NORM = (f"kernels/native/{name}" for name in ("vector.h
 C_SOFTMAX, C_PRODUCT, C_ATTENTION, C_DECODE = (
     f"kernels/native/{name}.c" for name in ("softmax", "product", "attention", "decode")
 )
-NATIVE, LIBRARY = "kernels/native/kernels.py", "kernels/native/library.py"
+NATIVE, LIBRARY, TEAM = (f"kernels/native/{name}.py" for name in ("kernels", "library", "team"))
 OF_NATIVE = {
     VECTOR,
     C_ELEMENTWISE,
@@ -67,8 +67,9 @@ OF_NATIVE = {
     C_DECODE,
     NATIVE,
     LIBRARY,
+    TEAM,
 }  # NATIVE_TESTS cover these files
-NATIVE_TESTS = ["kernels/test_cpu.py", "kernels/test_native.py", "model/test_decode.py"]
+NATIVE_TESTS = ["kernels/test_cpu.py", "kernels/test_native.py", "kernels/test_team.py", "model/test_decode.py"]
 
 RANKS, NCCL, STEP, TRAIN = "parallel/ranks.py", "parallel/nccl.py", "parallel/step.py", "commands/train.py"
 CHECKS, TRAINER = "training/checks.py", "training/trainer.py"
@@ -384,11 +385,15 @@ BUGS = [
     ("native: threads share scratch memory", LIBRARY, "self._of_thread = threading.local()", "self._of_thread = type(self)"),
     ("native: absent keys are seen", C_DECODE, "(absent ? absent[t] : 0.0f)", "0.0f"),
     ("native: attention reads another head's values", C_DECODE, "k + at, v + at, absent ?", "k + at, v + b * kv_stride, absent ?"),
-    ("native: a block without its first layer norm", C_DECODE, "few_rows_product)(narrow, w->qkv,", "few_rows_product)(x, w->qkv,"),
+    ("native: a block without its first layer norm", C_DECODE, "columns_of_product(normed, w->qkv,", "columns_of_product(x, w->qkv,"),
     ("native: a block turns queries alone", C_DECODE, "rotate(key, rotations + b * head_dim, head_dim);", ""),
     ("native: a block overwrites the newest token", C_DECODE, "lengths[b] % room", "(lengths[b] < room ? lengths[b] : room - 1)"),
     ("native: a block sees too many keys", C_DECODE, "lengths[b] < room ? lengths[b] + 1 : room", "room"),
     ("native: a block forgets its input", C_DECODE, "w->proj_bias, x, batch, d_ff, c, 1", "w->proj_bias, x, batch, d_ff, c, 0"),
+    ("native: a thread does not compute all of its heads", C_DECODE, "batch * heads * (member + 1) / members", "batch * heads * member / members + 1"),
+    ("native: threads leave out the last columns", C_DECODE, "((i) == members ? (columns)", "((i) > members ? (columns)"),
+    ("native: threads do not wait for all heads", C_DECODE, "        MEET;\n        columns_of_product(attended", "        columns_of_product(attended"),
+    ("native: an interrupted call leaves its helpers waiting", TEAM, "meeting[2] = 1", "meeting[2] = 0"),
     ("native: all blocks read the cache of the first", C_DECODE, "w++, cache += 2 * most * room * c", "w++"),
     ("native: a block forgets the cache's room for more sequences", C_DECODE, "*v = k + most * room * c", "*v = k + batch * room * c"),
     ("decoding goes on with weights that were replaced", GPT, "all(map(operator.is_, weights, cache.weights))", "True"),
@@ -398,7 +403,7 @@ BUGS = [
     ("native: half of 2^k", VECTOR, "half = whole >> 1;", "half = whole;"),
     ("native: the last elements of a row are not stored", VECTOR, "_mm512_mask_storeu_ps(to, (__mmask16)((1u << n) - 1)", "_mm512_mask_storeu_ps(to, (__mmask16)((1u << n) / 2)"),
     ("native: a few rows without the rest of n", C_DECODE, "for (; i < n; i++)", "for (; i < n - 1; i++)"),
-    ("native: a few rows without the last columns", C_DECODE, "n, m, m - whole);", "n, m, m - whole - 1);"),
+    ("native: a few rows without the last columns", C_DECODE, "n, m, end - whole);", "n, m, end - whole - 1);"),
     ("native: the last rows of the weights twice", C_DECODE, "n - i < DEPTH ? n - i : DEPTH", "DEPTH"),
     ("native: a copy of weights without its last vector", C_DECODE, "for (int v = 0; v < VECTORS; v++) store(copy", "for (int v = 1; v < VECTORS; v++) store(copy"),
     ("native: the stride of copied weights", C_DECODE, "block_product(x, copy, y, 0, n, WIDTH, m, depth, 6, 0)", "block_product(x, copy, y, 0, n, m, m, depth, 6, 0)"),

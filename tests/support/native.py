@@ -31,5 +31,5 @@ def native_kernels(processor):
     if processor not in found:
         pytest.skip(f"this processor has no {processor}")
     kernels = NativeKernels(library(processor))
-    kernels.one_thread = True  # so that linear layers use the kernels too
+    kernels.threads = 1  # so that linear layers use the kernels too
     return kernels

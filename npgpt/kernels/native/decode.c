@@ -57,7 +57,7 @@ static inline __attribute__((always_inline)) void block_product(
 }
 
 // The same for two rows or more.
-static void columns_product(const float *x, const float *w, float *y, int64_t rows, int64_t n, int64_t m, int64_t depth) {
+static void strip_of_product(const float *x, const float *w, float *y, int64_t rows, int64_t n, int64_t m, int64_t depth) {
     float copy[DEPTH * WIDTH] __attribute__((aligned(64)));
     switch (rows) {  // a constant number of rows, so that sums are in registers
         case 2: block_product(x, w, y, 0, n, m, m, depth, 2, 1); return;
@@ -80,16 +80,23 @@ static void columns_product(const float *x, const float *w, float *y, int64_t ro
     }
 }
 
-// y (rows, m) = x (rows, n) @ w (n, m) + bias (m,); without a bias, bias is null. With `add`, y is added to what it holds.
+// The columns from `first` to `end` of y (rows, m) = x (rows, n) @ w (n, m) + bias (m,); without a bias, bias is null. With `add`, y is
+// added to what it holds.
+static void columns_of_product(
+    const float *x, const float *w, const float *bias, float *y, int64_t rows, int64_t n, int64_t m, int64_t add, int64_t first,
+    int64_t end) {
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t j = first; j < end; j++) y[r * m + j] = (add ? y[r * m + j] : 0.0f) + (bias ? bias[j] : 0.0f);
+    const int64_t whole = rows < 2 ? first : first + (end - first) / WIDTH * WIDTH;
+    for (int64_t i = 0; i < n; i += DEPTH)
+        for (int64_t j = first; j < whole; j += WIDTH)
+            strip_of_product(x + i, w + i * m + j, y + j, rows, n, m, n - i < DEPTH ? n - i : DEPTH);
+    for (int64_t r = 0; r < rows; r++) one_row_product(x + r * n, w + whole, y + r * m + whole, n, m, end - whole);
+}
+
 void NAME(few_rows_product)(
     const float *x, const float *w, const float *bias, float *y, int64_t rows, int64_t n, int64_t m, int64_t add) {
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t j = 0; j < m; j++) y[r * m + j] = (add ? y[r * m + j] : 0.0f) + (bias ? bias[j] : 0.0f);
-    const int64_t whole = rows < 2 ? 0 : m / WIDTH * WIDTH;
-    for (int64_t i = 0; i < n; i += DEPTH)
-        for (int64_t j = 0; j < whole; j += WIDTH)
-            columns_product(x + i, w + i * m + j, y + j, rows, n, m, n - i < DEPTH ? n - i : DEPTH);
-    for (int64_t r = 0; r < rows; r++) one_row_product(x + r * n, w + whole, y + r * m + whole, n, m, m - whole);
+    columns_of_product(x, w, bias, y, rows, n, m, add, 0, m);
 }
 
 // y (head_dim) = attention of one query over `tokens` keys and values. absent is null, or -inf where there is no key. scores has
@@ -143,6 +150,27 @@ static void rotate(float *x, const float *rotation, int64_t n) {
     }
 }
 
+// Threads that compute one call together.
+typedef struct {
+    int64_t arrived, round, cancelled;
+} meeting;
+
+// Returns when all `members` have called it. Returns 0 if the call is cancelled. A thread that waits long lets others have its core.
+static int meet(meeting *m, int64_t members) {
+    if (members == 1) return 1;
+    const int64_t round = __atomic_load_n(&m->round, __ATOMIC_ACQUIRE);
+    if (__atomic_add_fetch(&m->arrived, 1, __ATOMIC_ACQ_REL) == members) {
+        __atomic_store_n(&m->arrived, 0, __ATOMIC_RELAXED);
+        __atomic_store_n(&m->round, round + 1, __ATOMIC_RELEASE);
+        return 1;
+    }
+    for (int i = 0; __atomic_load_n(&m->round, __ATOMIC_ACQUIRE) == round; i++) {
+        if (__atomic_load_n(&m->cancelled, __ATOMIC_ACQUIRE)) return 0;
+        if (i > 4000) sched_yield();
+    }
+    return 1;
+}
+
 // The weight and the bias of each layer of a block. A bias may be NULL.
 struct block_weights {
     const float *ln_1, *ln_1_bias, *qkv, *qkv_bias, *out, *out_bias, *ln_2, *ln_2_bias, *fc, *fc_bias, *proj, *proj_bias;
@@ -152,35 +180,54 @@ struct block_weights {
 //
 // cache (layers, 2, most, heads, room, head_dim) has keys and values, of which the first `batch` of `most` sequences are used.
 // lengths (batch,) says how many tokens came before: the key of this one takes the place of the oldest one if there is no room left.
-// rotations (batch, head_dim) is NULL without rotary positions. scratch has room for batch * (c + max(3 c, d_ff) + 2) + room.
+// rotations (batch, head_dim) is NULL without rotary positions.
+//
+// `members` threads make this call at the same time, with the same arguments but `member`, which counts from 0, and `own`. Each
+// computes some columns of each product and some heads. Which thread computes a number does not change it. `shared` has room for
+// batch * (3 c + c + d_ff), `own` for batch * (c + 2) + room. at_meeting is three zeros; its last number cancels the call if it is 1.
 void NAME(decode_blocks)(
-    float *x, const struct block_weights *weights, float *cache, const int64_t *lengths, const float *rotations, float *scratch,
-    int64_t layers, int64_t batch, int64_t c, int64_t heads, int64_t d_ff, int64_t room, int64_t most, int64_t is_gelu, double eps) {
-    const int64_t head_dim = c / heads, wide = 3 * c > d_ff ? 3 * c : d_ff;
-    float *narrow = scratch, *hidden = narrow + batch * c, *moments = hidden + batch * wide, *scores = moments + 2 * batch;
+    float *x, const struct block_weights *weights, float *cache, const int64_t *lengths, const float *rotations, float *shared,
+    float *own, void *at_meeting, int64_t layers, int64_t batch, int64_t c, int64_t heads, int64_t d_ff, int64_t room, int64_t most,
+    int64_t is_gelu, double eps, int64_t member, int64_t members) {
+    const int64_t head_dim = c / heads;
+    float *qkv = shared, *attended = qkv + batch * 3 * c, *hidden = attended + batch * c;
+    float *normed = own, *moments = normed + batch * c, *scores = moments + 2 * batch;
+#define BOUND(columns, i) ((i) == members ? (columns) : (columns) * (i) / members / WIDTH * WIDTH)
+#define MY_COLUMNS(columns) BOUND(columns, member), BOUND(columns, member + 1)
+#define MEET                              \
+    if (!meet(at_meeting, members)) return
     for (const struct block_weights *w = weights; w < weights + layers; w++, cache += 2 * most * room * c) {
-        NAME(layer_norm_forward)(x, w->ln_1, w->ln_1_bias, narrow, moments, moments + batch, batch, c, eps);
-        NAME(few_rows_product)(narrow, w->qkv, w->qkv_bias, hidden, batch, c, 3 * c, 0);
-        for (int64_t b = 0; b < batch; b++)
-            for (int64_t h = 0; h < heads; h++) {
-                float *k = cache + (b * heads + h) * room * head_dim, *v = k + most * room * c;
-                float *query = hidden + b * 3 * c + h * head_dim, *key = query + c, *value = key + c;
-                if (rotations) {
-                    rotate(query, rotations + b * head_dim, head_dim);
-                    rotate(key, rotations + b * head_dim, head_dim);
-                }
-                const int64_t newest = lengths[b] % room * head_dim, tokens = lengths[b] < room ? lengths[b] + 1 : room;
-                memcpy(k + newest, key, head_dim * sizeof(float));
-                memcpy(v + newest, value, head_dim * sizeof(float));
-                attend(query, k, v, 0, narrow + b * c + h * head_dim, scores, tokens, head_dim, 1 / __builtin_sqrtf(head_dim));
+        NAME(layer_norm_forward)(x, w->ln_1, w->ln_1_bias, normed, moments, moments + batch, batch, c, eps);
+        columns_of_product(normed, w->qkv, w->qkv_bias, qkv, batch, c, 3 * c, 0, MY_COLUMNS(3 * c));
+        MEET;
+        for (int64_t i = batch * heads * member / members; i < batch * heads * (member + 1) / members; i++) {
+            const int64_t b = i / heads, newest = lengths[b] % room * head_dim;
+            float *k = cache + i * room * head_dim, *v = k + most * room * c;
+            float *query = qkv + b * 3 * c + i % heads * head_dim, *key = query + c, *value = key + c;
+            if (rotations) {
+                rotate(query, rotations + b * head_dim, head_dim);
+                rotate(key, rotations + b * head_dim, head_dim);
             }
-        NAME(few_rows_product)(narrow, w->out, w->out_bias, x, batch, c, c, 1);
-        NAME(layer_norm_forward)(x, w->ln_2, w->ln_2_bias, narrow, moments, moments + batch, batch, c, eps);
-        NAME(few_rows_product)(narrow, w->fc, w->fc_bias, hidden, batch, c, d_ff, 0);
-        if (is_gelu)
-            NAME(gelu_forward)(hidden, hidden, batch * d_ff);
-        else
-            for (int64_t i = 0; i < batch * d_ff; i++) hidden[i] = hidden[i] < 0 ? 0 : hidden[i];
-        NAME(few_rows_product)(hidden, w->proj, w->proj_bias, x, batch, d_ff, c, 1);
+            memcpy(k + newest, key, head_dim * sizeof(float));
+            memcpy(v + newest, value, head_dim * sizeof(float));
+            const int64_t tokens = lengths[b] < room ? lengths[b] + 1 : room;
+            attend(query, k, v, 0, attended + i * head_dim, scores, tokens, head_dim, 1 / __builtin_sqrtf(head_dim));
+        }
+        MEET;
+        columns_of_product(attended, w->out, w->out_bias, x, batch, c, c, 1, MY_COLUMNS(c));
+        MEET;
+        NAME(layer_norm_forward)(x, w->ln_2, w->ln_2_bias, normed, moments, moments + batch, batch, c, eps);
+        const int64_t first = BOUND(d_ff, member), end = BOUND(d_ff, member + 1);
+        columns_of_product(normed, w->fc, w->fc_bias, hidden, batch, c, d_ff, 0, first, end);
+        for (int64_t b = 0; b < batch; b++) {
+            float *row = hidden + b * d_ff;
+            if (is_gelu)
+                NAME(gelu_forward)(row + first, row + first, end - first);
+            else
+                for (int64_t i = first; i < end; i++) row[i] = row[i] < 0 ? 0 : row[i];
+        }
+        MEET;
+        columns_of_product(hidden, w->proj, w->proj_bias, x, batch, d_ff, c, 1, MY_COLUMNS(c));
+        MEET;
     }
 }

@@ -14,6 +14,7 @@ import numpy as np
 
 from npgpt.kernels.cpu import CpuKernels
 from npgpt.kernels.native.library import PROCESSORS, Library, address_of
+from npgpt.kernels.native.team import Team
 from npgpt.kernels.reference import Array, Onto, Saved, added
 from npgpt.kernels.updates import AdamWStep
 
@@ -25,6 +26,7 @@ class NativeSaved(tuple[Any, ...]):
 # With fewer rows, OpenBLAS multiplies as fast, because it need not copy a matrix first.
 LEAST_ROWS = 32
 MOST_ROWS = 64  # rows for which decode.c is faster than a product that copies the weights
+LEAST_COLUMNS = 64  # of the narrowest product, that a thread computes while it decodes
 # On processors with AVX-512, product.c is faster than OpenBLAS. On others, OpenBLAS is as fast.
 FASTER_PRODUCTS = ("avx512", "avx512bf16")
 
@@ -41,11 +43,11 @@ class NativeKernels(CpuKernels):
         self._run = library
         self.has_bfloat16, self.description = library.has_bfloat16, f"native {PROCESSORS[library.processor]}"
         self.rounding = 0
+        self._team = Team()
         self._has_faster_products = library.processor in FASTER_PRODUCTS
 
     def fuses_blocks(self, rows: int) -> bool:
-        # With more rows, a product that copies the weights first is faster. With more threads, the BLAS is: it uses them all.
-        return self.one_thread and 0 < rows <= MOST_ROWS
+        return self.threads > 0 and 0 < rows <= MOST_ROWS  # with more rows, a product that copies the weights first is faster
 
     @property
     def bfloat16_products(self) -> bool:
@@ -113,9 +115,15 @@ class NativeKernels(CpuKernels):
         eps: float,
     ) -> None:
         (b, c), (layers, _, most, heads, room, _) = x.shape, memory.shape
-        scratch = np.empty(b * (c + max(3 * c, d_ff) + 2) + room, dtype=np.float32)
+        shared = np.empty(b * (4 * c + d_ff), dtype=np.float32)
         sizes = (layers, b, c, heads, d_ff, room, most, activation == "gelu")
-        self._run("decode_blocks", x, addresses, memory, lengths, rotations, scratch, *sizes, eps)
+
+        def call(member: int, members: int, meeting: Array) -> None:
+            own = np.empty(b * (c + 2) + room, dtype=np.float32)
+            arrays = (x, addresses, memory, lengths, rotations, shared, own, meeting)
+            self._run("decode_blocks", *arrays, *sizes, eps, member, members)
+
+        self._team.run(call, max(1, min(self.threads, c // LEAST_COLUMNS)))
 
     def linear_decode(self, x: Array, weight: Array, bias: Array | None, onto: Array | None = None) -> Array:
         arrays = (x, weight, bias, onto)

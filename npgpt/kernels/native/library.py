@@ -34,7 +34,7 @@ FUNCTIONS = {
     "cross_entropy_backward": "ppppnn",
     "few_rows_product": "ppppnnnn",
     "decode_attention": "ppppppnnnnnnnd",
-    "decode_blocks": "ppppppnnnnnnnnd",
+    "decode_blocks": "pppppppp" + "nnnnnnnn" + "dnn",
     "product": "pppppnnnnnnnn",
     "bfloat16_product": "pppppnnnnnnnn",
 }

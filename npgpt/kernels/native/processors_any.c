@@ -1,5 +1,6 @@
 // The kernels for any processor, and the choice among those that were built.
 
+#include <sched.h>
 #include <stdint.h>
 #include <string.h>
 

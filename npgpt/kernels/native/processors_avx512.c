@@ -1,5 +1,6 @@
 // The kernels for x86 processors with AVX-512.
 
+#include <sched.h>
 #include <stdint.h>
 #include <string.h>
 

@@ -1,5 +1,6 @@
 // The kernels for x86 processors with AVX-512 and AVX512-BF16, with products of bfloat16.
 
+#include <sched.h>
 #include <stdint.h>
 #include <string.h>
 
