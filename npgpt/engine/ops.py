@@ -6,7 +6,7 @@ general operations are methods of Tensor.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from npgpt.engine.backend import backend_of, is_float
 from npgpt.engine.graph import current_watch
 from npgpt.engine.tensor import Tensor, record
-from npgpt.kernels.reference import Array, Kernels, Onto
+from npgpt.kernels.reference import Array, Kernels
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -30,10 +30,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     kernels = _kernels("linear", *inputs)
     y, saved = kernels.linear_forward(x.data, weight.data, None if bias is None else bias.data)
     needs, n = (x.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad), len(inputs)
+    arrays = _gradient_arrays(x, weight, bias)
 
     def backward(dy: Array) -> tuple[Array | None, ...]:
-        onto = _sums(weight, bias)
-        return _not_added(kernels.linear_backward(dy, saved, needs, onto), None, *onto)[:n]
+        onto = arrays()
+        return _not_added(kernels.linear_backward(dy, saved, needs, (onto[0], onto[1])), None, *onto)[:n]
 
     return record(y, inputs, backward)
 
@@ -121,11 +122,11 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
         raise ValueError(f"layer_norm: weight and bias must have shape {x.shape[-1:]}, got {[t.shape for t in inputs[1:]]}")
     kernels = _kernels("layer_norm", *inputs)
     y, saved = kernels.layer_norm_forward(x.data, weight.data, None if bias is None else bias.data, eps)
-    n = len(inputs)
+    n, arrays = len(inputs), _gradient_arrays(x, weight, bias)
 
     def backward(dy: Array) -> tuple[Array | None, ...]:
-        onto = _sums(weight, bias)
-        return _not_added(kernels.layer_norm_backward(dy, saved, onto), None, *onto)[:n]
+        onto = arrays()
+        return _not_added(kernels.layer_norm_backward(dy, saved, (onto[0], onto[1])), None, *onto)[:n]
 
     return record(y, inputs, backward)
 
@@ -178,9 +179,10 @@ def embedding(weight: Tensor, ids: Any) -> Tensor:
     ids_data = _integers("embedding", ids, weight, weight.shape[0])
     kernels = backend_of(weight.data, ids_data).kernels
     y, saved = kernels.embedding_forward(weight.data, ids_data)
+    arrays = _gradient_arrays(None, weight)
 
     def backward(dy: Array) -> tuple[Array | None, ...]:
-        onto, _ = _sums(weight)
+        (onto,) = arrays()
         return _not_added((kernels.embedding_backward(dy, saved, onto),), onto)
 
     return record(y, (weight,), backward)
@@ -203,22 +205,34 @@ def cross_entropy(logits: Tensor, targets: Any, reduction: str = "mean") -> Tens
     return losses.mean() if reduction == "mean" else losses
 
 
-def _sums(weight: Tensor, bias: Tensor | None = None) -> Onto:
-    """The arrays in which the gradients of the parameters are added up, for a kernel that adds to them itself.
+def _gradient_arrays(x: Tensor | None, *parameters: Tensor | None) -> Callable[[], tuple[Array | None, ...]]:
+    """A function that says, on the way back, to which arrays a kernel may add the gradients of the parameters itself.
 
-    None stands for a parameter without one, or with one that is not as Onto in kernels/reference.py says. Under a Watch both
-    are None, so that it sees every gradient.
+    None: the walk back adds up the gradient of this parameter. x: what the kernel reads besides its parameters.
     """
-    if current_watch():
-        return None, None
-    return _sum(weight), None if bias is None else _sum(bias)
+    known = [None if p is None or not p.requires_grad or p._node is not None else (p, p.shape, p.dtype) for p in parameters]
+    for i, p in enumerate(parameters):  # an array that the kernel reads must not change under its hands
+        if p is not None and p.grad is not None and any(_overlap(p.grad, t) for t in (x, *parameters)):
+            known[i] = None
+
+    def arrays() -> tuple[Array | None, ...]:
+        if current_watch():  # it wants to see every gradient
+            return (None,) * len(known)
+        return tuple(None if leaf is None else _gradient_array(*leaf) for leaf in known)
+
+    return arrays
 
 
-def _sum(parameter: Tensor) -> Array | None:
-    grad, data = parameter.grad, parameter.data
-    if grad is None or not parameter.requires_grad or parameter._node is not None:
+def _gradient_array(leaf: Tensor, shape: tuple[int, ...], dtype: np.dtype) -> Array | None:
+    """The gradient of a leaf that had this shape and dtype in the forward pass, if a kernel can add to it."""
+    grad = leaf.grad
+    if grad is None or (grad.shape, grad.dtype) != (shape, dtype) or dtype.itemsize < 4:
         return None
-    return grad if grad.flags.c_contiguous and (grad.shape, grad.dtype) == (data.shape, data.dtype) else None
+    return grad if grad.flags.c_contiguous and getattr(grad.flags, "writeable", True) else None  # CuPy's are all writeable
+
+
+def _overlap(a: Array, tensor: Tensor | None) -> bool:
+    return tensor is not None and bool(tensor.backend.xp.may_share_memory(a, tensor.data))
 
 
 def _not_added(gradients: Sequence[Array | None], *onto: Array | None) -> tuple[Array | None, ...]:

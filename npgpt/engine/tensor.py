@@ -169,9 +169,8 @@ class Tensor:
                     "sum() it first or pass the gradient"
                 )
             gradient = xp.ones(self.shape, dtype=self.dtype)
-        elif isinstance(gradient, Tensor):
-            gradient = gradient.data
-        gradient = xp.asarray(gradient, dtype=self.dtype)
+        else:  # a copy, because it may be the gradient of a leaf
+            gradient = xp.array(gradient.data if isinstance(gradient, Tensor) else gradient, dtype=self.dtype)
         if gradient.shape != self.shape:
             raise ValueError(f"the gradient must have the tensor's shape {self.shape}, got {gradient.shape}")
         if self._node is None:

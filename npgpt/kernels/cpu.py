@@ -1,4 +1,4 @@
-"""Faster versions of some operations for a CPU. They compute what reference.py defines.
+"""Faster versions of some operations for a CPU. They compute what reference.py and updates.py define.
 
 The tests compare every override with the reference, and the kernel benchmark has a row for each operation. One that gains
 nothing from an override is not here. The overrides use three techniques:

@@ -57,14 +57,15 @@ class DecodeKernels(Kernels):
     def one_thread(self) -> bool:
         return self.threads == 1
 
-    def fuses_blocks(self, rows: int) -> bool:
-        """Whether `blocks_decode` is there, and faster for this number of sequences than one operation after the other."""
+    def decodes_blocks(self, x: Array) -> bool:
+        """Whether there is a `blocks_decode` for x (B, C), and it is faster than one operation after the other."""
         return False  # NumPy has nothing that is
 
-    def block_addresses(self, weights: Sequence[Array | None]) -> Array | None:
-        """What `blocks_decode` needs to know of the weights; None if it cannot use these.
+    def block_addresses(self, weights: Sequence[Array | None], c: int, d_ff: int) -> Array | None:
+        """Where the weights of all blocks are, for `blocks_decode`; None if it cannot use them.
 
         weights: of each block, the weight and the bias of: the first layer norm, qkv, out, the second layer norm, fc, proj.
+        c, d_ff: the widths of the model.
         """
         raise NotImplementedError
 

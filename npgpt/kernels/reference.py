@@ -27,7 +27,7 @@ GELU_SCALE = sqrt(2 / pi)
 GELU_CUBIC = 0.044715
 
 # Where a parameter has an array for its gradient already, a backward pass adds to that array and returns it. This saves a new
-# array and a pass over it. Such an array is contiguous and has the dtype of the parameter.
+# array and a pass over it. Such an array is contiguous, has the dtype of the parameter, and overlaps no other argument.
 Onto = tuple["Array | None", "Array | None"]
 
 
@@ -63,7 +63,10 @@ class Kernels(Updates):
     def linear_backward(
         self, dy: Array, saved: Saved, needs: tuple[bool, bool, bool] = (True, True, True), onto: Onto = (None, None)
     ) -> tuple[Array | None, Array | None, Array | None]:
-        """-> dx, dweight, dbias. `needs` says which of them are wanted; the others are None. onto: for dweight and dbias."""
+        """-> dx, dweight, dbias. `needs` says which of them are wanted; the others are None.
+
+        dweight and dbias are added to the arrays of `onto`, in place.
+        """
         rows, weight, x_shape = saved
         dy = dy.reshape(len(rows), weight.shape[-1])
         dx = (dy @ weight.T).reshape(x_shape) if needs[0] else None
@@ -273,7 +276,7 @@ class Kernels(Updates):
         return y, (xhat, rstd, weight)
 
     def layer_norm_backward(self, dy: Array, saved: Saved, onto: Onto = (None, None)) -> tuple[Array, Array, Array]:
-        """-> dx, dweight, dbias. onto: for dweight and dbias."""
+        """-> dx, dweight, dbias. The last two are added to the arrays of `onto`, in place."""
         xhat, rstd, weight = saved
         g = dy * weight
         mean_g = g.mean(axis=-1, keepdims=True)
@@ -319,7 +322,7 @@ class Kernels(Updates):
         return weight[ids], (weight.shape, ids)
 
     def embedding_backward(self, dy: Array, saved: Saved, onto: Array | None = None) -> Array:
-        """-> dweight."""
+        """-> dweight, which is added to `onto`, in place."""
         shape, ids = saved
         dweight = self.xp.zeros(shape, dtype=dy.dtype) if onto is None else onto
         self.xp.add.at(dweight, ids, dy)

@@ -22,7 +22,7 @@ class AdamWStep(NamedTuple):
 
 
 class Updates:
-    """On arrays of the module `xp` (`numpy` or `cupy`)."""
+    """Clipping and AdamW, on arrays of the module `xp` (`numpy` or `cupy`)."""
 
     def __init__(self, xp: Any = np) -> None:
         self.xp = xp

@@ -33,7 +33,7 @@ class KVCache:
         # It starts as zeros, because what is `absent` must still be finite.
         self._memory: Array = backend.xp.zeros((config.n_layer, 2, batch, config.n_head, self._room, head_dim), dtype=dtype)
         self._set_lengths(np.zeros(batch, dtype=np.int64))
-        # The weights of the model that uses this cache, and what the kernels know of them; see GPT.decode.
+        # The weights of the model that uses this cache, and their addresses for the kernels in C; see GPT.decode.
         self.weights: list[Array | None] = []
         self.addresses: Array | None = None
 
@@ -87,7 +87,7 @@ class KVCache:
 
     @property
     def all_memory(self) -> Array:
-        """That of all blocks, (n_layer, 2, most, n_head, room, head_dim), with room for `most` sequences."""
+        """The memory of all blocks, (n_layer, 2, most, n_head, room, head_dim), with room for `most` sequences."""
         return self._memory
 
     def advance(self, n: int) -> None:

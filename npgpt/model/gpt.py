@@ -204,7 +204,7 @@ class GPT(Module):
         x = self.wte.decode(ids)  # (B, C)
         if self.config.position == "learned":
             x += self.wpe.decode(cache.positions)
-        if not (CPU_KERNELS.fuses_blocks(len(x)) and self._decode_blocks(x, cache)):
+        if not (CPU_KERNELS.decodes_blocks(x) and self._decode_blocks(x, cache)):
             for block in self.blocks:
                 x = block.decode(x, cache)
         cache.advance(1)
@@ -212,16 +212,21 @@ class GPT(Module):
         return x @ self.wte.weight.data.T if self.config.tie_weights else self.lm_head.decode(x)
 
     def _decode_blocks(self, x: Array, cache: KVCache) -> bool:
-        """All blocks in one call, in place; see `blocks_decode` in kernels/decode.py. False if the weights do not allow it."""
+        """All blocks in one call, in place; see `blocks_decode` in kernels/decode.py. False if the blocks do not allow it."""
+        first, lengths, memory = self.blocks[0], cache.lengths, cache.all_memory
+        d_ff, eps = len(first.mlp.proj.weight.data), first.ln_1.eps
         weights = [p for block in self.blocks for p in block.weights()]
-        if not (cache.weights and all(map(operator.is_, weights, cache.weights))):
-            cache.weights, cache.addresses = weights, CPU_KERNELS.block_addresses(weights)
+        is_known = len(weights) == len(cache.weights) and all(map(operator.is_, weights, cache.weights))
+        if not is_known:
+            are_in_order = [block.attn.layer for block in self.blocks] == list(range(len(memory)))
+            are_equal = all(block.ln_1.eps == block.ln_2.eps == eps for block in self.blocks)
+            usable = are_in_order and are_equal
+            cache.weights = weights
+            cache.addresses = CPU_KERNELS.block_addresses(weights, x.shape[1], d_ff) if usable else None
         if cache.addresses is None:
             return False
-        first, lengths = self.blocks[0], cache.lengths
         rotations = first.attn.rotary.rotations(lengths) if first.attn.rotary else None
-        d_ff, activation = len(first.mlp.proj.weight.data), self.config.activation
-        CPU_KERNELS.blocks_decode(x, cache.addresses, cache.all_memory, lengths, rotations, d_ff, activation, first.ln_1.eps)
+        CPU_KERNELS.blocks_decode(x, cache.addresses, memory, lengths, rotations, d_ff, self.config.activation, eps)
         return True
 
     @property

@@ -1,8 +1,9 @@
 """What a training step launches on a GPU, and how many bytes it moves through the GPU's memory: counted, not measured.
 
 This needs no GPU. The model trains one step on a stand-in for CuPy's arrays. Kernels and products are counted, not computed, so
-all results are nonsense. The bytes are those of all arrays that a launch gets, each counted once. The floor is what the
-products and AdamW alone would move: everything else could in principle be part of a product.
+all results are nonsense. The bytes are those of all arrays that a launch gets. Each counts once, also an array that is read and
+written, or that is read in part. The floor is what the products and AdamW alone would move: everything else could in principle
+be part of a product. cuBLAS may launch more than one kernel for a product; it counts as one launch.
 
     PYTHONPATH=. python tests/benchmarks/launches.py            # nanoGPT's configuration for a GPU, in bfloat16
     PYTHONPATH=. python tests/benchmarks/launches.py --float32

@@ -13,6 +13,7 @@ from npgpt import Tensor, gradcheck, no_grad, ops
 from npgpt.engine.backend import CPU
 from npgpt.engine.graph import Watch, watched
 from npgpt.engine.tensor import record
+from npgpt.parallel.machine import blas_threads
 
 
 def leaf(*shape, dtype=np.float64):
@@ -126,7 +127,7 @@ def test_gradients_of_parameters_are_added_up(dtype):
 
 
 def test_a_kernel_adds_to_the_gradients_of_leaves_alone():
-    """Not to that of a result, and not to that of a leaf which is frozen."""
+    """The gradient of a result stays as it is, and so does that of a frozen leaf."""
     x, w, b = Tensor(np.ones((2, 3))), leaf(4, 3), leaf(4)
     b.grad, b.requires_grad = np.full(4, 7.0), False
     for _ in range(2):
@@ -137,6 +138,48 @@ def test_a_kernel_adds_to_the_gradients_of_leaves_alone():
         assert not transposed.grad.any()
     np.testing.assert_allclose(w.grad, np.full((4, 3), 4.0), rtol=1e-9)
     np.testing.assert_array_equal(b.grad, np.full(4, 7.0))
+
+
+def test_a_kernel_does_not_add_to_an_array_that_does_not_fit():
+    """A gradient of half precision, a read-only one, one of another size, and one of a leaf that was frozen in between."""
+    x, w, b = leaf(50, 8, dtype=np.float32), leaf(8, 8, dtype=np.float32), leaf(8, dtype=np.float16)
+    with blas_threads(1):  # so that a kernel in C multiplies
+        for i in (1, 2):
+            ops.linear(x, w, b).sum().backward()
+            np.testing.assert_allclose(b.grad, np.full(8, 50.0 * i), rtol=1e-3)
+
+    scale = leaf(8, dtype=np.float32)
+    scale.grad = np.zeros(8, dtype=np.float32)
+    scale.grad.flags.writeable = False
+    with pytest.raises(ValueError, match="read-only"):
+        ops.layer_norm(x, scale).sum().backward()
+
+    table = leaf(10, 4, dtype=np.float32)
+    y = ops.embedding(table, np.array([8, 9])).sum()
+    table.data, table.grad = np.zeros((5, 4), dtype=np.float32), np.zeros((5, 4), dtype=np.float32)
+    with pytest.raises((RuntimeError, ValueError), match="shape"):
+        y.backward()
+
+    scale.grad, scale.requires_grad = np.zeros(8, dtype=np.float32), False
+    y = ops.layer_norm(x, scale).sum()
+    scale.requires_grad = True
+    y.backward()
+    assert not scale.grad.any()
+
+
+def test_a_gradient_that_a_kernel_reads_too():
+    """As the gradient of a result, or as an input: the kernel must not change it while it reads it."""
+    x, w = leaf(300, 300, dtype=np.float32), leaf(300, 300, dtype=np.float32)
+    with blas_threads(1):
+        for as_input in (False, True):
+            w.grad = start = np.random.default_rng(1).standard_normal((300, 300)).astype(np.float32)
+            if as_input:
+                expected = start + start.T @ np.ones((300, 300), dtype=np.float32)
+                ops.linear(Tensor(w.grad), w).sum().backward()
+            else:
+                expected = start + x.data.T @ start
+                ops.linear(x, w).backward(w.grad)
+            np.testing.assert_allclose(w.grad, expected, rtol=1e-3, atol=1e-2)
 
 
 def test_no_grad_records_nothing_and_nests():

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from npgpt.engine import backend
+
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -38,3 +40,17 @@ def test_a_contender_that_dies_does_not_end_the_others(training):
 def test_a_contender_that_does_not_answer_is_stopped(training):
     rows, failed = training("nano", ["gemm"], 1, patience=0)
     assert (rows, failed) == ({}, {"gemm": "no answer after 0 s"})
+
+
+def test_the_launches_of_a_step_on_a_gpu_are_counted(monkeypatch):
+    """Each block adds a fixed number of launches, whatever its size."""
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "benchmarks"))
+    monkeypatch.setattr(backend, "_backends", backend._backends.copy())
+    from launches import count_step
+    from workloads import Workload
+
+    counted = [count_step(Workload(n_layer, 2, 16, 8, 4, 0.1), bf16=False) for n_layer in (1, 2, 3)]
+    launches = [sum(n for n, _ in rows.values()) for rows in counted]
+    assert launches[2] - launches[1] == launches[1] - launches[0] == 54
+    assert counted[0]["npgpt", "adamw"][0] == 1
+    assert counted[0]["cuBLAS", "product, added to a gradient"][0] == 5

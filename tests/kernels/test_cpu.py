@@ -192,7 +192,7 @@ def test_every_override_runs_and_is_tested():
     in_numpy = {"causal_attention", "rotary", "layer_norm", "gelu", "embedding", "adamw"}
     in_c = in_numpy - {"rotary"} | {"linear", "dropout", "residual", "cross_entropy", "self_attention"}
     decoding = {
-        "fuses_blocks",
+        "decodes_blocks",
         "block_addresses",
         "blocks_decode",
         "linear_decode",

@@ -13,7 +13,7 @@ from support.arrays import close, normal
 from support.native import native_kernels
 from support.op_cases import CASES, Dims, inputs_of
 
-from npgpt import GPT, GPTConfig, Tensor
+from npgpt import GPT, GPTConfig, Tensor, no_grad
 from npgpt.engine import backend
 from npgpt.engine.backend import CPU, Backend, DeviceError, bfloat16_products
 from npgpt.kernels.cpu import CpuKernels
@@ -261,14 +261,60 @@ def test_blocks_for_one_more_token(kernels, monkeypatch, options, lengths):
 
 def test_blocks_are_decoded_at_once_where_that_is_right(kernels):
     """With a given number of threads, few sequences, and contiguous weights of float32."""
+    x = normal(np.float32, 1, 8)
     kernels.threads = 0
-    assert not kernels.fuses_blocks(1)
+    assert not kernels.decodes_blocks(x)
     kernels.threads = 2
-    assert [kernels.fuses_blocks(rows) for rows in (0, 1, 64, 65)] == [False, True, True, False]
-    weight = normal(np.float32, 4, 8)
-    assert kernels.block_addresses([weight, None]).tolist() == [weight.ctypes.data, 0]
-    assert kernels.block_addresses([weight.T, None]) is None
-    assert kernels.block_addresses([weight.astype(np.float64), None]) is None
+    assert [kernels.decodes_blocks(normal(np.float32, rows, 8)) for rows in (0, 1, 64, 65)] == [False, True, True, False]
+    assert not kernels.decodes_blocks(x.astype(np.float64))
+    assert not kernels.decodes_blocks(normal(np.float32, 8, 2).T)
+    c, d_ff = 4, 6
+    shapes = [(c,), (c,), (c, 3 * c), (3 * c,), (c, c), (c,), (c,), (c,), (c, d_ff), (d_ff,), (d_ff, c), (c,)] * 2
+    weights = [normal(np.float32, *shape) for shape in shapes]
+    weights[1] = None  # a bias
+    expected = [0 if a is None else a.ctypes.data for a in weights]
+    assert kernels.block_addresses(weights, c, d_ff).tolist() == expected
+    for i, wrong in [(2, weights[2].astype(np.float64)), (14, np.asfortranarray(weights[14])), (20, weights[20][:, :5].copy())]:
+        assert kernels.block_addresses([*weights[:i], wrong, *weights[i + 1 :]], c, d_ff) is None
+
+
+def _fewer_blocks(model):
+    model.blocks = model.blocks[:1]
+
+
+def _other_order(model):
+    model.blocks = model.blocks[::-1]
+
+
+def _narrower_block(model):
+    model.blocks[1] = GPT(GPTConfig(11, block_size=12, n_layer=2, n_head=2, n_embd=24, d_ff=20), seed=2).blocks[1]
+
+
+def _tables_of_float64(model):
+    for table in (model.wte, model.wpe):
+        table.weight.data = table.weight.data.astype(np.float64)
+
+
+def _other_eps(model):
+    model.blocks[1].ln_2.eps = 0.5
+
+
+@pytest.mark.parametrize("change", [_fewer_blocks, _other_order, _narrower_block, _tables_of_float64, _other_eps])
+def test_a_changed_model_is_decoded_block_by_block(kernels, monkeypatch, change):
+    """The call for all blocks assumes that they are alike and in order. For others, the logits are still those of NumPy."""
+    model = GPT(GPTConfig(11, block_size=12, n_layer=2, n_head=2, n_embd=24), seed=1)
+    model.parameters().data += 0.3 * np.random.default_rng(0).standard_normal(model.num_parameters(), dtype=np.float32)
+    change(model)
+    results = []
+    for chosen in (CpuKernels(), kernels):
+        monkeypatch.setattr(gpt, "CPU_KERNELS", chosen)
+        monkeypatch.setattr(layers, "CPU_KERNELS", chosen)
+        cache = model.new_cache()
+        with no_grad():
+            model(np.array([[1, 2, 3]]), cache=cache)
+        results.append([model.decode(np.array([i]), cache) for i in (4, 5)])
+        assert cache.addresses is None
+    np.testing.assert_allclose(results[1], results[0], rtol=2e-4, atol=2e-4)
 
 
 def test_arrays_that_do_not_fit_are_left_to_numpy(kernels):

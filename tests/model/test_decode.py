@@ -6,6 +6,7 @@ from support.models import model_with_clear_logits
 
 from npgpt import GPT, CharTokenizer, GPTConfig, ops
 from npgpt.engine.graph import no_grad
+from npgpt.kernels.native.library import processors
 from npgpt.parallel.machine import blas_threads
 
 
@@ -174,6 +175,8 @@ def test_decoding_uses_the_weights_that_the_model_has_now():
         after = [model.decode(ids, fresh) for _ in range(3)]
         assert np.abs(after[1] - before[1]).max() > 1e-3
         np.testing.assert_array_equal(model.decode(ids, cache), after[2])
+        assert (cache.addresses is not None) == bool(processors())
         expected = model.decode(ids, fresh)
         proj.data = np.asfortranarray(proj.data)
         np.testing.assert_allclose(model.decode(ids, cache), expected, rtol=1e-4, atol=1e-6)
+        assert cache.addresses is None

@@ -99,7 +99,7 @@ def _method(name):
 def _in_place(name):
     def call(self, other):
         getattr(self.on_host, name)(_here(other))
-        computed.append((name, 2 * self.on_host.nbytes + (other.on_host.nbytes if isinstance(other, ndarray) else 0)))
+        computed.append((name, self.on_host.nbytes + (other.on_host.nbytes if isinstance(other, ndarray) else 0)))
         return self
 
     return call

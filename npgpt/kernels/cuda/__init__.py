@@ -1,1 +1,1 @@
-"""The kernels for an NVIDIA GPU: CUDA sources, launches, matrix products. reference.py defines what they compute."""
+"""The kernels for an NVIDIA GPU: CUDA sources, launches, products. reference.py and updates.py define what they compute."""

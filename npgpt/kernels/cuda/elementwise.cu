@@ -1,4 +1,5 @@
-// Elementwise kernels: bias, GELU, rotary positions, dropout, clipping, AdamW. The formulas are those of reference.py.
+// Elementwise kernels: bias, GELU, heads, rotary positions, dropout, clipping, AdamW. The formulas are those of reference.py and
+// updates.py.
 
 const double GELU_SCALE = 0.7978845608028654;  // sqrt(2 / pi)
 const double GELU_CUBIC = 0.044715;
@@ -35,8 +36,8 @@ extern "C" __global__ void copy(
     }
 }
 
-// Copies all heads of queries, keys and values, for split_heads and merge_heads of reference.py; blockIdx.y says which of the three.
-// q, k and v have the shape (b, h, t, d). As parts of qkv (b, t, 3, h, d), each has the strides xb, xh and xt.
+// Copies all heads of queries, keys and values, for split_heads and merge_heads of reference.py. blockIdx.y says which of the
+// three. q, k and v have the shape (b, h, t, d). As parts of qkv (b, t, 3, h, d), each has the strides xb, xh and xt.
 //
 // If `merge`, q, k and v are contiguous, and `other` is qkv. Else they are parts of qkv, and `other` (3, b, h, t, d) is contiguous.
 extern "C" __global__ void copy_heads(

@@ -1,7 +1,7 @@
 // The gradient of an embedding table: the rows of dy, added up by id. The order is always the same: no atomic additions.
 
-// For small tables. A thread adds up one column of chunk blockIdx.y, into that column of the chunk's table. partial (chunks, v, c) holds the
-// tables. Afterwards sum_of_rows adds up the tables.
+// For small tables. A thread adds up one column of chunk blockIdx.y, into that column of the chunk's table. partial (chunks, v, c)
+// holds the tables. Afterwards sum_of_rows adds up the tables.
 extern "C" __global__ void embedding_backward(
     const T* dy, const long long* ids, A* partial, long long n, long long c, long long v, long long chunk) {
     long long column = thread_number();

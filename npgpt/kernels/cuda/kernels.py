@@ -1,7 +1,7 @@
 """The operations that have a CUDA kernel of their own: which kernel is launched, with which arrays.
 
-The kernels are in the `.cu` files beside this file, one family a file. They compute what reference.py defines. This file
-prepares their arguments: memory layout, dtypes, sizes, arrays for results. An operation without a kernel, or with a
+The kernels are in the `.cu` files beside this file, one family a file. They compute what reference.py and updates.py define.
+This file prepares their arguments: memory layout, dtypes, sizes, arrays for results. An operation without a kernel, or with a
 dtype that is not in ELEMENTS, falls back to the reference, which runs on CuPy arrays.
 
 Activations may be bfloat16. Parameters, gradients of parameters, losses and sums are then float32. A weight is rounded to

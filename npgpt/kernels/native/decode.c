@@ -34,20 +34,20 @@ static inline void one_row_product(const float *x, const float *w, float *y, int
 
 // WIDTH columns of `rows` <= AT_ONCE rows of y += x @ w, for `depth` rows of w. The rows of x, w and y are n, stride and m apart.
 //
-// `first` says that w comes from memory, so the rows after these are fetched. With `copy`, these columns of w are written there,
-// one row after the other.
+// With `fetch`, the rows of w after these are fetched. With `fetch` and `copy`, these columns of w are also written to copy, one row
+// after the other.
 static inline __attribute__((always_inline)) void block_product(
     const float *x, const float *w, float *y, float *copy, int64_t n, int64_t stride, int64_t m, int64_t depth, const int rows,
-    const int first) {
+    const int fetch) {
     vec sum[AT_ONCE][VECTORS];
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < VECTORS; v++) sum[r][v] = load(y + r * m + v * LANES);
     for (int64_t i = 0; i < depth; i++, w += stride) {
         vec part[VECTORS];
         for (int v = 0; v < VECTORS; v++) part[v] = load(w + v * LANES);
-        if (first)
+        if (fetch)
             for (int v = 0; v < VECTORS; v++) FETCH(w + DEPTH * stride + v * LANES);
-        if (first && copy)
+        if (fetch && copy)
             for (int v = 0; v < VECTORS; v++) store(copy + i * WIDTH + v * LANES, part[v]);
         for (int r = 0; r < rows; r++)
             for (int v = 0; v < VECTORS; v++) sum[r][v] += x[r * n + i] * part[v];
@@ -56,7 +56,8 @@ static inline __attribute__((always_inline)) void block_product(
         for (int v = 0; v < VECTORS; v++) store(y + r * m + v * LANES, sum[r][v]);
 }
 
-// The same for two rows or more.
+// WIDTH columns of two or more rows of y += x @ w, for depth <= DEPTH rows of w. The first AT_ONCE rows read w and copy it; the others
+// read the copy.
 static void strip_of_product(const float *x, const float *w, float *y, int64_t rows, int64_t n, int64_t m, int64_t depth) {
     float copy[DEPTH * WIDTH] __attribute__((aligned(64)));
     switch (rows) {  // a constant number of rows, so that sums are in registers
@@ -80,8 +81,7 @@ static void strip_of_product(const float *x, const float *w, float *y, int64_t r
     }
 }
 
-// The columns from `first` to `end` of y (rows, m) = x (rows, n) @ w (n, m) + bias (m,); without a bias, bias is null. With `add`, y is
-// added to what it holds.
+// The columns from `first` to `end` of: y (rows, m) = x (rows, n) @ w (n, m) + bias (m,), or y += that if `add`. bias may be NULL.
 static void columns_of_product(
     const float *x, const float *w, const float *bias, float *y, int64_t rows, int64_t n, int64_t m, int64_t add, int64_t first,
     int64_t end) {
@@ -119,7 +119,7 @@ static void attend(
             for (int v = 0; v < VECTORS; v++) sum[v] += scores[t] * load(value + t * head_dim + i + v * LANES);
         for (int v = 0; v < VECTORS; v++) store(y + i + v * LANES, sum[v] * factor);
     }
-    for (; i < head_dim; i += LANES) {  // the last ones
+    for (; i < head_dim; i += LANES) {  // what is left of a head
         vec sum = splat(0);
         for (int64_t t = 0; t < tokens; t++) sum += scores[t] * load_some(value + t * head_dim + i, head_dim - i, 0);
         store_some(y + i, head_dim - i, sum * factor);

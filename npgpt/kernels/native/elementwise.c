@@ -1,4 +1,4 @@
-// GELU, dropout with the residual sum, AdamW. The formulas are those of reference.py.
+// GELU, dropout with the residual sum, AdamW. The formulas are those of reference.py and updates.py.
 
 #define GELU_SCALE 0.7978845608028654f  // sqrt(2 / pi)
 #define GELU_CUBIC 0.044715f

@@ -1,12 +1,13 @@
 """The operations of a CPU that have a kernel in C: which kernel runs, with which arrays.
 
-The kernels are in the `.c` files beside this file, one family a file. They compute what reference.py defines, in float32.
-An operation without a kernel, or with another dtype, falls back to NumPy (cpu.py).
+The kernels are in the `.c` files beside this file, one family a file. They compute what reference.py and updates.py define, in
+float32. An operation without a kernel, or with another dtype, falls back to NumPy (cpu.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from math import prod, sqrt
 from typing import Any
 
@@ -46,8 +47,11 @@ class NativeKernels(CpuKernels):
         self._team = Team()
         self._has_faster_products = library.processor in FASTER_PRODUCTS
 
-    def fuses_blocks(self, rows: int) -> bool:
-        return self.threads > 0 and 0 < rows <= MOST_ROWS  # with more rows, a product that copies the weights first is faster
+    def decodes_blocks(self, x: Array) -> bool:
+        is_fast = (
+            self.threads > 0 and 0 < len(x) <= MOST_ROWS
+        )  # for more rows, a product that copies the weights first is faster
+        return is_fast and _are_float32(x) and x.flags.c_contiguous
 
     @property
     def bfloat16_products(self) -> bool:
@@ -67,7 +71,7 @@ class NativeKernels(CpuKernels):
         self, dy: Array, saved: Saved, needs: tuple[bool, bool, bool] = (True, True, True), onto: Onto = (None, None)
     ) -> tuple[Array | None, Array | None, Array | None]:
         rows, weight, x_shape = saved
-        if not _are_float32(dy, rows, weight):
+        if not _are_float32(dy, rows, weight, *onto):
             return super().linear_backward(dy, saved, needs, onto)
         dy = np.ascontiguousarray(dy.reshape(len(rows), weight.shape[-1]))
         product = self._product_for(len(rows))
@@ -98,8 +102,11 @@ class NativeKernels(CpuKernels):
 
     # ---------------------------------------------------------------- one more token of each sequence
 
-    def block_addresses(self, weights: Sequence[Array | None]) -> Array | None:
-        if not (_are_float32(*weights) and all(a is None or a.flags.c_contiguous for a in weights)):
+    def block_addresses(self, weights: Sequence[Array | None], c: int, d_ff: int) -> Array | None:
+        norm, attention = [(c,), (c,)], [(c, 3 * c), (3 * c,), (c, c), (c,)]
+        shapes = cycle([*norm, *attention, *norm, (c, d_ff), (d_ff,), (d_ff, c), (c,)])
+        pairs = zip(weights, shapes, strict=False)
+        if not (_are_float32(*weights) and all(a is None or (a.shape == s and a.flags.c_contiguous) for a, s in pairs)):
             return None
         return np.array([0 if a is None else address_of(a) for a in weights], dtype=np.uintp)
 
@@ -127,7 +134,8 @@ class NativeKernels(CpuKernels):
 
     def linear_decode(self, x: Array, weight: Array, bias: Array | None, onto: Array | None = None) -> Array:
         arrays = (x, weight, bias, onto)
-        if not (self.fuses_blocks(len(x)) and _are_float32(*arrays) and all(a is None or a.flags.c_contiguous for a in arrays)):
+        is_fast = self.one_thread and len(x) <= MOST_ROWS  # with more threads, the BLAS is faster: it uses them all
+        if not (is_fast and _are_float32(*arrays) and all(a is None or a.flags.c_contiguous for a in arrays)):
             return super().linear_decode(x, weight, bias, onto)
         (rows, n), m = x.shape, weight.shape[1]
         y = np.empty((rows, m), dtype=x.dtype) if onto is None else onto
@@ -274,7 +282,7 @@ class NativeKernels(CpuKernels):
 
     def embedding_backward(self, dy: Array, saved: Saved, onto: Array | None = None) -> Array:
         shape, ids = saved
-        if not (_are_float32(dy) and len(shape) == 2):
+        if not (_are_float32(dy, onto) and len(shape) == 2):
             return super().embedding_backward(dy, saved, onto)
         ids = _ids(ids, shape[0])
         dweight = np.zeros(shape, dtype=dy.dtype) if onto is None else onto

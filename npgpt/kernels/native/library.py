@@ -51,7 +51,7 @@ _pointer_at = ctypes.c_void_p.from_address
 def address_of(array: np.ndarray) -> int | None:
     """Where the elements of an array begin.
 
-    NumPy's own attributes that tell this take as long as a small kernel. An array is a Python object whose first field after
+    `array.ctypes.data` is the same, and takes as long as a small kernel. An array is a Python object whose first field after
     the object's head is this address (NumPy's documentation of PyArrayObject).
     """
     return _pointer_at(id(array) + OBJECT_HEAD).value
