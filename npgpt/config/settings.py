@@ -179,8 +179,8 @@ class GenerateConfig(Settings):
     num_samples: int = setting(1, "number of texts to generate, side by side", at_least=1, at_most=10_000)
     threads: int = setting(
         1,
-        "threads that compute a token; more than one helps large models and many samples; without the kernels in C, it can be "
-        "several times slower on a busy machine",
+        "threads that compute a token, at most one for each core; more than one helps many samples on an idle machine, and can "
+        "be several times slower on a busy one",
         at_least=1,
         at_most=1024,
     )

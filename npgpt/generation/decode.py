@@ -22,6 +22,7 @@ import numpy as np
 from npgpt.config.fields import RequestError
 from npgpt.engine.graph import no_grad
 from npgpt.model.gpt import GPT
+from npgpt.parallel.limits import available_cores
 from npgpt.parallel.machine import blas_threads
 
 
@@ -46,11 +47,12 @@ class NextLogits:
     """
 
     def __init__(self, model: GPT, window: str | None, threads: int) -> None:
-        """window: "exact", "half", "slide" or None; see GenerateConfig. threads: the number of BLAS threads.
+        """window: "exact", "half", "slide" or None; see GenerateConfig. threads: at most one for each core is used.
 
         Raises RequestError for "slide" with learned positions.
         """
-        self._model, self._window, self._threads = model, window_for(model, window), threads
+        self._model, self._window = model, window_for(model, window)
+        self._threads = min(threads, available_cores())  # threads that wait for a core make each other many times slower
         self._cache = model.new_cache(0)
         self._in_cache: list[int] = []  # the key of the text that each row of the cache belongs to
 

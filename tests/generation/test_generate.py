@@ -6,6 +6,7 @@ from support.models import model_with_clear_logits
 from threadpoolctl import threadpool_info
 
 from npgpt import GPT, CharTokenizer, GenerateConfig, RequestError, generate
+from npgpt.generation import decode
 from npgpt.generation.generate import TokenStream, generate_text, generate_texts
 from npgpt.generation.side_by_side import Token
 
@@ -164,3 +165,14 @@ def test_bad_requests(model, tokenizer):
             generate(model, *arguments)
     with pytest.raises(RequestError, match="unknown character 'z'"):
         generate_text(model, tokenizer, "az", GenerateConfig())
+
+
+def test_no_more_threads_than_cores(model, monkeypatch):
+    """More threads than cores wait for each other: with sixteen on two cores, a text took minutes."""
+    seen = []
+    real = decode.blas_threads
+    monkeypatch.setattr(decode, "blas_threads", lambda threads: seen.append(threads) or real(threads))
+    monkeypatch.setattr(decode, "available_cores", lambda: 2)
+    for threads in (1, 2, 16):
+        list(TokenStream(model, [1], GenerateConfig(max_new_tokens=2, threads=threads, seed=0)))
+    assert seen == [1, 1, 2, 2, 2, 2]
