@@ -6,9 +6,10 @@ import asyncio
 import contextlib
 import errno
 import os
+import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Protocol
 
@@ -73,7 +74,8 @@ class Servable(Protocol):
 class _Server(uvicorn.Server):
     """uvicorn's server, which lets requests finish for a while before it ends them."""
 
-    def __init__(self, served: Servable, seconds_to_finish: float) -> None:
+    def __init__(self, served: Servable, seconds_to_finish: float, early: Sequence[int] = ()) -> None:
+        """early: the signals that have come before uvicorn handles them."""
         super().__init__(
             uvicorn.Config(
                 served.app,
@@ -89,7 +91,7 @@ class _Server(uvicorn.Server):
                 timeout_graceful_shutdown=round(seconds_to_finish) + 5,  # after that, connections are cut
             )
         )
-        self._served, self._seconds_to_finish = served, seconds_to_finish
+        self._served, self._seconds_to_finish, self._early = served, seconds_to_finish, early
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal lets requests finish. A second one ends the process at once."""
@@ -101,6 +103,11 @@ class _Server(uvicorn.Server):
             words = f"stopping; requests have {self._seconds_to_finish:.0f} s to finish; press Ctrl-C again to stop at once"
             os.write(2, f"\n{words}\n".encode())
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self._early:
+            self.handle_exit(self._early[0], None)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         asyncio.get_running_loop().call_later(self._seconds_to_finish, self._served.stop)
         await super().shutdown(sockets)
@@ -108,7 +115,16 @@ class _Server(uvicorn.Server):
 
 def run(served: Servable, listening: socket.socket) -> None:
     """Serve until SIGINT or SIGTERM. Requests that are under way may finish first. Then the signal has its usual effect."""
-    _Server(served, SECONDS_TO_FINISH).run(sockets=[listening])
+    early: list[int] = []  # a signal while the server starts would end one of its tasks, and it would hang
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda number, frame: early.append(number)) for number in numbers}
+    try:
+        _Server(served, SECONDS_TO_FINISH, early).run(sockets=[listening])  # at its end, uvicorn raises the signal again
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if early:
+        signal.raise_signal(early[0])
 
 
 @contextlib.contextmanager
