@@ -4,10 +4,9 @@ import signal
 import threading
 
 import pytest
+import uvicorn
 
-uvicorn = pytest.importorskip("uvicorn")
-
-from npgpt.serving.server import listen, run  # noqa: E402 (without uvicorn, there is no such module)
+from npgpt.serving.server import listen, run
 
 
 class Served:

@@ -94,6 +94,7 @@ static void columns_of_product(
     for (int64_t r = 0; r < rows; r++) one_row_product(x + r * n, w + whole, y + r * m + whole, n, m, end - whole);
 }
 
+// The same for all columns.
 void NAME(few_rows_product)(
     const float *x, const float *w, const float *bias, float *y, int64_t rows, int64_t n, int64_t m, int64_t add) {
     columns_of_product(x, w, bias, y, rows, n, m, add, 0, m);
