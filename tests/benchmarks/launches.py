@@ -43,8 +43,10 @@ def count_step(workload, bf16):
             kind = "product, added to a gradient" if add else "product"
             count("cuBLAS", kind, [a.array, b.array, out.array])
 
-    def launch(name, dtype, grid, threads, arguments):
+    def launch(name, dtype, grid, threads, arguments, head_dim=None):
         count("npgpt", name, [a for a in arguments if isinstance(a, device_array.ndarray)])
+
+    launch.has_tensor_cores = True
 
     xp = device_array.Module()
     gpu = backend.Backend("cuda", xp, CudaKernels(xp, launch, Gemm()), device_array.Recording)

@@ -8,8 +8,8 @@ from support.devices import on_cpu
 
 from npgpt.engine import backend
 from npgpt.engine.backend import select
+from npgpt.kernels.cuda import base, launch
 from npgpt.kernels.cuda import kernels as cuda
-from npgpt.kernels.cuda import launch
 from npgpt.kernels.cuda.kernels import CudaKernels
 from npgpt.kernels.cuda.random import Key
 from npgpt.kernels.reference import Kernels
@@ -18,6 +18,21 @@ from npgpt.kernels.updates import AdamWStep
 
 def key_of(number, xp=np):
     return Key(xp.asarray(np.array([number], dtype=np.uint64)))
+
+
+class Launches:
+    """Launches kernels, and keeps their names. `tensor_cores`: whether those for tensor cores may run."""
+
+    def __init__(self, cuda_kernels, tensor_cores=True):
+        self.names, self.has_tensor_cores, self._launch = [], tensor_cores, cuda_kernels._launch
+        cuda_kernels._launch = self
+
+    def __call__(self, name, *rest):
+        self.names.append(name)
+        self._launch(name, *rest)
+
+
+FUSED = ["attention_forward", "attention_backward_queries", "attention_backward_keys"]
 
 
 class SameDraws(Kernels):
@@ -36,7 +51,7 @@ def same(cuda_kernels, name, inputs, dtype, *rest, key=None, size=1.0):
         y, saved = getattr(kernels, f"{name}_forward")(*inputs, *rest, *([] if key is None else [key_of(key)]))
         if kernels is cuda_kernels:
             # The backward pass of an embedding saves the same as the reference's.
-            assert isinstance(saved, cuda.CudaSaved) or name == "embedding" or not inputs[0].size, "not the kernel"
+            assert isinstance(saved, base.CudaSaved) or name == "embedding" or not inputs[0].size, "not the kernel"
         dy = np.random.default_rng(1).standard_normal(y.shape).astype(dtype)
         gradients = getattr(kernels, f"{name}_backward")(dy, saved)
         every = (y, *(gradients if isinstance(gradients, tuple) else (gradients,)))
@@ -74,36 +89,73 @@ def test_layer_norm(cuda_kernels, dtype, shape):
 
 
 @on_cpu
-@pytest.mark.parametrize(("n_query", "n_key"), [(1, 1), (7, 7), (8, 8), (2, 6), (1, 5), (33, 33), (70, 70), (3, 300)])
+@pytest.mark.parametrize(
+    ("n_query", "n_key"), [(1, 1), (7, 7), (8, 8), (2, 6), (1, 5), (33, 33), (70, 70), (3, 300), (65, 131)]
+)
 @pytest.mark.parametrize("dropout", [None, 0.0, 0.3, 1.0])
-def test_attention(cuda_kernels, dtype, n_query, n_key, dropout):
+@pytest.mark.parametrize("tensor_cores", [False, True])
+def test_attention(cuda_kernels, dtype, n_query, n_key, dropout, tensor_cores):
+    launches = Launches(cuda_kernels, tensor_cores)
     q, k, v = (normal(dtype, 2, n, 3, 4).transpose(0, 2, 1, 3) for n in (n_query, n_key, n_key))
     rest = [] if dropout is None else [dropout]
     same(cuda_kernels, "causal_attention", (q, k, v), dtype, *rest, key=None if dropout is None else 5, size=10)
+    names = [name for name in launches.names if "attention" in name]
+    assert names == (FUSED if tensor_cores and dtype == np.float32 else [])
 
 
 @on_cpu
-@pytest.mark.parametrize("head_dim", [3, 8, 20])
+@pytest.mark.parametrize("head_dim", [1, 3, 16, 20, 64, 65])
 @pytest.mark.parametrize("dropout", [None, 0.3])
-def test_self_attention(cuda_kernels, dtype, head_dim, dropout, monkeypatch):
-    """All heads are copied by one launch there and one back."""
-    launched = []
-    launch = cuda_kernels._launch
-    monkeypatch.setattr(cuda_kernels, "_launch", lambda name, *rest: (launched.append(name), launch(name, *rest)))
-    rest = [] if dropout is None else [dropout]
-    qkv = normal(dtype, 2, 5, 3, 2, head_dim)
-    same(cuda_kernels, "self_attention", (qkv,), dtype, *rest, key=None if dropout is None else 5, size=10)
-    assert launched.count("copy_heads") == 2
-    assert launched.count("copy") == 2  # the result and its gradient
-    same(cuda_kernels, "self_attention", (qkv[::-1],), dtype, *rest, key=None if dropout is None else 5, size=10)
-    assert launched.count("copy_heads") == 3
+def test_self_attention(cuda_kernels, dtype, head_dim, dropout):
+    """On tensor cores, heads are read and written where they are. In float32 they are not too large up to 64."""
+    rest, key = ([], None) if dropout is None else ([dropout], 5)
+    launches = Launches(cuda_kernels)
+    qkv = normal(dtype, 2, 70, 3, 2, head_dim)
+    same(cuda_kernels, "self_attention", (qkv,), dtype, *rest, key=key, size=10)
+    if dtype == np.float32 and head_dim <= 64:
+        assert [name for name in launches.names if name != "draw"] == FUSED
+    else:
+        assert not set(FUSED) & set(launches.names)
+    same(cuda_kernels, "self_attention", (qkv[::-1],), dtype, *rest, key=key, size=10)
+    same(cuda_kernels, "self_attention", (np.asfortranarray(qkv),), dtype, *rest, key=key, size=10)
+
+
+@on_cpu
+def test_attention_of_views(cuda_kernels):
+    """Views without rows of heads are copied first: heads apart from each other, one row for all, a gradient that repeats."""
+    q, k, v = (normal(np.float32, 2, 3, 9, 8, seed=i) for i in range(3))
+    same(cuda_kernels, "causal_attention", (q, k, v), np.float32, size=10)
+    same(cuda_kernels, "causal_attention", (q[:, ::2], k[:, 1:], v[:, :2]), np.float32, size=10)
+    same(cuda_kernels, "causal_attention", (q[..., ::2], k[..., ::2], v[..., ::2]), np.float32, size=10)
+    same(cuda_kernels, "causal_attention", (q, np.broadcast_to(k[:1, :1], k.shape), v), np.float32, size=10)
+    for kernels in (cuda_kernels, Kernels(np)):
+        out, saved = kernels.causal_attention_forward(q, k, v)
+        gradients = kernels.causal_attention_backward(np.broadcast_to(np.float32(1), out.shape), saved)
+        if kernels is cuda_kernels:
+            found = gradients
+    for a, b in zip(found, gradients, strict=True):
+        close(a, b, np.float32, 10)
+
+
+@on_cpu
+def test_attention_in_tf32(cuda_kernels):
+    """With TF32, a number of 10 bits is taken for each operand. Without, the error is that of float32."""
+    q, k, v = (normal(np.float32, 1, 2, 70, 20, seed=i) for i in range(3))
+    expected, _ = Kernels(np).causal_attention_forward(*(x.astype(np.float64) for x in (q, k, v)))
+    errors = []
+    for tf32 in (False, True):
+        cuda_kernels.gemm.tf32 = tf32
+        found, _ = cuda_kernels.causal_attention_forward(q, k, v)
+        errors.append(np.abs(found - expected).max())
+    assert errors[0] < 2e-6
+    assert 1e-4 < errors[1] < 2e-3
 
 
 @on_cpu
 def test_with_as_many_threads_as_on_a_gpu(dtype):
     """Other tests give a block two warps."""
     kernels = CudaKernels(np, cuda_on_cpu.launch, cuda_on_cpu.Gemm())
-    assert cuda.THREADS == 256
+    assert base.THREADS == 256
     x, weight, bias = normal(dtype, 70, 65), normal(dtype, 65), normal(dtype, 65, seed=1)
     same(kernels, "layer_norm", (x, weight, bias), dtype, size=4)
     same(kernels, "linear", (x, normal(dtype, 65, 300), normal(dtype, 300)), dtype, size=20)
@@ -137,7 +189,9 @@ def test_sums_of_gradients(cuda_kernels, dtype, head_dim, monkeypatch):
 
 
 @on_cpu
-def test_attention_of_huge_scores_stays_finite(cuda_kernels):
+@pytest.mark.parametrize("tensor_cores", [False, True])
+def test_attention_of_huge_scores_stays_finite(cuda_kernels, tensor_cores):
+    Launches(cuda_kernels, tensor_cores)
     q = np.full((1, 1, 4, 2), 1e4, dtype=np.float32)
     out, saved = cuda_kernels.causal_attention_forward(q, -q, q)
     assert np.isfinite(out).all()
@@ -230,6 +284,10 @@ def test_rounding_to_bfloat16(cuda_kernels, bf16):
         ("causal_attention", [(2, 3, 33, 8)] * 3, [], []),
         ("self_attention", [(2, 33, 3, 2, 8)], [], [0.3]),
         ("causal_attention", [(2, 3, 4, 8), (2, 3, 9, 8), (2, 3, 9, 8)], [], [0.3]),
+        ("self_attention", [(1, 130, 3, 2, 64)], [], [0.3]),
+        ("self_attention", [(1, 70, 3, 2, 80)], [], [0.3]),
+        ("self_attention", [(1, 70, 3, 1, 128)], [], []),
+        ("self_attention", [(1, 70, 3, 1, 136)], [], [0.3]),
         ("layer_norm", [(9, 40)], [(40,), (40,)], []),
         ("layer_norm", [(2, 70, 33)], [(33,), None], []),
         ("gelu", [(3, 50)], [], []),
@@ -252,7 +310,7 @@ def test_kernels_in_bfloat16(cuda_kernels, bf16, name, shapes, parameters, rest)
             a.astype(np.float32) if kernels is not cuda_kernels and a is not None and a.dtype == bf16 else a for a in inputs
         ]
         y, saved = getattr(kernels, f"{name}_forward")(*given, *rest, *([key_of(5)] if rest else []))
-        assert kernels is not cuda_kernels or isinstance(saved, cuda.CudaSaved), "not the kernel"
+        assert kernels is not cuda_kernels or isinstance(saved, base.CudaSaved), "not the kernel"
         dy = np.random.default_rng(1).standard_normal(y.shape).astype(bf16).astype(y.dtype)
         gradients = getattr(kernels, f"{name}_backward")(dy, saved)
         results.append([y, *(gradients if isinstance(gradients, tuple) else (gradients,))])
@@ -293,7 +351,7 @@ def test_unusual_arguments(cuda_kernels, dtype):
     x, wide, one = normal(dtype, 6, 4), normal(dtype, 8), np.ones(4, np.float16)
     same(cuda_kernels, "layer_norm", (x, wide[::2], wide[1::2]), dtype, 1, size=4)
     y, saved = cuda_kernels.layer_norm_forward(x, wide[:4].copy(), one)
-    assert not isinstance(saved, cuda.CudaSaved)
+    assert not isinstance(saved, base.CudaSaved)
     np.testing.assert_array_equal(y, Kernels(np).layer_norm_forward(x, wide[:4].copy(), one)[0])
 
 

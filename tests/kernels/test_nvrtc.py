@@ -25,15 +25,23 @@ def nvrtc():
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
-@pytest.mark.parametrize("dtype", launch.ELEMENTS)
-def test_every_kernel_compiles(architecture, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "head_dim"),
+    [
+        *((dtype, None) for dtype in launch.ELEMENTS),
+        *(("float32", n) for n in (1, 32, 64)),
+        *(("bfloat16", n) for n in (20, 64, 128)),
+    ],
+)
+def test_every_kernel_compiles(architecture, dtype, head_dim):
     library = nvrtc()
     if library is None:
         pytest.skip("the CUDA compiler is not installed: make nvrtc")
     program = ctypes.c_void_p()
-    source = launch.source().encode()
+    text = launch.source(head_dim)
+    source, names = text.encode(), cuda_on_cpu.entry_points(text)
     assert library.nvrtcCreateProgram(ctypes.byref(program), source, b"kernels.cu", 0, None, None) == 0
-    options = [*launch.compiler_options(dtype), f"--gpu-architecture={architecture}", "--ptxas-options=-v"]
+    options = [*launch.compiler_options(dtype, head_dim), f"--gpu-architecture={architecture}", "--ptxas-options=-v"]
     options = [option.encode() for option in options]
     status = library.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
     size = ctypes.c_size_t()
@@ -44,10 +52,10 @@ def test_every_kernel_compiles(architecture, dtype):
     text = log.value.decode()
     assert not re.search("warning|error", text, re.IGNORECASE), text
     in_memory = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text)
-    assert in_memory == [("0", "0", "0")] * len(cuda_on_cpu.entry_points(launch.source())), text
+    assert in_memory == [("0", "0", "0")] * len(names), text
     library.nvrtcGetCUBINSize(program, ctypes.byref(size))
     binary = ctypes.create_string_buffer(size.value)
     library.nvrtcGetCUBIN(program, binary)
     library.nvrtcDestroyProgram(ctypes.byref(program))
-    for name in cuda_on_cpu.entry_points(launch.source()):
+    for name in names:
         assert name.encode() in binary.raw

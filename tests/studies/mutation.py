@@ -32,7 +32,9 @@ PROTECTION, BATCHING, APP, RUN = "serving/protection.py", "serving/batching.py",
 INSIDE, SIDE_BY_SIDE, SAMPLING = "model/inside.py", "generation/side_by_side.py", "generation/sampling.py"
 NORM, ELEMENTWISE, SOFTMAX = "kernels/cuda/norm.cu", "kernels/cuda/elementwise.cu", "kernels/cuda/softmax.cu"
 EMBEDDING, COMMON = "kernels/cuda/embedding.cu", "kernels/cuda/common.cu"
-CUDA, PRODUCTS, RECORDED = "kernels/cuda/kernels.py", "kernels/cuda/products.py", "parallel/recorded.py"
+FUSED, TENSOR_CORES = "kernels/cuda/attention.cu", "kernels/cuda/tensor_cores.cu"
+CUDA, CUDA_ATTENTION = "kernels/cuda/kernels.py", "kernels/cuda/attention.py"
+PRODUCTS, RECORDED = "kernels/cuda/products.py", "parallel/recorded.py"
 
 BPE, DESCRIPTION, READING, RECORD, RESIZE = (
     "text/bpe.py",
@@ -50,7 +52,8 @@ OF_TEXTS = {BPE, DESCRIPTION, READING, RECORD, RESIZE, LOSS, COMPARISON, JUDGED}
 OF_TEXTS |= {ARCHITECTURES, HUGGING_FACE, SAFETENSORS, WEIGHTS, GGUF}
 OF_DRAWING = {CACHE, INSIDE, SIDE_BY_SIDE, SAMPLING}  # DRAWING_TESTS cover these files
 OF_PAGES = {PAGE, INSIDE_PAGE, INSIDE_JS, PROTECTION, BATCHING, APP, RUN}  # PAGE_TESTS cover these files
-OF_A_GPU = {NORM, ELEMENTWISE, SOFTMAX, EMBEDDING, COMMON, CUDA, PRODUCTS, RECORDED}  # GPU_TESTS cover these files
+OF_A_GPU = {NORM, ELEMENTWISE, SOFTMAX, EMBEDDING, COMMON, FUSED, TENSOR_CORES}  # GPU_TESTS cover these files
+OF_A_GPU |= {CUDA, CUDA_ATTENTION, PRODUCTS, RECORDED}
 
 VECTOR, C_ELEMENTWISE, C_NORM = (f"kernels/native/{name}" for name in ("vector.h", "elementwise.c", "norm.c"))
 C_SOFTMAX, C_PRODUCT, C_ATTENTION, C_DECODE = (
@@ -266,9 +269,9 @@ BUGS = [
     ("product: a transposed operand read as it lies", PRODUCTS, "Operand(x, True,", "Operand(x, False,"),
     ("product: the first matrix of a batch for all", PRODUCTS, "return axes[-1][1]", "return 0"),
     ("product: two strides taken for one", PRODUCTS, "if outer != n * inner:", "if False:"),
-    ("cuda linear: dweight in the dtype of the activations", CUDA, "self._product(rows.T, dy, _parameter_dtype(rows), onto[0])", "self._product(rows.T, dy, None, onto[0])"),
+    ("cuda linear: dweight in the dtype of the activations", CUDA, "self._product(rows.T, dy, parameter_dtype(rows), onto[0])", "self._product(rows.T, dy, None, onto[0])"),
     ("cuda linear: dx by the weight, not its transpose", CUDA, "self._product(dy, weight.T)", "self._product(dy, weight.reshape(weight.shape[::-1]))"),
-    ("cuda attention: dk and dv mixed up", CUDA, "self._product(ds.swapaxes(-1, -2), q), dv", "dv, self._product(ds.swapaxes(-1, -2), q)"),
+    ("cuda attention: dk and dv mixed up", CUDA_ATTENTION, "self._product(ds.swapaxes(-1, -2), q), dv", "dv, self._product(ds.swapaxes(-1, -2), q)"),
     ("residual: the gradient does not reach the stream", REFERENCE, "return dy, self.dropout_backward(dy, saved)", "return 0 * dy, self.dropout_backward(dy, saved)"),
     ("residual: the branch's gradient not thinned out", REFERENCE, "return dy, self.dropout_backward(dy, saved)", "return dy, dy"),
     ("astype: the gradient stays in the other dtype", TENSOR, "lambda dy: (dy.astype(before),)", "lambda dy: (0 * dy.astype(before),)"),
@@ -363,8 +366,6 @@ BUGS = [
     ("cuda: the sums of layer norm exchanged", CUDA, "i * c, int(total", "(len(onto) - 1 - i) * c, int(total"),
     ("cuda: an embedding's rows beyond the first of a warp", EMBEDDING, "found; found &= found - 1", "found; found = 0"),
     ("cuda: an embedding forgets the gradients before", EMBEDDING, "i < c && !add; i", "i < c; i"),
-    ("cuda: heads merged in their own order", ELEMENTWISE, "(merge ? apart : together), d", "together, d"),
-    ("cuda: keys are taken for queries", ELEMENTWISE, "blockIdx.y == 0 ? q : blockIdx.y == 1 ? k : v", "blockIdx.y == 1 ? q : blockIdx.y == 0 ? k : v"),
     ("self-attention: keys are taken for values", REFERENCE, "enumerate((q, k, v))", "enumerate((q, v, k))"),
     ("gradients added by a kernel are added again", OPS, "(dx if total is None else None for", "(dx for"),
     ("gradients of any layout are added to by a kernel", OPS, "return grad if grad.flags.c_contiguous and", "return grad if"),

@@ -57,16 +57,35 @@ static void wait_for_the_others() {
 
 static void __syncwarp() { wait_for_the_others(); }
 
-static void __syncthreads() { wait_for_the_others(); }
+// Warps may come here after different numbers of shuffles.
+static unsigned arrived, barriers;
+
+static void __syncthreads() {
+    unsigned before = barriers;
+    if (++arrived == blockDim.x) {
+        arrived = 0;
+        barriers++;
+    }
+    while (barriers == before) wait_for_the_others();
+}
+
+template <typename Value>
+static Value value_of(Value value, unsigned thread) {
+    exchanged[threadIdx.x] = value;
+    wait_for_the_others();
+    Value other = (Value)exchanged[thread];
+    wait_for_the_others();  // all threads must have read before one writes again
+    return other;
+}
 
 template <typename Value>
 static Value __shfl_xor_sync(unsigned, Value value, int distance) {
-    unsigned me = threadIdx.x;
-    exchanged[me] = value;
-    wait_for_the_others();
-    Value other = (Value)exchanged[me ^ distance];
-    wait_for_the_others();  // all threads must have read before one writes again
-    return other;
+    return value_of(value, threadIdx.x ^ distance);
+}
+
+template <typename Value>
+static Value __shfl_sync(unsigned, Value value, int lane) {
+    return value_of(value, threadIdx.x - threadIdx.x % 32 + lane);
 }
 
 static unsigned __ballot_sync(unsigned, bool condition) {
@@ -79,6 +98,72 @@ static unsigned __ballot_sync(unsigned, bool condition) {
 }
 
 static int __ffs(int value) { return __builtin_ffs(value); }
+
+// ---------------------------------------------------------------- tensor cores
+//
+// What "PTX ISA" says of mma and ldmatrix: which thread of a warp holds which elements of a matrix.
+
+#define EMULATED_TENSOR_CORES
+
+struct Registers {
+    unsigned left[4], right[2];
+};
+static std::vector<Registers> registers;
+
+// sum (16, 8) += left (16, k) @ right (k, 8). left_at(registers of a thread, i, k) and right_at(registers of a thread, k) find the
+// elements of row group + 8 i and of column group in the registers of the thread that holds them.
+template <typename LeftAt, typename RightAt>
+static void multiply(float sum[4], const unsigned left[4], const unsigned right[2], int size, LeftAt left_at, RightAt right_at) {
+    unsigned me = threadIdx.x, first = me - me % 32, group = me % 32 / 4;
+    registers[me] = {{left[0], left[1], left[2], left[3]}, {right[0], right[1]}};
+    wait_for_the_others();
+    for (int j = 0; j < 4; j++)
+        for (int k = 0; k < size; k++) {
+            unsigned column = me % 4 * 2 + j % 2;
+            sum[j] += left_at(&registers[first + group * 4], j / 2, k) * right_at(&registers[first + column * 4], k);
+        }
+    wait_for_the_others();
+}
+
+static float half_of(unsigned bits, int upper) { return __uint_as_float(upper ? bits & 0xffff0000u : bits << 16); }
+
+static void multiply_bfloat16(float sum[4], const unsigned left[4], const unsigned right[2]) {
+    auto left_at = [](Registers* group, int i, int k) { return half_of(group[k % 8 / 2].left[i + k / 8 * 2], k % 2); };
+    auto right_at = [](Registers* group, int k) { return half_of(group[k % 8 / 2].right[k / 8], k % 2); };
+    multiply(sum, left, right, 16, left_at, right_at);
+}
+
+static float in_tf32(unsigned bits) { return __uint_as_float(bits & 0xffffe000u); }
+
+static void multiply_tf32(float sum[4], const unsigned left[4], const unsigned right[2]) {
+    auto left_at = [](Registers* group, int i, int k) { return in_tf32(group[k % 4].left[i + k / 4 * 2]); };
+    auto right_at = [](Registers* group, int k) { return in_tf32(group[k % 4].right[k / 4]); };
+    multiply(sum, left, right, 8, left_at, right_at);
+}
+
+static std::vector<const unsigned short*> rows;
+
+static void load_bfloat16(unsigned right[2], const void* row) {
+    unsigned me = threadIdx.x, first = me - me % 32, group = me % 32 / 4, column = me % 4 * 2;
+    rows[me] = (const unsigned short*)row;
+    wait_for_the_others();
+    for (int i = 0; i < 2; i++) {
+        const unsigned short **from = &rows[first + 8 * i + column];
+        right[i] = from[0][group] | (unsigned)from[1][group] << 16;
+    }
+    wait_for_the_others();
+}
+
+static unsigned round_to_bfloat16(float first, float second) {
+    unsigned bits[2] = {__float_as_uint(first), __float_as_uint(second)};
+    for (unsigned& all : bits) {
+        bool nan = (all & 0x7fffffffu) > 0x7f800000u;
+        all = nan ? 0x7fffu : (all + 0x7fffu + (all >> 16 & 1u)) >> 16;
+    }
+    return bits[0] | bits[1] << 16;
+}
+
+// ---------------------------------------------------------------- threads and blocks
 
 static void thread_main() {
     for (;;) {  // each pass is this thread's part of one block
@@ -114,6 +199,9 @@ static void run(int grid_x, int grid_y, int block, Call call) {
     gridDim = {(unsigned)grid_x, (unsigned)grid_y, 1};
     blockDim = {(unsigned)block, 1, 1};
     exchanged.assign(block, 0.0);
+    registers.assign(block, {});
+    rows.assign(block, nullptr);
+    arrived = 0;
     for (unsigned y = 0; y < gridDim.y; y++)
         for (unsigned x = 0; x < gridDim.x; x++) {
             blockIdx = {x, y, 0};

@@ -29,9 +29,9 @@ def entry_points(source):
     return dict(re.findall(r'extern "C" __global__ void (\w+)\(\s*([^)]*)\)', source))
 
 
-def program(dtype):
+def program(head_dim):
     """The C++ program: the kernels, and for each kernel a function that runs it on a grid."""
-    source = launching.source()
+    source = launching.source(head_dim)
     lines = [f'#include "{Path(__file__).parent / "cuda_on_cpu.cpp"}"', source]
     for name, parameters in entry_points(source).items():
         names = ", ".join(re.findall(r"(\w+)(?:,|$)", parameters))
@@ -41,10 +41,10 @@ def program(dtype):
 
 
 @functools.cache
-def library(dtype):
+def library(dtype, head_dim=None):
     with tempfile.TemporaryDirectory() as folder:
         source, built = Path(folder) / "kernels.cpp", Path(folder) / "kernels.so"
-        source.write_text(program(dtype), encoding="utf-8")
+        source.write_text(program(head_dim), encoding="utf-8")
         flags = [
             "-O1",
             "-U_FORTIFY_SOURCE",
@@ -52,16 +52,25 @@ def library(dtype):
             "-fPIC",
             "-ffp-contract=off",
             "-Wno-unknown-pragmas",
-            *launching.compiler_options(dtype),
+            *launching.compiler_options(dtype, head_dim),
         ]
         done = subprocess.run([COMPILER, *flags, "-o", built, source], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return ctypes.CDLL(str(built))
 
 
-def launch(name, dtype, grid, threads, arguments):
-    """Does what `launch.Launch` does, on the CPU. It asserts that arrays are contiguous, because kernels know no strides."""
-    parameters = entry_points(launching.source())[name].split(",")
+# The arguments that may be views with strides. Other kernels know no strides.
+VIEWS = {
+    "copy": ("x", "y"),
+    "attention_forward": ("q", "k", "v"),
+    "attention_backward_queries": ("q", "k", "v", "dq"),
+    "attention_backward_keys": ("q", "k", "v", "dk", "dv"),
+}
+
+
+def launch(name, dtype, grid, threads, arguments, head_dim=None):
+    """Does what `launch.Launch` does, on the CPU. It asserts that arrays are contiguous, unless the kernel takes a view."""
+    parameters = entry_points(launching.source(head_dim))[name].split(",")
     assert len(parameters) == len(arguments), f"{name} takes {parameters}"
     assert 1 <= grid[0] < 2**31
     assert 1 <= grid[1] < 65_536
@@ -70,10 +79,11 @@ def launch(name, dtype, grid, threads, arguments):
     types = in_python | {name: np.dtype(dtype) for name, dtype in integers.items()}
     values = []
     for parameter, argument in zip(parameters, arguments, strict=True):
-        kind = parameter.replace("const ", "").strip().rsplit(" ", 1)[0]
+        kind, called = parameter.replace("const ", "").strip().rsplit(" ", 1)
         if kind.endswith("*"):
             assert argument is None or argument.dtype == types[kind[:-1]], (name, parameter)
-            assert argument is None or name in ("copy", "copy_heads") or argument.flags.c_contiguous, (name, parameter)
+            is_view = called in VIEWS.get(name, ())
+            assert argument is None or is_view or argument.flags.c_contiguous, (name, parameter)
             values.append(ctypes.c_void_p(argument.ctypes.data if argument is not None else None))
         elif kind == "double":
             assert type(argument) is float, (name, parameter)
@@ -82,7 +92,10 @@ def launch(name, dtype, grid, threads, arguments):
             assert type(argument) is int, (name, parameter)
             assert kind == "long long"
             values.append(ctypes.c_longlong(argument))
-    getattr(library(dtype), f"run_{name}")(*grid, threads, *values)
+    getattr(library(dtype, head_dim), f"run_{name}")(*grid, threads, *values)
+
+
+launch.has_tensor_cores = True
 
 
 class Gemm:

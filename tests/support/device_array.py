@@ -167,7 +167,12 @@ class Recording:
 
 def launch_on(launch):
     """Turns a `Launch` for NumPy arrays into one for arrays of this module."""
-    return lambda name, dtype, grid, threads, arguments: launch(name, dtype, grid, threads, _here(tuple(arguments)))
+
+    def launch_here(name, dtype, grid, threads, arguments, head_dim=None):
+        launch(name, dtype, grid, threads, _here(tuple(arguments)), head_dim)
+
+    launch_here.has_tensor_cores = launch.has_tensor_cores
+    return launch_here
 
 
 def gemm_on(gemm):

@@ -23,7 +23,6 @@ typedef SCALAR T;
 typedef ACCUMULATOR A;
 
 const int WARP = 32;
-const int MAX_WARPS = 32;  // of a block
 const long long GROUP = 8;  // neighbouring elements that one thread works on; they share one call of the random number generator
 
 __device__ inline int lane() { return threadIdx.x % WARP; }

@@ -1,4 +1,4 @@
-// Elementwise kernels: bias, GELU, heads, rotary positions, dropout, clipping, AdamW. The formulas are those of reference.py and
+// Elementwise kernels: bias, copies, GELU, rotary positions, dropout, clipping, AdamW. The formulas are those of reference.py and
 // updates.py.
 
 const double GELU_SCALE = 0.7978845608028654;  // sqrt(2 / pi)
@@ -33,25 +33,6 @@ extern "C" __global__ void copy(
         #pragma unroll
         for (int j = 0; j < GROUP; j++) values.at[j] += before.at[j];
         values.store(to, d - first);
-    }
-}
-
-// Copies all heads of queries, keys and values, for split_heads and merge_heads of reference.py. blockIdx.y says which of the
-// three. q, k and v have the shape (b, h, t, d). As parts of qkv (b, t, 3, h, d), each has the strides xb, xh and xt.
-//
-// If `merge`, q, k and v are contiguous, and `other` is qkv. Else they are parts of qkv, and `other` (3, b, h, t, d) is contiguous.
-extern "C" __global__ void copy_heads(
-    const T* q, const T* k, const T* v, T* other, long long b, long long h, long long t, long long d, long long xb, long long xh,
-    long long xt, long long merge) {
-    const T* from = blockIdx.y == 0 ? q : blockIdx.y == 1 ? k : v;
-    T* to = other + blockIdx.y * (merge ? h * d : b * h * t * d);
-    long long groups = (d + GROUP - 1) / GROUP;
-    for (long long i = thread_number(); i < b * h * t * groups; i += thread_count()) {
-        long long row = i / groups, first = i % groups * GROUP, at_t = row % t, at_h = row / t % h, at_b = row / t / h;
-        long long apart = at_b * xb + at_h * xh + at_t * xt + first, together = row * d + first;
-        Group values;
-        values.load(from + (merge ? together : apart), d - first);
-        values.store(to + (merge ? apart : together), d - first);
     }
 }
 

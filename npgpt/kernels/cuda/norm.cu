@@ -1,6 +1,8 @@
 // Layer norm, and sums over rows. The formulas are those of layer_norm in reference.py. The backward pass gets x, mean and rstd
 // instead of xhat.
 
+const int MAX_WARPS = 32;  // of a block
+
 extern "C" __global__ void layer_norm_forward(
     const T* x, const A* weight, const A* bias, T* y, A* mean, A* rstd, long long n, long long c, double eps) {
     long long row = row_of_warp();

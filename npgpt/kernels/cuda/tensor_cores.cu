@@ -1,0 +1,162 @@
+// Small matrices that a warp holds in its registers, and their products on tensor cores. What is multiplied is decided in
+// attention.cu.
+//
+// The 32 threads of a warp are 8 groups of 4. "PTX ISA", sections on mma and ldmatrix, says which thread holds which elements:
+//
+//   Left (16, 16)    rows g and g + 8; columns 2 t, 2 t + 1, 2 t + 8 and 2 t + 9
+//   Right (16, 8)    rows 2 t, 2 t + 1, 2 t + 8 and 2 t + 9; column g
+//   Sum (16, 8)      rows g and g + 8; columns 2 t and 2 t + 1
+//
+// for thread t of group g. Tensor cores multiply bfloat16 and TF32, which has 10 bits of mantissa, and add up in float32.
+
+// ---------------------------------------------------------------- instructions
+
+#ifndef EMULATED_TENSOR_CORES
+
+// sum (16, 8) += left (16, 16) @ right (16, 8), in bfloat16, two elements in one register.
+__device__ inline void multiply_bfloat16(float sum[4], const unsigned left[4], const unsigned right[2]) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right[0]), "r"(right[1]));
+}
+
+// sum (16, 8) += left (16, 8) @ right (8, 8), in TF32.
+__device__ inline void multiply_tf32(float sum[4], const unsigned left[4], const unsigned right[2]) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right[0]), "r"(right[1]));
+}
+
+// A Right of bfloat16, from a matrix in shared memory. `row` is the address of the 8 elements of the matrix's row lane % 16.
+__device__ inline void load_bfloat16(unsigned right[2], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(right[0]), "=r"(right[1])
+                 : "r"((unsigned)__cvta_generic_to_shared(row))
+                 : "memory");
+}
+
+// Two numbers, rounded to bfloat16. The first one is the lower half of the result.
+__device__ inline unsigned round_to_bfloat16(float first, float second) {
+    unsigned both;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
+    return both;
+}
+
+#endif
+
+// ---------------------------------------------------------------- pairs of neighbouring elements
+
+template <typename Element>
+struct Pair;
+
+template <>
+struct Pair<bfloat16> {
+    unsigned bits;
+
+    Pair() = default;
+
+    __device__ Pair(float first, float second) : bits(round_to_bfloat16(first, second)) {}
+
+    __device__ float first() const { return __uint_as_float(bits << 16); }
+
+    __device__ float second() const { return __uint_as_float(bits & 0xffff0000u); }
+};
+
+template <>
+struct alignas(8) Pair<float> {
+    float at[2];
+
+    Pair() = default;
+
+    __device__ Pair(float first, float second) : at{first, second} {}
+
+    __device__ float first() const { return at[0]; }
+
+    __device__ float second() const { return at[1]; }
+};
+
+// ---------------------------------------------------------------- matrices
+
+struct Sum {
+    float at[4];
+};
+
+struct Left {
+    Pair<T> at[4];
+
+    Left() = default;
+
+    // Two Sums (16, 8) side by side, rounded.
+    __device__ Left(const Sum& first, const Sum& second)
+        : at{Pair<T>(first.at[0], first.at[1]), Pair<T>(first.at[2], first.at[3]), Pair<T>(second.at[0], second.at[1]),
+             Pair<T>(second.at[2], second.at[3])} {}
+
+    // The matrix whose first element is at `from`. Its rows are `stride` elements apart.
+    __device__ Left(const T* from, int stride) {
+        const T* mine = from + lane() / 4 * stride + lane() % 4 * 2;
+        #pragma unroll
+        for (int i = 0; i < 4; i++) at[i] = *(const Pair<T>*)(mine + i % 2 * 8 * stride + i / 2 * 8);
+    }
+};
+
+struct Right {
+    Pair<T> at[2];
+
+    // The transpose of the matrix (8, 16) whose first element is at `from`.
+    __device__ static Right transposed(const T* from, int stride) {
+        const T* mine = from + lane() / 4 * stride + lane() % 4 * 2;
+        return {*(const Pair<T>*)mine, *(const Pair<T>*)(mine + 8)};
+    }
+};
+
+// The matrix (16, 8) whose first element is at `from`, in shared memory.
+__device__ inline void load_right(Pair<bfloat16> right[2], const bfloat16* from, int stride) {
+    unsigned bits[2];
+    load_bfloat16(bits, from + lane() % 16 * stride);
+    right[0].bits = bits[0];
+    right[1].bits = bits[1];
+}
+
+__device__ inline void load_right(Pair<float> right[2], const float* from, int stride) {
+    const float* mine = from + lane() % 4 * 2 * stride + lane() / 4;
+    right[0] = Pair<float>(mine[0], mine[stride]);
+    right[1] = Pair<float>(mine[8 * stride], mine[9 * stride]);
+}
+
+// ---------------------------------------------------------------- products
+
+__device__ inline void multiply(Sum& sum, const Pair<bfloat16> left[4], const Pair<bfloat16> right[2], bool) {
+    const unsigned left_bits[4] = {left[0].bits, left[1].bits, left[2].bits, left[3].bits};
+    const unsigned right_bits[2] = {right[0].bits, right[1].bits};
+    multiply_bfloat16(sum.at, left_bits, right_bits);
+}
+
+// The numbers of TF32 that are nearest to x and, in `rest`, to what is missing of it.
+__device__ inline unsigned round_to_tf32(float x, unsigned& rest) {
+    unsigned near = (__float_as_uint(x) + 0x1000u) & 0xffffe000u;
+    rest = (__float_as_uint(x - __uint_as_float(near)) + 0x1000u) & 0xffffe000u;
+    return near;
+}
+
+// With `exact`, each number is the sum of two of TF32, and only the product of the two small ones is left out. The error is then
+// about that of float32. The order of the 16 terms is another one than for bfloat16, the same for both factors.
+__device__ inline void multiply(Sum& sum, const Pair<float> left[4], const Pair<float> right[2], bool exact) {
+    #pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const Pair<float>*l = left + 2 * half, *r = right + half;
+        unsigned l_near[4], l_rest[4], r_near[2], r_rest[2];
+        l_near[0] = round_to_tf32(l[0].first(), l_rest[0]);
+        l_near[1] = round_to_tf32(l[1].first(), l_rest[1]);
+        l_near[2] = round_to_tf32(l[0].second(), l_rest[2]);
+        l_near[3] = round_to_tf32(l[1].second(), l_rest[3]);
+        r_near[0] = round_to_tf32(r->first(), r_rest[0]);
+        r_near[1] = round_to_tf32(r->second(), r_rest[1]);
+        if (exact) {
+            multiply_tf32(sum.at, l_rest, r_near);
+            multiply_tf32(sum.at, l_near, r_rest);
+        }
+        multiply_tf32(sum.at, l_near, r_near);
+    }
+}
