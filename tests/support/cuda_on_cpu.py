@@ -26,7 +26,7 @@ MISSING = None if COMPILER and sys.platform == "linux" else "g++ on Linux is nee
 
 def entry_points(source):
     """The kernels in the source, as {name: C++ parameters}."""
-    return dict(re.findall(r'extern "C" __global__ void (\w+)\(\s*([^)]*)\)', source))
+    return dict(re.findall(r'extern "C" __global__ void (?:__launch_bounds__\(.*?\) )?(\w+)\(\s*([^)]*)\)', source))
 
 
 def program(head_dim):

@@ -12,8 +12,13 @@
 const int D = (HEAD_DIM + 15) / 16 * 16;  // columns of a tile
 const int STRIDE = D + 8;                 // elements from one row of a tile to the next: neighbours are in different banks
 const int ROWS = 64;
+const int THREADS = ROWS / 16 * WARP;
 const int PARTS = D > 64 ? 2 : 1;  // on the way back, a block computes one of so many parts of the columns
 const int COLUMNS = D / PARTS;
+
+// How many blocks a multiprocessor should hold at once. The compiler gives each thread fewer registers for it.
+const int BLOCKS = D > 64 || sizeof(T) > 2 ? 2 : 4;
+const int BLOCKS_OF_KEYS = BLOCKS < 3 ? BLOCKS : 3;
 
 // ---------------------------------------------------------------- tiles
 
@@ -21,49 +26,56 @@ struct alignas(16) Tile {
     T at[ROWS * STRIDE];
 };
 
-__device__ inline void copy_group(T* to, const T* from, long long count) {
-    if (Group::is_whole(from, count) && Group::is_whole(to, count)) {
-        #pragma unroll
-        for (int i = 0; i < (int)(sizeof(T) * GROUP / 16); i++) ((Bytes16<T>*)to)[i] = ((const Bytes16<T>*)from)[i];
-    } else {
-        #pragma unroll
-        for (int j = 0; j < GROUP; j++)
-            if (j < count) to[j] = from[j];
-    }
-}
+const int BUFFERS = 4 * sizeof(Tile) <= 40 << 10 ? 2 : 1;  // with two, the next tiles are copied during the computation
 
-// tile (ROWS, D) = the rows from `first` on of an operand with `rows` rows.
-__device__ inline void load_tile(T* tile, const T* from, long long stride, long long first, long long rows) {
-    const int GROUPS = D / GROUP;
-    #pragma unroll
-    for (int i = threadIdx.x; i < ROWS * GROUPS; i += 2 * ROWS) {
-        int row = i / GROUPS, column = i % GROUPS * GROUP;
-        T* to = tile + row * STRIDE + column;
-        if (first + row < rows) {
-            copy_group(to, from + (first + row) * stride + column, HEAD_DIM - column);
-            if (HEAD_DIM < D)
-                for (int j = 0; j < GROUP; j++)
-                    if (column + j >= HEAD_DIM) to[j] = (T)0.0f;
-        } else {
-            for (int j = 0; j < GROUP; j++) to[j] = (T)0.0f;
+// tile = the rows from `first` on of an operand with `rows` rows. The copies belong to this thread's next batch.
+__device__ inline void load_tile(Tile& tile, const T* from, int stride, int first, int rows) {
+    const int SIZE = 16 / sizeof(T);  // elements of 16 bytes
+    const int WIDTH = D > 8 * SIZE ? 16 : D > 4 * SIZE ? 8 : D > 2 * SIZE ? 4 : 2;  // threads for a row
+    from += (long long)first * stride;
+    rows -= first;
+    if (((unsigned long long)from | stride * sizeof(T)) % 16 == 0) {
+        int column = threadIdx.x % WIDTH * SIZE, row = threadIdx.x / WIDTH, count = HEAD_DIM - column;
+        if (column >= D) return;
+        count = count < 0 ? 0 : count < SIZE ? count : SIZE;
+        const T* source = from + row * stride + column;
+        #pragma unroll
+        for (int i = 0; i < ROWS; i += THREADS / WIDTH, source += THREADS / WIDTH * stride)
+            begin_to_copy(
+                tile.at + (row + i) * STRIDE + column, source, row + i < rows ? count * (int)sizeof(T) : 0);
+    } else {
+        #pragma unroll 1
+        for (int i = threadIdx.x; i < ROWS * D; i += THREADS) {
+            int row = i / D, column = i % D;
+            tile.at[row * STRIDE + column] = row < rows && column < HEAD_DIM ? from[row * stride + column] : (T)0.0f;
         }
     }
 }
 
 // The other way, for the columns from `left` to `right`.
-__device__ inline void store_tile(T* to, long long stride, long long first, long long rows, const T* tile, int left, int right) {
+__device__ inline void store_tile(T* to, int stride, int first, int rows, const Tile& tile, int left, int right) {
     const int groups = (right - left) / (int)GROUP;
-    for (int i = threadIdx.x; i < ROWS * groups; i += 2 * ROWS) {
+    to += (long long)first * stride;
+    #pragma unroll 1
+    for (int i = threadIdx.x; i < ROWS * groups; i += THREADS) {
         int row = i / groups, column = left + i % groups * (int)GROUP;
-        if (first + row < rows)
-            copy_group(to + (first + row) * stride + column, tile + row * STRIDE + column, HEAD_DIM - column);
+        if (first + row >= rows) break;
+        const T* from = tile.at + row * STRIDE + column;
+        T* target = to + row * stride + column;
+        if (Group::is_whole(target, HEAD_DIM - column)) {
+            #pragma unroll
+            for (int j = 0; j < (int)(sizeof(T) * GROUP / 16); j++) ((Bytes16<T>*)target)[j] = ((const Bytes16<T>*)from)[j];
+        } else {
+            for (int j = 0; j < GROUP; j++)
+                if (column + j < HEAD_DIM) target[j] = from[j];
+        }
     }
 }
 
 // A warp writes N Sums, times a factor for each of its two rows, to its rows of a tile, from column `left` on.
 template <int N>
-__device__ inline void write_rows(T* tile, int left, const Sum sums[N], const A factors[2]) {
-    T* mine = tile + (threadIdx.x / WARP * 16 + lane() / 4) * STRIDE + left + lane() % 4 * 2;
+__device__ inline void write_rows(Tile& tile, int left, const Sum sums[N], const A factors[2]) {
+    T* mine = tile.at + (threadIdx.x / WARP * 16 + lane() / 4) * STRIDE + left + lane() % 4 * 2;
     #pragma unroll
     for (int n = 0; n < N; n++) {
         *(Pair<T>*)(mine + 8 * n) = Pair<T>(sums[n].at[0] * factors[0], sums[n].at[1] * factors[0]);
@@ -71,33 +83,62 @@ __device__ inline void write_rows(T* tile, int left, const Sum sums[N], const A 
     }
 }
 
+// The 16 rows of a warp, from row `row` of a tile on.
+__device__ inline void read_rows(Left rows[D / 16], const Tile& tile, int row) {
+    #pragma unroll
+    for (int i = 0; i < D / 16; i++) rows[i] = Left(tile.at + row * STRIDE + 16 * i, STRIDE);
+}
+
+// sum (16, 8) += left (16, D) @ the transpose of 8 rows, from row `row` of a tile on.
+__device__ inline void multiply_rows(Sum& sum, const Left left[D / 16], const Tile& tile, int row, bool exact) {
+    #pragma unroll
+    for (int i = 0; i < D / 16; i++)
+        multiply(sum, left[i].at, Right::transposed(tile.at + row * STRIDE + 16 * i, STRIDE).at, exact);
+}
+
+// sums (16, 8 N) += left (16, 16) @ 16 rows, from row `row` of a tile on, and 8 N columns, from column `column` on.
+template <int N>
+__device__ inline void multiply_columns(Sum sums[N], const Left& left, const Tile& tile, int row, int column, bool exact) {
+    #pragma unroll
+    for (int n = 0; n < N; n++) {
+        Right right;
+        load_right(right.at, tile.at + row * STRIDE + column + 8 * n, STRIDE);
+        multiply(sums[n], left.at, right.at, exact);
+    }
+}
+
 // ---------------------------------------------------------------- what the kernels share
 
-__device__ inline float minus_infinity() { return __uint_as_float(0xff800000u); }
+// The first of the 16 rows of a tile that belong to this warp. After the shuffle the compiler knows that all threads of the warp
+// have the same number, and so take the same branches.
+__device__ inline int row_of_this_warp() { return __shfl_sync(0xffffffffu, (int)threadIdx.x / WARP, 0) * 16; }
 
-// Which part of which result this block computes. Blocks with the same number of a tile follow each other.
+// Which part of which result this block computes.
 struct Place {
-    long long heads, head, tile;  // the number of heads of all sequences; one of them; a tile of its rows
-    int part;
+    int head, tile, part;  // a head of a sequence; a tile of its rows; a part of the columns
+    int tiles;
 
-    __device__ Place(long long rows, int parts) {
-        long long tiles = (rows + ROWS - 1) / ROWS;
-        heads = gridDim.x / (tiles * parts);
+    // Blocks with the same number of a tile follow each other.
+    __device__ Place(int rows, int parts) {
+        tiles = (rows + ROWS - 1) / ROWS;
+        int heads = gridDim.x / (tiles * parts);
         head = blockIdx.x % heads;
-        part = (int)(blockIdx.x / heads % parts);
+        part = blockIdx.x / heads % parts;
         tile = blockIdx.x / (heads * parts);
     }
 
     // Where this head begins in an operand of n rows.
-    __device__ long long start(long long n, long long stride, long long heads_of_a_row) const {
-        return head / heads_of_a_row * n * stride + head % heads_of_a_row * HEAD_DIM;
+    __device__ long long start(int n, int stride, int heads_of_a_row) const {
+        return (long long)(head / heads_of_a_row) * n * stride + head % heads_of_a_row * HEAD_DIM;
     }
 };
 
-// How many keys a query sees.
-__device__ inline long long seen_by(long long query, long long n_query, long long n_key) {
-    return query < n_query ? n_key - n_query + query + 1 : n_key;
-}
+// Exponentials and logarithms: of base 2 in bfloat16, where the hardware's approximation is enough, and else of base e.
+const A LOG_OF_BASE = sizeof(T) == 2 ? (A)0.6931471805599453 : (A)1;
+
+__device__ inline A power(A x) { return sizeof(T) == 2 ? fast_exp2(x) : exp(x); }
+
+__device__ inline float minus_infinity() { return __uint_as_float(0xff800000u); }
 
 // The sum, or the maximum, over the four threads that share a row of a Sum.
 __device__ inline A sum_of_four(A value) {
@@ -118,13 +159,13 @@ __device__ inline A max_of_four(A value) {
 struct Mask {
     unsigned mine;
 
-    __device__ Mask(const unsigned long long* key, long long use, long long threshold, long long query, long long first_key) {
+    __device__ Mask(const unsigned long long* key, long long use, unsigned threshold, long long query, int first_key) {
         mine = 0xffu;
         if (!key) return;
         mine = 0;
-        Draws draws(key, use, query + lane() % 16, first_key / GROUP + lane() / 16);
+        Draws draws(key, use, query + lane() % 16, first_key / (int)GROUP + lane() / 16);
         #pragma unroll
-        for (int j = 0; j < GROUP; j++) mine |= (unsigned)(draws[j] >= threshold) << j;
+        for (int j = 0; j < GROUP; j++) mine |= (unsigned)((unsigned)draws[j] >= threshold) << j;
     }
 
     // The 8 bits for a query, counted from the first, and for the first 8 keys (half 0) or the others.
@@ -134,59 +175,73 @@ struct Mask {
 // ---------------------------------------------------------------- forward
 //
 // For each query: `top` is the largest score so far, `total` the sum of exp(score - top), and `sums` that of exp(score - top) v.
-// When a larger score comes, the sums are multiplied by exp(top - new top).
+// When a larger score comes, the sums are multiplied by exp(top - new top). Scores have no scale; the exponentials apply it.
 
-extern "C" __global__ void attention_forward(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_forward(
     const T* q, const T* k, const T* v, T* out, A* log_total, long long heads, long long n_query, long long n_key,
     long long q_stride, long long k_stride, long long v_stride, double scale, long long exact, const unsigned long long* key,
     long long use, long long threshold, double kept_scale) {
-    __shared__ Tile key_tile, value_tile;
-    T *keys = key_tile.at, *values = value_tile.at;
+    __shared__ Tile tiles[2 * BUFFERS];
     Place place(n_query, 1);
-    long long first = ((n_query + ROWS - 1) / ROWS - 1 - place.tile) * ROWS;  // the last queries, which see most, come first
-    int row = threadIdx.x / WARP * 16;                                        // of this warp in a tile
-    long long query = first + row + lane() / 4;                               // this thread has this query and query + 8
-    const long long seen[2] = {seen_by(query, n_query, n_key), seen_by(query + 8, n_query, n_key)};
-    long long most_seen = seen_by(first + row + 15, n_query, n_key);
+    const A unit = (A)(scale / LOG_OF_BASE);
+    int first = (place.tiles - 1 - place.tile) * ROWS;  // the last queries, which see most keys, come first
+    int row = row_of_this_warp();
+    int query = first + row + lane() / 4;               // this thread has this query and query + 8
+    int past = n_key - n_query, last_seen = past + first + row + 15;
+    int end = past + first + ROWS < n_key ? past + first + ROWS : n_key;  // no query of this block sees more keys
     q += place.start(n_query, q_stride, heads);
     k += place.start(n_key, k_stride, heads);
     v += place.start(n_key, v_stride, heads);
 
-    load_tile(keys, q, q_stride, first, n_query);
+    load_tile(tiles[0], q, q_stride, first, n_query);
+    end_batch();
+    wait_for_batches<0>();
     __syncthreads();
     Left queries[D / 16];
-    #pragma unroll
-    for (int i = 0; i < D / 16; i++) queries[i] = Left(keys + row * STRIDE + 16 * i, STRIDE);
+    read_rows(queries, tiles[0], row);
     __syncthreads();
 
     Sum sums[D / 8] = {};
     A top[2] = {minus_infinity(), minus_infinity()}, total[2] = {0, 0};
-    for (long long start = 0; start < seen_by(first + ROWS - 1, n_query, n_key); start += ROWS) {
-        load_tile(keys, k, k_stride, start, n_key);
-        load_tile(values, v, v_stride, start, n_key);
+    for (int start = 0, buffer = 0; start < end; start += ROWS, buffer = (buffer + 2) % (2 * BUFFERS)) {
+        if (BUFFERS == 1 || start == 0) {
+            load_tile(tiles[buffer], k, k_stride, start, n_key);
+            load_tile(tiles[buffer + 1], v, v_stride, start, n_key);
+            end_batch();
+        }
+        if (BUFFERS == 2 && start + ROWS < end) {
+            load_tile(tiles[2 - buffer], k, k_stride, start + ROWS, n_key);
+            load_tile(tiles[3 - buffer], v, v_stride, start + ROWS, n_key);
+            end_batch();
+            wait_for_batches<1>();
+        } else {
+            wait_for_batches<0>();
+        }
         __syncthreads();
+        const Tile &keys = tiles[buffer], &values = tiles[buffer + 1];
 
         Sum scores[ROWS / 8] = {};
+        #pragma unroll
+        for (int n = 0; n < ROWS / 8; n++)
+            if (start + 8 * n <= last_seen) multiply_rows(scores[n], queries, keys, 8 * n, exact != 0);
+        if (past + first + row < start + ROWS - 1 || start + ROWS > n_key) {  // some query does not see all keys
+            #pragma unroll
+            for (int n = 0; n < ROWS / 8; n++)
+                #pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    int number = start + 8 * n + lane() % 4 * 2 + j % 2;
+                    if (number > past + query + j / 2 * 8 || number >= n_key) scores[n].at[j] = minus_infinity();
+                }
+        }
         A new_top[2] = {top[0], top[1]};
         #pragma unroll
-        for (int n = 0; n < ROWS / 8; n++) {
-            if (start + 8 * n < most_seen) {
-                #pragma unroll
-                for (int i = 0; i < D / 16; i++)
-                    multiply(
-                        scores[n], queries[i].at, Right::transposed(keys + 8 * n * STRIDE + 16 * i, STRIDE).at, exact != 0);
-            }
+        for (int n = 0; n < ROWS / 8; n++)
             #pragma unroll
-            for (int j = 0; j < 4; j++) {
-                A& score = scores[n].at[j];
-                score = start + 8 * n + lane() % 4 * 2 + j % 2 < seen[j / 2] ? (A)scale * score : minus_infinity();
-                new_top[j / 2] = score > new_top[j / 2] ? score : new_top[j / 2];
-            }
-        }
+            for (int j = 0; j < 4; j++) new_top[j / 2] = fmaxf(new_top[j / 2], scores[n].at[j]);
         #pragma unroll
         for (int i = 0; i < 2; i++) {
             new_top[i] = max_of_four(new_top[i]);
-            A factor = fast_exp(top[i] - new_top[i]);
+            A factor = power(unit * (top[i] - new_top[i]));
             total[i] *= factor;
             #pragma unroll
             for (int n = 0; n < D / 8; n++) {
@@ -197,26 +252,21 @@ extern "C" __global__ void attention_forward(
         }
         #pragma unroll
         for (int c = 0; c < ROWS / 16; c++) {  // 16 keys
-            if (start + 16 * c >= most_seen) continue;
+            if (start + 16 * c > last_seen) continue;
             Mask mask(key, use, threshold, place.head * n_query + first + row, start + 16 * c);
             #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const unsigned kept[2] = {mask.of(lane() / 4, half), mask.of(lane() / 4 + 8, half)};
+                const unsigned kept[2] = {mask.of(lane() / 4, half) >> lane() % 4 * 2, mask.of(lane() / 4 + 8, half) >> lane() % 4 * 2};
                 #pragma unroll
                 for (int j = 0; j < 4; j++) {
                     A& p = scores[2 * c + half].at[j];
-                    p = fast_exp(p - top[j / 2]);
+                    p = power(unit * p - unit * top[j / 2]);
                     total[j / 2] += p;
-                    p = kept[j / 2] >> (lane() % 4 * 2 + j % 2) & 1 ? p : 0;
+                    p = kept[j / 2] & (1 << j % 2) ? p : 0;
                 }
             }
             Left p(scores[2 * c], scores[2 * c + 1]);
-            #pragma unroll
-            for (int n = 0; n < D / 8; n++) {
-                Right part;
-                load_right(part.at, values + 16 * c * STRIDE + 8 * n, STRIDE);
-                multiply(sums[n], p.at, part.at, exact != 0);
-            }
+            multiply_columns<D / 8>(sums, p, values, 16 * c, 0, exact != 0);
         }
         __syncthreads();
     }
@@ -227,12 +277,12 @@ extern "C" __global__ void attention_forward(
         total[i] = sum_of_four(total[i]);
         factors[i] = (A)kept_scale / total[i];
         if (lane() % 4 == 0 && query + 8 * i < n_query)
-            log_total[place.head * n_query + query + 8 * i] = top[i] + log(total[i]);
+            log_total[place.head * n_query + query + 8 * i] = unit * top[i] + log(total[i]) / LOG_OF_BASE;
     }
-    write_rows<D / 8>(keys, 0, sums, factors);
+    write_rows<D / 8>(tiles[0], 0, sums, factors);
     __syncthreads();
-    long long row_of_heads = heads * HEAD_DIM;
-    store_tile(out + place.start(n_query, row_of_heads, heads), row_of_heads, first, n_query, keys, 0, D);
+    int row_of_heads = heads * HEAD_DIM;
+    store_tile(out + place.start(n_query, row_of_heads, heads), row_of_heads, first, n_query, tiles[0], 0, D);
 }
 
 // ---------------------------------------------------------------- backward
@@ -241,36 +291,35 @@ extern "C" __global__ void attention_forward(
 // softmax rule equals dout @ out.
 
 // dq = scale dscores @ k. Also writes the row terms, which attention_backward_keys reads.
-extern "C" __global__ void attention_backward_queries(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_backward_queries(
     const T* q, const T* k, const T* v, const T* out, const T* dout, const A* log_total, A* row_terms, T* dq, long long heads,
     long long n_query, long long n_key, long long q_stride, long long k_stride, long long v_stride, long long dq_stride,
     double scale, long long exact, const unsigned long long* key, long long use, long long threshold, double kept_scale) {
-    __shared__ Tile key_tile, value_tile;
-    T *keys = key_tile.at, *values = value_tile.at;
+    __shared__ Tile tiles[2 * BUFFERS];
     Place place(n_query, PARTS);
-    long long first = ((n_query + ROWS - 1) / ROWS - 1 - place.tile) * ROWS;
-    int row = threadIdx.x / WARP * 16;
-    long long query = first + row + lane() / 4;
-    const long long seen[2] = {seen_by(query, n_query, n_key), seen_by(query + 8, n_query, n_key)};
-    long long most_seen = seen_by(first + row + 15, n_query, n_key), row_of_heads = heads * HEAD_DIM;
+    const A unit = (A)(scale / LOG_OF_BASE), of_kept = (A)kept_scale;
+    int first = (place.tiles - 1 - place.tile) * ROWS, row = row_of_this_warp(), query = first + row + lane() / 4;
+    int past = n_key - n_query, last_seen = past + first + row + 15, row_of_heads = heads * HEAD_DIM;
+    int end = past + first + ROWS < n_key ? past + first + ROWS : n_key;
     k += place.start(n_key, k_stride, heads);
     v += place.start(n_key, v_stride, heads);
 
     // The tiles are used for the queries, their results and gradients first.
-    load_tile(keys, out + place.start(n_query, row_of_heads, heads), row_of_heads, first, n_query);
-    load_tile(values, dout + place.start(n_query, row_of_heads, heads), row_of_heads, first, n_query);
+    load_tile(tiles[0], out + place.start(n_query, row_of_heads, heads), row_of_heads, first, n_query);
+    load_tile(tiles[1], dout + place.start(n_query, row_of_heads, heads), row_of_heads, first, n_query);
+    end_batch();
+    wait_for_batches<0>();
     __syncthreads();
     Left queries[D / 16], gradients[D / 16];
     A row_term[2] = {0, 0}, log_sum[2];
+    read_rows(queries, tiles[0], row);  // the results
+    read_rows(gradients, tiles[1], row);
     #pragma unroll
-    for (int i = 0; i < D / 16; i++) {
-        Left result(keys + row * STRIDE + 16 * i, STRIDE);
-        gradients[i] = Left(values + row * STRIDE + 16 * i, STRIDE);
+    for (int i = 0; i < D / 16; i++)
         #pragma unroll
         for (int j = 0; j < 4; j++)
-            row_term[j % 2] +=
-                result.at[j].first() * gradients[i].at[j].first() + result.at[j].second() * gradients[i].at[j].second();
-    }
+            row_term[j % 2] += queries[i].at[j].first() * gradients[i].at[j].first() +
+                               queries[i].at[j].second() * gradients[i].at[j].second();
     #pragma unroll
     for (int i = 0; i < 2; i++) {
         row_term[i] = sum_of_four(row_term[i]);
@@ -280,139 +329,159 @@ extern "C" __global__ void attention_backward_queries(
         if (is_there && lane() % 4 == 0 && place.part == 0) row_terms[at] = row_term[i];
     }
     __syncthreads();
-    load_tile(keys, q + place.start(n_query, q_stride, heads), q_stride, first, n_query);
+    load_tile(tiles[0], q + place.start(n_query, q_stride, heads), q_stride, first, n_query);
+    end_batch();
+    wait_for_batches<0>();
     __syncthreads();
-    #pragma unroll
-    for (int i = 0; i < D / 16; i++) queries[i] = Left(keys + row * STRIDE + 16 * i, STRIDE);
+    read_rows(queries, tiles[0], row);
     __syncthreads();
 
     Sum sums[COLUMNS / 8] = {};
-    for (long long start = 0; start < seen_by(first + ROWS - 1, n_query, n_key); start += ROWS) {
-        load_tile(keys, k, k_stride, start, n_key);
-        load_tile(values, v, v_stride, start, n_key);
+    for (int start = 0, buffer = 0; start < end; start += ROWS, buffer = (buffer + 2) % (2 * BUFFERS)) {
+        if (BUFFERS == 1 || start == 0) {
+            load_tile(tiles[buffer], k, k_stride, start, n_key);
+            load_tile(tiles[buffer + 1], v, v_stride, start, n_key);
+            end_batch();
+        }
+        if (BUFFERS == 2 && start + ROWS < end) {
+            load_tile(tiles[2 - buffer], k, k_stride, start + ROWS, n_key);
+            load_tile(tiles[3 - buffer], v, v_stride, start + ROWS, n_key);
+            end_batch();
+            wait_for_batches<1>();
+        } else {
+            wait_for_batches<0>();
+        }
         __syncthreads();
+        const Tile &keys = tiles[buffer], &values = tiles[buffer + 1];
         for (int c = 0; c < ROWS / 16; c++) {  // 16 keys
-            if (start + 16 * c >= most_seen) break;
-            Mask mask(key, use, threshold, place.head * n_query + first + row, start + 16 * c);
+            int first_key = start + 16 * c;
+            if (first_key > last_seen) break;
+            Mask mask(key, use, threshold, place.head * n_query + first + row, first_key);
             Sum dscores[2];
             #pragma unroll
             for (int half = 0; half < 2; half++) {
                 Sum scores = {}, dp = {};
-                int at = (16 * c + 8 * half) * STRIDE;
-                #pragma unroll
-                for (int i = 0; i < D / 16; i++) {
-                    multiply(scores, queries[i].at, Right::transposed(keys + at + 16 * i, STRIDE).at, exact != 0);
-                    multiply(dp, gradients[i].at, Right::transposed(values + at + 16 * i, STRIDE).at, exact != 0);
-                }
-                const unsigned kept[2] = {mask.of(lane() / 4, half), mask.of(lane() / 4 + 8, half)};
+                multiply_rows(scores, queries, keys, 16 * c + 8 * half, exact != 0);
+                multiply_rows(dp, gradients, values, 16 * c + 8 * half, exact != 0);
+                const unsigned kept[2] = {mask.of(lane() / 4, half) >> lane() % 4 * 2, mask.of(lane() / 4 + 8, half) >> lane() % 4 * 2};
                 #pragma unroll
                 for (int j = 0; j < 4; j++) {
-                    int column = lane() % 4 * 2 + j % 2;
-                    A p = fast_exp((A)scale * scores.at[j] - log_sum[j / 2]);
-                    p = start + 16 * c + 8 * half + column < seen[j / 2] ? p : 0;
-                    dscores[half].at[j] = p * ((kept[j / 2] >> column & 1 ? dp.at[j] * (A)kept_scale : 0) - row_term[j / 2]);
+                    A p = power(unit * scores.at[j] - log_sum[j / 2]);
+                    dscores[half].at[j] = p * (dp.at[j] * (kept[j / 2] & (1 << j % 2) ? of_kept : 0) - row_term[j / 2]);
+                }
+            }
+            if (past + first + row < first_key + 15 || first_key + 16 > n_key) {  // some query does not see all keys
+                #pragma unroll
+                for (int i = 0; i < 8; i++) {
+                    int number = first_key + i / 4 * 8 + lane() % 4 * 2 + i % 2;
+                    if (number > past + query + i % 4 / 2 * 8 || number >= n_key) dscores[i / 4].at[i % 4] = 0;
                 }
             }
             Left left(dscores[0], dscores[1]);
-            #pragma unroll
-            for (int n = 0; n < COLUMNS / 8; n++) {
-                Right part;
-                load_right(part.at, keys + 16 * c * STRIDE + place.part * COLUMNS + 8 * n, STRIDE);
-                multiply(sums[n], left.at, part.at, exact != 0);
-            }
+            multiply_columns<COLUMNS / 8>(sums, left, keys, 16 * c, place.part * COLUMNS, exact != 0);
         }
         __syncthreads();
     }
     const A factors[2] = {(A)scale, (A)scale};
-    write_rows<COLUMNS / 8>(keys, place.part * COLUMNS, sums, factors);
+    int left = place.part * COLUMNS;
+    write_rows<COLUMNS / 8>(tiles[0], left, sums, factors);
     __syncthreads();
-    store_tile(
-        dq + place.start(n_query, dq_stride, heads), dq_stride, first, n_query, keys, place.part * COLUMNS,
-        (place.part + 1) * COLUMNS);
+    store_tile(dq + place.start(n_query, dq_stride, heads), dq_stride, first, n_query, tiles[0], left, left + COLUMNS);
 }
 
 // dk = scale dscores^T @ q, and dv = dropout(p)^T @ dout. All small matrices here have keys as rows and queries as columns.
-extern "C" __global__ void attention_backward_keys(
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_OF_KEYS) attention_backward_keys(
     const T* q, const T* k, const T* v, const T* dout, const A* log_total, const A* row_terms, T* dk, T* dv, long long heads,
     long long n_query, long long n_key, long long q_stride, long long k_stride, long long v_stride, long long dk_stride,
     long long dv_stride, double scale, long long exact, const unsigned long long* key, long long use, long long threshold,
     double kept_scale) {
-    __shared__ Tile query_tile, gradient_tile;
-    T *queries = query_tile.at, *gradients = gradient_tile.at;
-    __shared__ A log_sums[ROWS], terms[ROWS];
+    __shared__ Tile tiles[2 * BUFFERS];
+    __shared__ A log_sums[BUFFERS][ROWS], terms[BUFFERS][ROWS];
     Place place(n_key, PARTS);
-    long long first = place.tile * ROWS;  // the first keys come first: most queries see them
-    int row = threadIdx.x / WARP * 16;
-    long long first_of_warp = first + row, row_of_heads = heads * HEAD_DIM;
+    const A unit = (A)(scale / LOG_OF_BASE), of_kept = (A)kept_scale;
+    int first = place.tile * ROWS;  // the first keys, which most queries see, come first
+    int row = row_of_this_warp(), first_of_warp = first + row, row_of_heads = heads * HEAD_DIM;
+    int past = n_key - n_query, first_query = first > past ? (first - past) / ROWS * ROWS : 0;
     q += place.start(n_query, q_stride, heads);
     dout += place.start(n_query, row_of_heads, heads);
     log_total += place.head * n_query;
     row_terms += place.head * n_query;
 
-    load_tile(queries, k + place.start(n_key, k_stride, heads), k_stride, first, n_key);
-    load_tile(gradients, v + place.start(n_key, v_stride, heads), v_stride, first, n_key);
+    load_tile(tiles[0], k + place.start(n_key, k_stride, heads), k_stride, first, n_key);
+    load_tile(tiles[1], v + place.start(n_key, v_stride, heads), v_stride, first, n_key);
+    end_batch();
+    wait_for_batches<0>();
     __syncthreads();
     Left keys[D / 16], values[D / 16];
-    #pragma unroll
-    for (int i = 0; i < D / 16; i++) {
-        keys[i] = Left(queries + row * STRIDE + 16 * i, STRIDE);
-        values[i] = Left(gradients + row * STRIDE + 16 * i, STRIDE);
-    }
+    read_rows(keys, tiles[0], row);
+    read_rows(values, tiles[1], row);
     __syncthreads();
 
     Sum dk_sums[COLUMNS / 8] = {}, dv_sums[COLUMNS / 8] = {};
-    long long past = n_key - n_query, first_query = first > past ? (first - past) / ROWS * ROWS : 0;
-    for (long long start = first_query; start < n_query; start += ROWS) {
-        load_tile(queries, q, q_stride, start, n_query);
-        load_tile(gradients, dout, row_of_heads, start, n_query);
-        for (int i = threadIdx.x; i < ROWS; i += 2 * ROWS) {
-            log_sums[i] = start + i < n_query ? log_total[start + i] : 0;
-            terms[i] = start + i < n_query ? row_terms[start + i] : 0;
+    for (int start = first_query, buffer = 0; start < n_query; start += ROWS, buffer = (buffer + 2) % (2 * BUFFERS)) {
+        if (BUFFERS == 1 || start == first_query) {
+            load_tile(tiles[buffer], q, q_stride, start, n_query);
+            load_tile(tiles[buffer + 1], dout, row_of_heads, start, n_query);
+            end_batch();
+        }
+        if (BUFFERS == 2 && start + ROWS < n_query) {
+            load_tile(tiles[2 - buffer], q, q_stride, start + ROWS, n_query);
+            load_tile(tiles[3 - buffer], dout, row_of_heads, start + ROWS, n_query);
+            end_batch();
+            wait_for_batches<1>();
+        } else {
+            wait_for_batches<0>();
+        }
+        if (threadIdx.x < ROWS) {
+            bool is_there = start + (int)threadIdx.x < n_query;
+            log_sums[buffer / 2][threadIdx.x] = is_there ? log_total[start + threadIdx.x] : -minus_infinity();  // so that p is 0
+            terms[buffer / 2][threadIdx.x] = is_there ? row_terms[start + threadIdx.x] : 0;
         }
         __syncthreads();
+        const Tile &queries = tiles[buffer], &gradients = tiles[buffer + 1];
         for (int c = 0; c < ROWS / 16; c++) {  // 16 queries
-            if (start + 16 * c >= n_query) break;
-            if (first_of_warp >= seen_by(start + 16 * c + 15, n_query, n_key)) continue;
-            Mask mask(key, use, threshold, place.head * n_query + start + 16 * c, first_of_warp);
-            Sum dscores[2], kept_p[2];
+            int first_of_chunk = start + 16 * c;
+            if (first_of_chunk >= n_query) break;
+            if (first_of_warp > past + first_of_chunk + 15) continue;
+            Mask mask(key, use, threshold, place.head * n_query + first_of_chunk, first_of_warp);
+            Sum p[2] = {}, kept_p[2], dscores[2] = {};
+            unsigned kept = 0;  // bit i: element i of the two Sums
             #pragma unroll
             for (int half = 0; half < 2; half++) {
-                Sum scores = {}, dp = {};
-                int at = (16 * c + 8 * half) * STRIDE;
-                #pragma unroll
-                for (int i = 0; i < D / 16; i++) {
-                    multiply(scores, keys[i].at, Right::transposed(queries + at + 16 * i, STRIDE).at, exact != 0);
-                    multiply(dp, values[i].at, Right::transposed(gradients + at + 16 * i, STRIDE).at, exact != 0);
-                }
+                multiply_rows(p[half], keys, queries, 16 * c + 8 * half, exact != 0);  // the scores
                 #pragma unroll
                 for (int j = 0; j < 4; j++) {
                     int of_chunk = 8 * half + lane() % 4 * 2 + j % 2, of_tile = 16 * c + of_chunk;
-                    long long query = start + of_tile;
-                    bool sees = query < n_query && first_of_warp + lane() / 4 + j / 2 * 8 < seen_by(query, n_query, n_key);
-                    A p = sees ? fast_exp((A)scale * scores.at[j] - log_sums[of_tile]) : 0;
-                    A kept = mask.of(of_chunk, j / 2) >> (lane() / 4) & 1 ? (A)kept_scale : 0;
-                    kept_p[half].at[j] = p * kept;
-                    dscores[half].at[j] = p * (dp.at[j] * kept - terms[of_tile]);
+                    p[half].at[j] = power(unit * p[half].at[j] - log_sums[buffer / 2][of_tile]);
+                    if (first_of_warp + 15 > past + first_of_chunk)  // some query does not see all keys
+                        p[half].at[j] = first_of_warp + lane() / 4 + j / 2 * 8 > past + start + of_tile ? 0 : p[half].at[j];
+                    unsigned bit = mask.of(of_chunk, j / 2) >> lane() / 4 & 1;
+                    kept_p[half].at[j] = bit ? p[half].at[j] * of_kept : 0;
+                    kept |= bit << (4 * half + j);
                 }
             }
-            Left left_v(kept_p[0], kept_p[1]), left_k(dscores[0], dscores[1]);
+            multiply_columns<COLUMNS / 8>(
+                dv_sums, Left(kept_p[0], kept_p[1]), gradients, 16 * c, place.part * COLUMNS, exact != 0);
             #pragma unroll
-            for (int n = 0; n < COLUMNS / 8; n++) {
-                Right part;
-                int at = 16 * c * STRIDE + place.part * COLUMNS + 8 * n;
-                load_right(part.at, gradients + at, STRIDE);
-                multiply(dv_sums[n], left_v.at, part.at, exact != 0);
-                load_right(part.at, queries + at, STRIDE);
-                multiply(dk_sums[n], left_k.at, part.at, exact != 0);
+            for (int half = 0; half < 2; half++) {
+                multiply_rows(dscores[half], values, gradients, 16 * c + 8 * half, exact != 0);  // dp
+                #pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    A dp = kept >> (4 * half + j) & 1 ? dscores[half].at[j] * of_kept : 0;
+                    int of_tile = 16 * c + 8 * half + lane() % 4 * 2 + j % 2;
+                    dscores[half].at[j] = p[half].at[j] * (dp - terms[buffer / 2][of_tile]);
+                }
             }
+            multiply_columns<COLUMNS / 8>(
+                dk_sums, Left(dscores[0], dscores[1]), queries, 16 * c, place.part * COLUMNS, exact != 0);
         }
         __syncthreads();
     }
     const A factors[2] = {(A)scale, (A)scale}, ones[2] = {1, 1};
     int left = place.part * COLUMNS;
-    write_rows<COLUMNS / 8>(queries, left, dk_sums, factors);
-    write_rows<COLUMNS / 8>(gradients, left, dv_sums, ones);
+    write_rows<COLUMNS / 8>(tiles[0], left, dk_sums, factors);
+    write_rows<COLUMNS / 8>(tiles[1], left, dv_sums, ones);
     __syncthreads();
-    store_tile(dk + place.start(n_key, dk_stride, heads), dk_stride, first, n_key, queries, left, left + COLUMNS);
-    store_tile(dv + place.start(n_key, dv_stride, heads), dv_stride, first, n_key, gradients, left, left + COLUMNS);
+    store_tile(dk + place.start(n_key, dk_stride, heads), dk_stride, first, n_key, tiles[0], left, left + COLUMNS);
+    store_tile(dv + place.start(n_key, dv_stride, heads), dv_stride, first, n_key, tiles[1], left, left + COLUMNS);
 }

@@ -1,5 +1,5 @@
-// Small matrices that a warp holds in its registers, and their products on tensor cores. What is multiplied is decided in
-// attention.cu.
+// Small matrices that a warp holds in its registers, their products on tensor cores, and copies to shared memory that nobody waits
+// for. What is multiplied is decided in attention.cu.
 //
 // The 32 threads of a warp are 8 groups of 4. "PTX ISA", sections on mma and ldmatrix, says which thread holds which elements:
 //
@@ -42,6 +42,29 @@ __device__ inline unsigned round_to_bfloat16(float first, float second) {
     unsigned both;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
     return both;
+}
+
+// 2^x, with an error of a few units of the last place. Numbers too small for 24 bits become 0.
+__device__ inline float fast_exp2(float x) {
+    asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
+    return x;
+}
+
+// Begin to copy 16 bytes to shared memory: the first `count` from an address that is a multiple of 16, and then zeros.
+__device__ inline void begin_to_copy(void* to, const void* from, int count) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :
+                 : "r"((unsigned)__cvta_generic_to_shared(to)), "l"(from), "r"(count)
+                 : "memory");
+}
+
+// The copies that a thread has begun since its last call are one batch.
+__device__ inline void end_batch() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Wait until at most the last N batches of this thread are under way.
+template <int N>
+__device__ inline void wait_for_batches() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
 #endif
