@@ -58,6 +58,14 @@ static void wait_for_the_others() {
 
 static void __syncwarp() { wait_for_the_others(); }
 
+static void __threadfence() {}
+
+static unsigned atomicAdd(unsigned* address, unsigned value) {
+    unsigned before = *address;
+    *address += value;
+    return before;
+}
+
 // Warps may come here after different numbers of shuffles.
 static unsigned arrived, barriers;
 

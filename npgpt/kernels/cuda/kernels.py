@@ -27,6 +27,8 @@ from npgpt.kernels.cuda.base import (
     parameter_dtype,
     rows_and_columns,
 )
+from npgpt.kernels.cuda.launch import Launch
+from npgpt.kernels.cuda.products import Gemm
 from npgpt.kernels.cuda.random import NO_DROPOUT, dropout_arguments
 from npgpt.kernels.reference import Array, Onto, Saved
 from npgpt.kernels.updates import AdamWStep
@@ -34,12 +36,18 @@ from npgpt.kernels.updates import AdamWStep
 MAX_SUM_BLOCKS = 256  # blocks of a sum; each warp writes one partial sum
 MIN_CHUNK = 64  # the fewest rows that one thread adds up, one after the other
 MAX_CHUNKS = 65_535  # the largest second dimension of a CUDA grid
+BLOCK_COLUMNS = 256  # columns that a block adds up; see sums.cu
+FEW_BLOCKS = 64  # of columns: more are rare
 MAX_PARTIAL = 1 << 24  # elements of the partial sums of an embedding's gradient
 MOST_IN_CHUNKS = 1024  # rows of an embedding table whose gradient is added up in chunks
 
 
 class CudaKernels(AttentionKernels):
     """The reference kernels, with overrides that launch CUDA kernels on CuPy arrays."""
+
+    def __init__(self, xp: Any, launch: Launch, gemm: Gemm) -> None:
+        super().__init__(xp, launch, gemm)
+        self._arrived = xp.zeros(0, dtype=np.uint32)  # counts the blocks of a sum; each sum leaves zeros
 
     # ---------------------------------------------------------------- linear
 
@@ -66,12 +74,26 @@ class CudaKernels(AttentionKernels):
     def _column_sums(self, x: Array, onto: Array | None) -> Array:
         """x (n, c) -> (c,), in the dtype of parameters."""
         x, (n, c) = self.xp.ascontiguousarray(x), x.shape
-        if not x.size:
-            return self.xp.zeros(c, dtype=parameter_dtype(x)) if onto is None else onto
-        chunk, chunks = _chunks(n)
-        partial = self.xp.empty((chunks, c), dtype=parameter_dtype(x))
-        self._for_columns("column_sums", x.dtype, c, chunks, (x, partial, n, c, chunk))
-        return self._sum_of_rows(partial, onto)[0]
+        y = self.xp.empty(c, dtype=parameter_dtype(x)) if onto is None else onto
+        if x.size:
+            self._sum("column_sums", x.dtype, (x,), (y,), (n, c), (onto,))
+        elif onto is None:
+            y[...] = 0
+        return y
+
+    def _sum(
+        self, name: str, dtype: np.dtype, inputs: Any, results: tuple[Array, ...], shape: tuple[int, int], onto: Any
+    ) -> None:
+        """Launch a kernel that adds up rows: inputs that have n rows each -> results (c,). See sums.cu."""
+        n, c = shape
+        blocks = -(-c // BLOCK_COLUMNS)
+        chunk = max(MIN_CHUNK, isqrt(n), -(-n // MAX_CHUNKS))
+        chunks = -(-n // chunk)
+        if len(self._arrived) < blocks:
+            self._arrived = self.xp.zeros(max(blocks, FEW_BLOCKS), dtype=np.uint32)
+        partial = self.xp.empty((chunks, len(results), c), dtype=results[0].dtype)
+        rest = (partial, self._arrived, n, c, chunk, *(int(total is not None) for total in onto))
+        self._launch(name, dtype.name, (blocks, chunks), THREADS, (*inputs, *results, *rest))
 
     # ---------------------------------------------------------------- dropout
 
@@ -136,23 +158,9 @@ class CudaKernels(AttentionKernels):
         dy, dx = self.xp.ascontiguousarray(dy), self.xp.empty_like(x)
         n, c = rows_and_columns(x.shape)
         self._for_rows("layer_norm_backward", x.dtype, n, (dy, x, weight, mean, rstd, dx, n, c))
-        chunk, chunks = _chunks(n)
-        partial = self.xp.empty((chunks, 2, c), dtype=weight.dtype)
-        self._for_columns("layer_norm_backward_weight", x.dtype, c, chunks, (dy, x, mean, rstd, partial, n, c, chunk))
-        return dx, *self._sum_of_rows(partial, *onto)
-
-    def _sum_of_rows(self, x: Array, *onto: Array | None) -> list[Array]:
-        """The sums over the rows of one matrix x (n, ...), or of those that lie side by side in x (n, number of onto, ...).
-
-        They are added to the arrays of `onto`; where it has None, the sum is a new array.
-        """
-        shape = x.shape[-1:] if len(onto) > 1 else x.shape[1:]
-        results = [self.xp.empty(shape, dtype=x.dtype) if total is None else total for total in onto]
-        n, c = len(x), prod(shape)
-        for i, (y, total) in enumerate(zip(results, onto, strict=True)):
-            arguments = (x, y, n, c, len(onto) * c, i * c, int(total is not None))
-            self._launch("sum_of_rows", x.dtype.name, (-(-c // WARP), 1), THREADS, arguments)
-        return results
+        dweight, dbias = (self.xp.empty_like(weight) if total is None else total for total in onto)
+        self._sum("layer_norm_backward_weight", x.dtype, (dy, x, mean, rstd), (dweight, dbias), (n, c), onto)
+        return dx, dweight, dbias
 
     # ---------------------------------------------------------------- GELU
 
@@ -211,7 +219,10 @@ class CudaKernels(AttentionKernels):
         chunk = max(MIN_CHUNK, -(-n * v * c // MAX_PARTIAL), -(-n // MAX_CHUNKS))
         partial = self.xp.empty((-(-n // chunk), v, c), dtype=parameter_dtype(dy))
         self._for_columns("embedding_backward", dy.dtype, c, len(partial), (dy, ids, partial, n, c, v, chunk))
-        return self._sum_of_rows(partial, onto)[0]
+        table = self.xp.empty((v, c), dtype=partial.dtype) if onto is None else onto
+        arguments = (partial, table, len(partial), v * c, int(onto is not None))
+        self._launch("sum_of_rows", partial.dtype.name, (-(-v * c // WARP), 1), THREADS, arguments)
+        return table
 
     # ---------------------------------------------------------------- cross-entropy
 
@@ -259,9 +270,3 @@ class CudaKernels(AttentionKernels):
         sizes = (parameter.size, parameter.size if n_decay is None else n_decay)
         arguments = (*arrays, scale, *sizes, *map(float, rates))
         self._for_elements("adamw", parameter.dtype, parameter.size, arguments)
-
-
-def _chunks(n: int) -> tuple[int, int]:
-    """(rows in a chunk, number of chunks) for a sum over n rows. Both are near the square root of n."""
-    chunk = max(MIN_CHUNK, isqrt(n), -(-n // MAX_CHUNKS))
-    return chunk, -(-n // chunk)

@@ -1,7 +1,4 @@
-// Layer norm, and sums over rows. The formulas are those of layer_norm in reference.py. The backward pass gets x, mean and rstd
-// instead of xhat.
-
-const int MAX_WARPS = 32;  // of a block
+// Layer norm. The formulas are those of layer_norm in reference.py. The backward pass gets x, mean and rstd instead of xhat.
 
 extern "C" __global__ void layer_norm_forward(
     const T* x, const A* weight, const A* bias, T* y, A* mean, A* rstd, long long n, long long c, double eps) {
@@ -69,50 +66,20 @@ extern "C" __global__ void layer_norm_backward(
     }
 }
 
-// A thread adds up one column over chunk blockIdx.y. partial is (chunks, 2, c): the weight's gradients, then the bias's.
+// The gradients of weight and bias, which are added to what the arrays hold if `add`. See sums.cu for the grid.
 extern "C" __global__ void layer_norm_backward_weight(
-    const T* dy, const T* x, const A* mean, const A* rstd, A* partial, long long n, long long c, long long chunk) {
-    long long column = thread_number();
-    if (column >= c) return;
-    long long first = blockIdx.y * chunk, last = first + chunk < n ? first + chunk : n;
-    A dweight = 0, dbias = 0;
-    #pragma unroll 8  // so that several loads are under way at once, here and below
-    for (long long row = first; row < last; row++) {
-        A d = (A)dy[row * c + column];
-        dweight += d * ((A)x[row * c + column] - mean[row]) * rstd[row];
-        dbias += d;
-    }
-    partial[2 * blockIdx.y * c + column] = dweight;
-    partial[(2 * blockIdx.y + 1) * c + column] = dbias;
-}
-
-// The sum over each chunk of rows of x (n, c). partial is (chunks, c). A thread adds up one column of chunk blockIdx.y.
-extern "C" __global__ void column_sums(const T* x, A* partial, long long n, long long c, long long chunk) {
-    long long column = thread_number();
-    if (column >= c) return;
-    long long first = blockIdx.y * chunk, last = first + chunk < n ? first + chunk : n;
-    A sum = 0;
-    #pragma unroll 8
-    for (long long row = first; row < last; row++) sum += (A)x[row * c + column];
-    partial[blockIdx.y * c + column] = sum;
-}
-
-// y (c,) = the sum over the rows of x (n, c), plus what y holds if `add`. The rows are `stride` apart; x begins at `offset`.
-//
-// A block adds up as many columns as a warp has threads. Each of its warps adds up some of the rows.
-extern "C" __global__ void sum_of_rows(
-    const A* x, A* y, long long n, long long c, long long stride, long long offset, long long add) {
-    __shared__ A of_warp[MAX_WARPS][WARP];
-    int warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
-    long long column = blockIdx.x * (long long)WARP + lane();
-    A sum = 0;
-    if (column < c) {
-        #pragma unroll 8
-        for (long long row = warp; row < n; row += warps) sum += x[row * stride + offset + column];
-    }
-    of_warp[warp][lane()] = sum;
-    __syncthreads();
-    if (warp > 0 || column >= c) return;
-    for (int i = 1; i < warps; i++) sum += of_warp[i][lane()];
-    y[column] = add ? y[column] + sum : sum;
+    const T* dy, const T* x, const A* mean, const A* rstd, A* dweight, A* dbias, A* partial, unsigned* arrived, long long n,
+    long long c, long long chunk, long long add_weight, long long add_bias) {
+    __shared__ Sums<2> sums;
+    A* const results[2] = {dweight, dbias};
+    const bool add[2] = {add_weight != 0, add_bias != 0};
+    long long column = first_column(), first = blockIdx.y * chunk, last = first + chunk < n ? first + chunk : n;
+    sums.add_up(first, last, [=](long long row, Group values[2]) {
+        values[0].load(x + row * c + column, c - column);
+        values[1].load(dy + row * c + column, c - column);
+        A m = mean[row], r = rstd[row];
+        #pragma unroll
+        for (int j = 0; j < GROUP; j++) values[0].at[j] = values[1].at[j] * (values[0].at[j] - m) * r;
+    });
+    sums.finish(results, add, partial, arrived, c);
 }
