@@ -168,6 +168,19 @@ def tf32(backend: Backend, enabled: bool = True) -> Iterator[None]:
         gemm.tf32 = not enabled
 
 
+@contextmanager
+def weights_rounded_ahead(backend: Backend, flat: Array, weights: list[Array], dtype: np.dtype | None) -> Iterator[None]:
+    """Inside `with`, and if `dtype` is given, linear layers on a GPU take the weights from one copy in `dtype`.
+
+    flat: an array whose parts, one after the other, are the weights. They must not change inside.
+    """
+    if dtype is None or not isinstance(backend.kernels, CudaKernels):
+        yield
+        return
+    with backend.kernels.weights_rounded_ahead(flat, weights, dtype):
+        yield
+
+
 def has_bfloat16_products(backend: Backend) -> bool:
     """Whether products on a CPU can round to bfloat16; see `bfloat16_products`."""
     return isinstance(backend.kernels, NativeKernels) and backend.kernels.has_bfloat16

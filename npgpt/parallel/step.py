@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from npgpt.engine.backend import bfloat16, rounded_products
+from npgpt.engine.backend import bfloat16, rounded_products, weights_rounded_ahead
 from npgpt.engine.streams import Stream
 from npgpt.engine.watch import NonFiniteError, detect_anomaly
 from npgpt.kernels.reference import Array
@@ -126,7 +126,9 @@ class ParallelStep:
         if not (self._recorded and self._recorded.fits(x, len(share))):
 
             def compute(x: Array, y: Array, generators: Callable[[int], Any]) -> Array:
-                return forward_backward(self.model, x, y, share, generators, self.dtype)
+                weights = [p.data for p in self.model.flat]
+                with weights_rounded_ahead(self.model.backend, self.model.flat.data, weights, self.dtype):
+                    return forward_backward(self.model, x, y, share, generators, self.dtype)
 
             self._recorded = RecordedStep(self.model, compute, x.shape, len(share))
         with rounded_products(self.model.backend, **self._rounded):

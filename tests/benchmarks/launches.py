@@ -43,6 +43,10 @@ def count_step(workload, bf16):
             kind = "product, added to a gradient" if add else "product"
             count("cuBLAS", kind, [a.array, b.array, out.array])
 
+        def with_bias(self, a, b, out, sizes, bias):
+            count("cuBLAS", "product with bias", [a.array, b.array, out.array, bias])
+            return True
+
     def launch(name, dtype, grid, threads, arguments, head_dim=None):
         count("npgpt", name, [a for a in arguments if isinstance(a, device_array.ndarray)])
 

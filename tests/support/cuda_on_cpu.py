@@ -14,7 +14,7 @@ import numpy as np
 
 from npgpt.engine.backend import DeviceError, bfloat16
 from npgpt.kernels.cuda import launch as launching
-from npgpt.kernels.cuda.products import Operand
+from npgpt.kernels.cuda.operands import Operand
 
 DTYPES = {"float32": np.dtype(np.float32), "float64": np.dtype(np.float64)}
 with contextlib.suppress(DeviceError):
@@ -113,6 +113,21 @@ class Gemm:
         wide = launching.ELEMENTS[a.array.dtype.name][2]
         product = left.astype(wide) @ right.astype(wide)
         result[...] = (product + result if add else product).astype(result.dtype)
+
+    def with_bias(self, a: Operand, b: Operand, out: Operand, sizes, bias):
+        """In float64, a bias needs a launch of its own, as with cuBLASLt."""
+        if bias.dtype == np.float64:
+            return False
+        m, n, k = sizes
+        assert bias.shape == (m,)
+        assert bias.flags.c_contiguous
+        assert {x.array.dtype for x in (a, b, out)} == {bias.dtype}
+        left, right, result = (
+            self._matrices(operand, *shape, 1) for operand, shape in ((a, (m, k)), (b, (k, n)), (out, (m, n)))
+        )
+        wide = launching.ELEMENTS[bias.dtype.name][2]
+        result[...] = (left.astype(wide) @ right.astype(wide) + bias.astype(wide)[:, None]).astype(bias.dtype)
+        return True
 
     def _matrices(self, operand, rows, columns, count):
         stored = (columns, rows) if operand.transposed else (rows, columns)

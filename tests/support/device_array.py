@@ -4,6 +4,8 @@ Its arrays have a type of their own, and none of them becomes a NumPy array by i
 the host, because the CPU waits for the GPU there. Functions that CuPy lacks, or computes differently, go unnoticed.
 """
 
+from types import SimpleNamespace
+
 import numpy as np
 
 waits = []  # the copies to the host since the list was last cleared
@@ -28,6 +30,7 @@ class ndarray:  # noqa: N801 (CuPy's name)
     dtype = property(lambda self: self.on_host.dtype)
     flags = property(lambda self: self.on_host.flags)
     T = property(lambda self: ndarray(self.on_host.T))
+    data = property(lambda self: SimpleNamespace(ptr=self.on_host.ctypes.data))
 
     def __array__(self, *args, **kwargs):
         raise TypeError("implicit conversion to a NumPy array is not allowed")
@@ -175,6 +178,10 @@ def launch_on(launch):
     return launch_here
 
 
+def _operand_here(operand):
+    return operand._replace(array=operand.array.on_host)
+
+
 def gemm_on(gemm):
     """Turns a `products.Gemm` for NumPy arrays into one for arrays of this module."""
 
@@ -182,6 +189,9 @@ def gemm_on(gemm):
         tf32 = False
 
         def __call__(self, a, b, out, sizes, count, add):
-            gemm(*(operand._replace(array=operand.array.on_host) for operand in (a, b, out)), sizes, count, add)
+            gemm(*map(_operand_here, (a, b, out)), sizes, count, add)
+
+        def with_bias(self, a, b, out, sizes, bias):
+            return gemm.with_bias(*map(_operand_here, (a, b, out)), sizes, bias.on_host)
 
     return Gemm()

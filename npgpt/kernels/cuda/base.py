@@ -63,6 +63,11 @@ class LaunchedKernels(Kernels):
         return y
 
 
+def address(x: Array) -> int:
+    """Where the first element of x is."""
+    return x.ctypes.data if isinstance(x, np.ndarray) else x.data.ptr
+
+
 def are_activations(*arrays: Array) -> bool:
     """Whether the arrays share one dtype and the kernels support it."""
     return all(a.dtype.name in ELEMENTS and a.dtype == arrays[0].dtype for a in arrays)

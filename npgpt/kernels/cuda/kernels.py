@@ -10,6 +10,8 @@ bfloat16 where it is multiplied with an activation.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import isqrt, prod
 from typing import Any
 
@@ -20,6 +22,7 @@ from npgpt.kernels.cuda.base import (
     THREADS,
     WARP,
     CudaSaved,
+    address,
     are_activations,
     are_parameters,
     fit_activations,
@@ -28,7 +31,7 @@ from npgpt.kernels.cuda.base import (
     rows_and_columns,
 )
 from npgpt.kernels.cuda.launch import Launch
-from npgpt.kernels.cuda.products import Gemm
+from npgpt.kernels.cuda.products import Gemm, product_with_bias
 from npgpt.kernels.cuda.random import NO_DROPOUT, dropout_arguments
 from npgpt.kernels.reference import Array, Onto, Saved
 from npgpt.kernels.updates import AdamWStep
@@ -48,16 +51,49 @@ class CudaKernels(AttentionKernels):
     def __init__(self, xp: Any, launch: Launch, gemm: Gemm) -> None:
         super().__init__(xp, launch, gemm)
         self._arrived = xp.zeros(0, dtype=np.uint32)  # counts the blocks of a sum; each sum leaves zeros
+        self._copies: dict[int, tuple[Array, Array]] = {}  # {address of a weight: (the weight, its rounded copy)}
+
+    # ---------------------------------------------------------------- rounded weights
+
+    @contextmanager
+    def weights_rounded_ahead(self, flat: Array, weights: list[Array], dtype: np.dtype) -> Iterator[None]:
+        """Inside `with`, linear layers take the weights from one copy in `dtype`, which one launch makes now.
+
+        flat: an array whose parts, one after the other, are the weights. They must not change inside.
+        """
+        copy, start = flat.astype(dtype), 0
+        for weight in weights:
+            self._copies[address(weight)] = weight, copy[start : start + weight.size].reshape(weight.shape)
+            start += weight.size
+        try:
+            yield
+        finally:
+            self._copies.clear()
+
+    def _rounded(self, weight: Array, dtype: np.dtype) -> Array:
+        """The weight, or its transpose, in a dtype."""
+        if weight.dtype != dtype and self._copies:
+            original, copy = self._copies.get(address(weight), (weight, weight))
+            if copy.dtype == dtype and (weight.shape, weight.strides) == (original.shape, original.strides):
+                return copy
+            if copy.dtype == dtype and (weight.shape, weight.strides) == (original.T.shape, original.T.strides):
+                return copy.T
+        return weight.astype(dtype, copy=False)
 
     # ---------------------------------------------------------------- linear
 
     def linear_forward(self, x: Array, weight: Array, bias: Array | None) -> tuple[Array, Saved]:
         if not (are_activations(x) and fit_activations(x, weight, bias)):
             return super().linear_forward(x, weight, bias)
-        rows, rounded = x.reshape(prod(x.shape[:-1]), x.shape[-1]), weight.astype(x.dtype, copy=False)
-        y = self._product(rows, rounded)
-        if bias is not None and y.size:
-            self._for_groups("add_bias", y.dtype, y.shape, (y, self.xp.ascontiguousarray(bias), *y.shape))
+        rows, rounded = x.reshape(prod(x.shape[:-1]), x.shape[-1]), self._rounded(weight, x.dtype)
+        y = None
+        if bias is not None:
+            bias = self.xp.ascontiguousarray(bias)
+            y = product_with_bias(self.xp, self.gemm, rows, rounded, self._rounded(bias, x.dtype))
+        if y is None:
+            y = self._product(rows, rounded)
+            if bias is not None and y.size:
+                self._for_groups("add_bias", y.dtype, y.shape, (y, bias, *y.shape))
         return y.reshape(*x.shape[:-1], weight.shape[-1]), CudaSaved((rows, rounded, x.shape))
 
     def linear_backward(

@@ -9,24 +9,16 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from itertools import pairwise
 from math import prod
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
+from npgpt.kernels.cuda.operands import Operand, check, operand
+from npgpt.kernels.cuda.products_with_bias import CublasLt
 from npgpt.kernels.reference import Array
 
 WORKSPACE = 32 << 20  # bytes; what cuBLAS recommends for Hopper GPUs
-
-
-class Operand(NamedTuple):
-    """Matrices in memory, as BLAS describes them: each is stored column after column."""
-
-    array: Array
-    transposed: bool  # whether the operand of the product is the transpose of what is stored
-    leading: int  # elements from one column to the next
-    stride: int  # elements from one matrix to the next
 
 
 class Gemm(Protocol):
@@ -36,6 +28,9 @@ class Gemm(Protocol):
 
     def __call__(self, a: Operand, b: Operand, out: Operand, sizes: tuple[int, int, int], count: int, add: bool) -> None:
         """out (m, n) = a (m, k) @ b (k, n), or out += that if `add`, for `count` matrices. sizes: (m, n, k)."""
+
+    def with_bias(self, a: Operand, b: Operand, out: Operand, sizes: tuple[int, int, int], bias: Array) -> bool:
+        """out = a @ b + bias (m,) for each column; False, and nothing is computed, if this cannot be one launch."""
 
 
 class CublasGemm:
@@ -50,10 +45,12 @@ class CublasGemm:
     def __init__(self, cupy: Any) -> None:
         self.tf32 = False
         cublas, runtime = cupy.cuda.cublas, cupy.cuda.runtime
-        self._library = _cublas(cublas, runtime.runtimeGetVersion())
+        version = runtime.runtimeGetVersion()
+        self._library = _cublas(cublas, version)
         self._gemm, self._current_stream = self._library.cublasGemmStridedBatchedEx, cupy.cuda.get_current_stream
         self._handle, self._stream = cublas.create(), -1  # no stream yet
         self._workspace = cupy.empty(WORKSPACE, dtype=np.uint8)
+        self._with_bias = CublasLt(cublas, version, self._workspace)
         self._algorithm, self._tf32 = cublas.CUBLAS_GEMM_DEFAULT, cublas.CUBLAS_COMPUTE_32F_FAST_TF32
         self._kinds = {"float32": runtime.CUDA_R_32F, "float64": runtime.CUDA_R_64F, "bfloat16": runtime.CUDA_R_16BF}
         self._computing = dict.fromkeys(self._kinds, cublas.CUBLAS_COMPUTE_32F) | {"float64": cublas.CUBLAS_COMPUTE_64F}
@@ -65,22 +62,33 @@ class CublasGemm:
         name = a.array.dtype.name
         zero, one = self._zero_and_one[name]
         beta = one if add else zero
-        computing = self._tf32 if self.tf32 and name == "float32" else self._computing[name]
+        computing = self._computing_of(name)
         first, second, result = self._place(a), self._place(b), self._place(out)
         transposed = int(a.transposed), int(b.transposed)
         self._use_current_stream()
-        _check(
+        check(
             self._gemm(
                 self._handle, *transposed, *sizes, one, *first, *second, beta, *result, count, computing, self._algorithm
             )
         )
 
+    def with_bias(self, a: Operand, b: Operand, out: Operand, sizes: tuple[int, int, int], bias: Array) -> bool:
+        name = out.array.dtype.name
+        if name == "float64":
+            return False
+        kinds = self._kinds[name], self._computing_of(name)
+        return self._with_bias((a, b, out), bias, sizes, kinds, self._current_stream().ptr)
+
+    def _computing_of(self, name: str) -> int:
+        """The type of the computation, for the name of a dtype."""
+        return self._tf32 if self.tf32 and name == "float32" else self._computing[name]
+
     def _use_current_stream(self) -> None:
         stream = self._current_stream().ptr
         if stream != self._stream:
-            _check(self._library.cublasSetStream_v2(self._handle, stream))
+            check(self._library.cublasSetStream_v2(self._handle, stream))
             # After each change of the stream, because that change takes the workspace away.
-            _check(self._library.cublasSetWorkspace_v2(self._handle, self._workspace.data.ptr, WORKSPACE))
+            check(self._library.cublasSetWorkspace_v2(self._handle, self._workspace.data.ptr, WORKSPACE))
             self._stream = stream
 
     def _place(self, operand: Operand) -> tuple[int, int, int, int]:
@@ -101,11 +109,6 @@ def _cublas(extension: Any, version: int) -> ctypes.CDLL:
     return library
 
 
-def _check(status: int) -> None:
-    if status:
-        raise RuntimeError(f"cuBLAS answered with status {status}; https://docs.nvidia.com/cuda/cublas/ lists them")
-
-
 def product(xp: Any, gemm: Gemm, a: Array, b: Array, dtype: Any = None, onto: Array | None = None) -> Array:
     """a (..., rows, inner) @ b (..., inner, columns) -> (..., rows, columns), or added to the contiguous array `onto`.
 
@@ -120,45 +123,16 @@ def product(xp: Any, gemm: Gemm, a: Array, b: Array, dtype: Any = None, onto: Ar
         return out
     # Arrays here are stored row by row, and BLAS reads column by column: it sees their transposes. So this call computes
     # b^T @ a^T, which is (a @ b)^T.
-    first, second = _operand(xp, b), _operand(xp, a)
+    first, second = operand(xp, b), operand(xp, a)
     result = Operand(out, False, columns, rows * columns)
     gemm(first, second, result, (columns, rows, inner), prod(lead), onto is not None)
     return out
 
 
-def _operand(xp: Any, x: Array) -> Operand:
-    """The transposes of the matrices x (..., rows, columns). Copies x if BLAS cannot read it where it is."""
-    found = _in_place_operand(x)
-    if found is None:
-        x = xp.ascontiguousarray(x)
-        found = _in_place_operand(x)
-        assert found is not None
-    return found
-
-
-def _in_place_operand(x: Array) -> Operand | None:
-    """The matrices x as they lie in memory; None if BLAS cannot describe their layout."""
-    *lead, rows, columns = x.shape
-    strides = [stride // x.itemsize for stride in x.strides]
-    if any(stride % x.itemsize for stride in x.strides) or min(strides) < 0:
-        return None
-    stride = _one_stride(lead, strides[:-2])
-    by_row, by_column = strides[-2:]
-    if stride is None:
-        return None
-    if (by_column == 1 or columns == 1) and (by_row >= columns or rows == 1):
-        return Operand(x, False, by_row if rows > 1 else columns, stride)
-    if (by_row == 1 or rows == 1) and (by_column >= rows or columns == 1):
-        return Operand(x, True, by_column if columns > 1 else rows, stride)
-    return None
-
-
-def _one_stride(lead: list[int], strides: list[int]) -> int | None:
-    """The distance from each matrix to the next; None if it is not the same for all."""
-    axes = [(n, stride) for n, stride in zip(lead, strides, strict=True) if n > 1]
-    if not axes:
-        return 0
-    for (_, outer), (n, inner) in pairwise(axes):
-        if outer != n * inner:
-            return None
-    return axes[-1][1]
+def product_with_bias(xp: Any, gemm: Gemm, a: Array, b: Array, bias: Array) -> Array | None:
+    """a (rows, inner) @ b (inner, columns) + bias (columns,), all of one dtype; None if this cannot be one launch."""
+    (rows, inner), columns = a.shape, b.shape[-1]
+    out = xp.empty((rows, columns), dtype=a.dtype)
+    result = Operand(out, False, columns, out.size)
+    is_possible = out.size > 0 and inner > 0
+    return out if is_possible and gemm.with_bias(operand(xp, b), operand(xp, a), result, (columns, rows, inner), bias) else None
