@@ -81,8 +81,11 @@ def test_rotary(cuda_kernels, dtype, shape, along):
 
 
 @on_cpu
-@pytest.mark.parametrize("shape", [(5, 3), (2, 3, 8), (1, 2), (9, 40), (130, 65), (3, 300)])
+@pytest.mark.parametrize(
+    "shape", [(5, 3), (2, 3, 8), (1, 2), (9, 40), (130, 65), (3, 300), (20, 504), (3, 513), (20, 520), (9, 1000), (2, 1032)]
+)
 def test_layer_norm(cuda_kernels, dtype, shape):
+    """With rows that fill one to five groups of a thread, and rows that do not begin at a multiple of 16 bytes."""
     x, weight, bias = normal(dtype, *shape) + 3, normal(dtype, shape[-1]), normal(dtype, shape[-1], 1)[:, 0]
     same(cuda_kernels, "layer_norm", (x, weight, np.ascontiguousarray(bias)), dtype, size=4)
     same(cuda_kernels, "layer_norm", (x[::-1], weight, None), dtype, 0.1, size=4)
@@ -290,6 +293,7 @@ def test_rounding_to_bfloat16(cuda_kernels, bf16):
         ("self_attention", [(1, 70, 3, 1, 136)], [], [0.3]),
         ("layer_norm", [(9, 40)], [(40,), (40,)], []),
         ("layer_norm", [(2, 70, 33)], [(33,), None], []),
+        ("layer_norm", [(20, 520)], [(520,), (520,)], []),
         ("gelu", [(3, 50)], [], []),
         ("rotary", [(2, 5, 2, 3, 8)], [(5, 1, 1, 8)], []),
         ("dropout", [(33, 65)], [], [0.25]),
@@ -409,12 +413,21 @@ def test_kernels_on_a_gpu_give_the_results_of_the_cpu(dtype):
     element, parameter = (backend.bfloat16() if dtype == "bfloat16" else np.dtype(dtype)), launch.ELEMENTS[dtype][2]
     x, q = normal(np.float64, 33, 65).astype(element), [normal(np.float64, 2, 3, 70, 8).astype(element) for _ in range(3)]
     weight, bias = normal(parameter, 65, 24), normal(parameter, 24)
+    heads = [normal(np.float64, 2, 150, 3, 2, n).astype(element) for n in (20, 64, 128)]
+    wide = [
+        normal(np.float64, 300, 520).astype(element),
+        *(normal(parameter, 520, seed=i) for i in (1, 2)),
+        normal(parameter, 520, 520),
+    ]
     for name, inputs, rest in [
         ("linear", [x, weight, bias], []),
         ("dropout", [x], [0.3]),
         ("residual", [x, x + x], [0.3]),
         ("causal_attention", q, []),
         ("causal_attention", q, [0.3]),
+        *(("self_attention", [qkv], rest) for qkv in heads for rest in ([], [0.3])),
+        ("layer_norm", wide[:3], []),
+        ("linear", [wide[0], wide[3], wide[1]], []),
         ("gelu", [x], []),
         ("rotary", [q[0], normal(parameter, 70, 8)], []),
         ("layer_norm", [x, normal(parameter, 65), normal(parameter, 65, seed=1)], []),

@@ -49,15 +49,32 @@ struct Group {
     }
 
     template <typename Element>
-    __device__ void load(const Element* from, long long count) {
+    __device__ void load_whole(const Element* from) {
         const int SIZE = 16 / sizeof(Element);
-        if (is_whole(from, count)) {
+        #pragma unroll
+        for (int i = 0; i < GROUP / SIZE; i++) {
+            Bytes16<Element> bytes = ((const Bytes16<Element>*)from)[i];
             #pragma unroll
-            for (int i = 0; i < GROUP / SIZE; i++) {
-                Bytes16<Element> bytes = ((const Bytes16<Element>*)from)[i];
-                #pragma unroll
-                for (int j = 0; j < SIZE; j++) at[i * SIZE + j] = (A)bytes.at[j];
-            }
+            for (int j = 0; j < SIZE; j++) at[i * SIZE + j] = (A)bytes.at[j];
+        }
+    }
+
+    template <typename Element>
+    __device__ void store_whole(Element* to) const {
+        const int SIZE = 16 / sizeof(Element);
+        #pragma unroll
+        for (int i = 0; i < GROUP / SIZE; i++) {
+            Bytes16<Element> bytes;
+            #pragma unroll
+            for (int j = 0; j < SIZE; j++) bytes.at[j] = (Element)at[i * SIZE + j];
+            ((Bytes16<Element>*)to)[i] = bytes;
+        }
+    }
+
+    template <typename Element>
+    __device__ void load(const Element* from, long long count) {
+        if (is_whole(from, count)) {
+            load_whole(from);
         } else {
             #pragma unroll
             for (int j = 0; j < GROUP; j++) at[j] = j < count ? (A)from[j] : (A)0;
@@ -66,15 +83,8 @@ struct Group {
 
     template <typename Element>
     __device__ void store(Element* to, long long count) const {
-        const int SIZE = 16 / sizeof(Element);
         if (is_whole(to, count)) {
-            #pragma unroll
-            for (int i = 0; i < GROUP / SIZE; i++) {
-                Bytes16<Element> bytes;
-                #pragma unroll
-                for (int j = 0; j < SIZE; j++) bytes.at[j] = (Element)at[i * SIZE + j];
-                ((Bytes16<Element>*)to)[i] = bytes;
-            }
+            store_whole(to);
         } else {
             #pragma unroll
             for (int j = 0; j < GROUP; j++)

@@ -36,7 +36,10 @@ from npgpt.kernels.cuda.random import NO_DROPOUT, dropout_arguments
 from npgpt.kernels.reference import Array, Onto, Saved
 from npgpt.kernels.updates import AdamWStep
 
-MAX_SUM_BLOCKS = 256  # blocks of a sum; each warp writes one partial sum
+MAX_SUM_BLOCKS = 256  # blocks of a sum; each writes one partial sum, or each of its warps
+WIDE = 512  # columns; with more, layer norm has other kernels
+MIN_NORM_CHUNK = 8  # the fewest rows of a block of layer norm's backward pass
+MAX_NORM_ROWS = 4096  # rows that layer norm works on at the same time; a warp goes on with other rows
 MIN_CHUNK = 64  # the fewest rows that one thread adds up, one after the other
 MAX_CHUNKS = 65_535  # the largest second dimension of a CUDA grid
 BLOCK_COLUMNS = 256  # columns that a block adds up; see sums.cu
@@ -112,24 +115,29 @@ class CudaKernels(AttentionKernels):
         x, (n, c) = self.xp.ascontiguousarray(x), x.shape
         y = self.xp.empty(c, dtype=parameter_dtype(x)) if onto is None else onto
         if x.size:
-            self._sum("column_sums", x.dtype, (x,), (y,), (n, c), (onto,))
+            blocks, chunk = -(-c // BLOCK_COLUMNS), max(MIN_CHUNK, isqrt(n), -(-n // MAX_CHUNKS))
+            chunks = -(-n // chunk)
+            if len(self._arrived) < blocks:
+                self._arrived = self.xp.zeros(max(blocks, FEW_BLOCKS), dtype=np.uint32)
+            partial = self.xp.empty((chunks, c), dtype=y.dtype)
+            arguments = (x, y, partial, self._arrived, n, c, chunk, int(onto is not None))
+            self._launch("column_sums", x.dtype.name, (blocks, chunks), THREADS, arguments)
         elif onto is None:
             y[...] = 0
         return y
 
-    def _sum(
-        self, name: str, dtype: np.dtype, inputs: Any, results: tuple[Array, ...], shape: tuple[int, int], onto: Any
-    ) -> None:
-        """Launch a kernel that adds up rows: inputs that have n rows each -> results (c,). See sums.cu."""
-        n, c = shape
-        blocks = -(-c // BLOCK_COLUMNS)
-        chunk = max(MIN_CHUNK, isqrt(n), -(-n // MAX_CHUNKS))
-        chunks = -(-n // chunk)
-        if len(self._arrived) < blocks:
-            self._arrived = self.xp.zeros(max(blocks, FEW_BLOCKS), dtype=np.uint32)
-        partial = self.xp.empty((chunks, len(results), c), dtype=results[0].dtype)
-        rest = (partial, self._arrived, n, c, chunk, *(int(total is not None) for total in onto))
-        self._launch(name, dtype.name, (blocks, chunks), THREADS, (*inputs, *results, *rest))
+    def _sum_of_rows(self, x: Array, *onto: Array | None) -> tuple[Array, ...]:
+        """The sum over the rows of x (n, ...), or with two arrays `onto` the sums over those of x[:, 0] and x[:, 1].
+
+        They are added to the arrays of `onto`; where it has None, the sum is a new array.
+        """
+        shape = x.shape[len(onto) :]
+        results = tuple(self.xp.empty(shape, dtype=x.dtype) if total is None else total for total in onto)
+        y, z = (*results, None)[:2]
+        adds = [int(total is not None) for total in (*onto, None)[:2]]
+        blocks = -(-len(onto) * prod(shape) // WARP)
+        self._launch("sum_of_rows", x.dtype.name, (blocks, 1), THREADS, (x, y, z, len(x), prod(shape), *adds))
+        return results
 
     # ---------------------------------------------------------------- dropout
 
@@ -184,7 +192,8 @@ class CudaKernels(AttentionKernels):
         bias = None if bias is None else self.xp.ascontiguousarray(bias)
         n, c = rows_and_columns(x.shape)
         y, mean, rstd = self.xp.empty_like(x), *(self.xp.empty(n, dtype=weight.dtype) for _ in range(2))
-        self._for_rows("layer_norm_forward", x.dtype, n, (x, weight, bias, y, mean, rstd, n, c, float(eps)))
+        arguments = (x, weight, bias, y, mean, rstd, n, c, float(eps))
+        self._for_rows(f"layer_norm_forward{_wide(c)}", x.dtype, min(n, MAX_NORM_ROWS), arguments)
         return y, CudaSaved((x, weight, mean, rstd))
 
     def layer_norm_backward(self, dy: Array, saved: Saved, onto: Onto = (None, None)) -> tuple[Array, Array, Array]:
@@ -193,9 +202,11 @@ class CudaKernels(AttentionKernels):
         x, weight, mean, rstd = saved
         dy, dx = self.xp.ascontiguousarray(dy), self.xp.empty_like(x)
         n, c = rows_and_columns(x.shape)
-        self._for_rows("layer_norm_backward", x.dtype, n, (dy, x, weight, mean, rstd, dx, n, c))
-        dweight, dbias = (self.xp.empty_like(weight) if total is None else total for total in onto)
-        self._sum("layer_norm_backward_weight", x.dtype, (dy, x, mean, rstd), (dweight, dbias), (n, c), onto)
+        chunk = max(MIN_NORM_CHUNK, -(-n // MAX_SUM_BLOCKS))
+        partial = self.xp.empty((-(-n // chunk), 2, c), dtype=weight.dtype)
+        arguments = (dy, x, weight, mean, rstd, dx, partial, n, c, chunk)
+        self._launch(f"layer_norm_backward{_wide(c)}", x.dtype.name, (len(partial), 1), THREADS, arguments)
+        dweight, dbias = self._sum_of_rows(partial, *onto)
         return dx, dweight, dbias
 
     # ---------------------------------------------------------------- GELU
@@ -255,10 +266,7 @@ class CudaKernels(AttentionKernels):
         chunk = max(MIN_CHUNK, -(-n * v * c // MAX_PARTIAL), -(-n // MAX_CHUNKS))
         partial = self.xp.empty((-(-n // chunk), v, c), dtype=parameter_dtype(dy))
         self._for_columns("embedding_backward", dy.dtype, c, len(partial), (dy, ids, partial, n, c, v, chunk))
-        table = self.xp.empty((v, c), dtype=partial.dtype) if onto is None else onto
-        arguments = (partial, table, len(partial), v * c, int(onto is not None))
-        self._launch("sum_of_rows", partial.dtype.name, (-(-v * c // WARP), 1), THREADS, arguments)
-        return table
+        return self._sum_of_rows(partial, onto)[0]
 
     # ---------------------------------------------------------------- cross-entropy
 
@@ -306,3 +314,8 @@ class CudaKernels(AttentionKernels):
         sizes = (parameter.size, parameter.size if n_decay is None else n_decay)
         arguments = (*arrays, scale, *sizes, *map(float, rates))
         self._for_elements("adamw", parameter.dtype, parameter.size, arguments)
+
+
+def _wide(columns: int) -> str:
+    """The end of the name of layer norm's kernels."""
+    return "_wide" if columns > WIDE else ""
