@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -90,6 +91,17 @@ def parameter_dtype(x: Array) -> np.dtype:
 def rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
     """The sizes of an array that is seen as rows along its last axis."""
     return prod(shape[:-1]), shape[-1] if shape else 1
+
+
+def row_stride(x: Array) -> int:
+    """The elements from one row of x (..., c) to the next; 0 if that is not one number, or if a row is not contiguous."""
+    n, c = rows_and_columns(x.shape)
+    if n < 2 or x.ndim < 2:
+        return c if c < 2 or x.strides[-1] == x.itemsize else 0
+    axes = [(length, stride) for length, stride in zip(x.shape[:-1], x.strides[:-1], strict=True) if length > 1]
+    is_one = all(outer == length * inner for (_, outer), (length, inner) in pairwise(axes))
+    stride = axes[-1][1] // x.itemsize
+    return stride if is_one and stride >= c and (c < 2 or x.strides[-1] == x.itemsize) else 0
 
 
 def has_rows(x: Array) -> bool:

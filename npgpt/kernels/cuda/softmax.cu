@@ -77,17 +77,26 @@ extern "C" __global__ void causal_softmax_backward(
     }
 }
 
-// losses[row] = log(sum(exp(logits[row]))) - logits[row, target], with logits (n, v). The backward pass needs the two parts of
-// that logarithm: the largest logit, and log(sum(exp(logits - largest))).
+// losses[row] = log(sum(exp(logits[row]))) - logits[row, target], with logits (n, v), whose rows are `stride` elements apart. The
+// backward pass needs the two parts of that logarithm: the largest logit, and log(sum(exp(logits - largest))).
 extern "C" __global__ void cross_entropy_forward(
-    const T* logits, const long long* targets, A* losses, A* largest, A* log_total, long long n, long long v) {
+    const T* logits, const long long* targets, A* losses, A* largest, A* log_total, long long n, long long v, long long stride) {
     long long row = row_of_warp();
     if (row >= n) return;
-    logits += row * v;
+    logits += row * stride;
     A top = (A)logits[0], total = 0;
-    for (long long i = lane(); i < v; i += WARP) top = (A)logits[i] > top ? (A)logits[i] : top;
+    Group values;
+    for (long long first = lane() * GROUP; first < v; first += WARP * GROUP) {
+        values.load(logits + first, v - first);
+        #pragma unroll
+        for (int j = 0; j < GROUP; j++) top = first + j < v && values.at[j] > top ? values.at[j] : top;
+    }
     top = warp_max(top);
-    for (long long i = lane(); i < v; i += WARP) total += exp((A)logits[i] - top);
+    for (long long first = lane() * GROUP; first < v; first += WARP * GROUP) {
+        values.load(logits + first, v - first);
+        #pragma unroll
+        for (int j = 0; j < GROUP; j++) total += first + j < v ? exp(values.at[j] - top) : (A)0;
+    }
     total = log(warp_sum(total));
     if (lane() == 0) {
         largest[row] = top;
@@ -96,16 +105,21 @@ extern "C" __global__ void cross_entropy_forward(
     }
 }
 
-// dlogits = dy (p - onehot(target)).
+// dlogits = dy (p - onehot(target)). The rows of dlogits are `to_stride` elements apart.
 extern "C" __global__ void cross_entropy_backward(
     const A* dy, const T* logits, const long long* targets, const A* largest, const A* log_total, T* dlogits, long long n,
-    long long v) {
+    long long v, long long stride, long long to_stride) {
     long long row = row_of_warp();
     if (row >= n) return;
-    logits += row * v;
-    dlogits += row * v;
-    for (long long i = lane(); i < v; i += WARP) {
-        A p = exp((A)logits[i] - largest[row] - log_total[row]);
-        dlogits[i] = (T)(dy[row] * (p - (i == targets[row] ? (A)1 : (A)0)));
+    logits += row * stride;
+    dlogits += row * to_stride;
+    A d = dy[row], top = largest[row], log_sum = log_total[row];
+    Group values;
+    for (long long first = lane() * GROUP; first < v; first += WARP * GROUP) {
+        values.load(logits + first, v - first);
+        #pragma unroll
+        for (int j = 0; j < GROUP; j++)
+            values.at[j] = d * (exp(values.at[j] - top - log_sum) - (first + j == targets[row] ? (A)1 : (A)0));
+        values.store(dlogits + first, v - first);
     }
 }
