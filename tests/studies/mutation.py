@@ -33,7 +33,7 @@ INSIDE, SIDE_BY_SIDE, SAMPLING = "model/inside.py", "generation/side_by_side.py"
 NORM, ELEMENTWISE, SOFTMAX = "kernels/cuda/norm.cu", "kernels/cuda/elementwise.cu", "kernels/cuda/softmax.cu"
 EMBEDDING, COMMON = "kernels/cuda/embedding.cu", "kernels/cuda/common.cu"
 SUMS, OPERANDS = "kernels/cuda/sums.cu", "kernels/cuda/operands.py"
-FUSED, TENSOR_CORES = "kernels/cuda/attention.cu", "kernels/cuda/tensor_cores.cu"
+FUSED, TILES, TENSOR_CORES = (f"kernels/cuda/{name}.cu" for name in ("attention", "tiles", "tensor_cores"))
 CUDA, CUDA_ATTENTION = "kernels/cuda/kernels.py", "kernels/cuda/attention.py"
 PRODUCTS, RECORDED = "kernels/cuda/products.py", "parallel/recorded.py"
 
@@ -53,7 +53,7 @@ OF_TEXTS = {BPE, DESCRIPTION, READING, RECORD, RESIZE, LOSS, COMPARISON, JUDGED}
 OF_TEXTS |= {ARCHITECTURES, HUGGING_FACE, SAFETENSORS, WEIGHTS, GGUF}
 OF_DRAWING = {CACHE, INSIDE, SIDE_BY_SIDE, SAMPLING}  # DRAWING_TESTS cover these files
 OF_PAGES = {PAGE, INSIDE_PAGE, INSIDE_JS, PROTECTION, BATCHING, APP, RUN}  # PAGE_TESTS cover these files
-OF_A_GPU = {NORM, ELEMENTWISE, SOFTMAX, EMBEDDING, COMMON, FUSED, TENSOR_CORES}  # GPU_TESTS cover these files
+OF_A_GPU = {NORM, ELEMENTWISE, SOFTMAX, EMBEDDING, COMMON, FUSED, TILES, TENSOR_CORES}  # GPU_TESTS cover these files
 OF_A_GPU |= {CUDA, CUDA_ATTENTION, PRODUCTS, OPERANDS, SUMS, RECORDED}
 
 VECTOR, C_ELEMENTWISE, C_NORM = (f"kernels/native/{name}" for name in ("vector.h", "elementwise.c", "norm.c"))
@@ -292,8 +292,7 @@ BUGS = [
     ("cuda: the count of blocks is not cleared", SUMS, "if (last) arrived[blockIdx.x] = 0;", ""),
     ("cuda: a sum of columns forgets the gradient before", SUMS, "(add ? y[start + column] : (A)0)", "0"),
     ("cuda: warps left out of a sum of columns", SUMS, "for (int w = 1; w < warps; w++)", "for (int w = 1; w < 1; w++)"),
-    ("cuda attention: a query sees one key of the future", FUSED, "if (number > past + query + j / 2 * 8 || number >= n_key) scores", "if (number > past + query + j / 2 * 8 + 1 || number >= n_key) scores"),
-    ("cuda attention: a query sees keys past the end", FUSED, "|| number >= n_key) scores", ") scores"),
+    ("cuda attention: a query sees one key of the future", FUSED, "bool is_future = start + 8 * n + column + j % 2 > past", "bool is_future = start + 8 * n + column + j % 2 > 1 + past"),
     ("cuda attention: old sums keep their factor", FUSED, "                sums[n].at[2 * i] *= factor;\n", ""),
     ("cuda attention: the total keeps its factor", FUSED, "            total[i] *= factor;\n", ""),
     ("cuda attention: the largest score of one thread", FUSED, "new_top[i] = max_of_four(new_top[i]);", ""),
@@ -304,9 +303,9 @@ BUGS = [
     ("cuda attention: the mask of the wrong keys", FUSED, "first_key / (int)GROUP + lane() / 16", "first_key / (int)GROUP + 1 - lane() / 16"),
     ("cuda attention: every head reads the first one", FUSED, "+ head % heads_of_a_row * HEAD_DIM", ""),
     ("cuda attention: every sequence reads the first one", FUSED, "(long long)(head / heads_of_a_row) * n * stride +", ""),
-    ("cuda attention: columns past head_dim are not cleared", FUSED, "count < 0 ? 0 : count < SIZE ? count : SIZE", "SIZE"),
+    ("cuda attention: columns past head_dim are not cleared", TILES, "count < 0 ? 0 : count < SIZE ? count : SIZE", "SIZE"),
     ("cuda attention: the row term forgotten", FUSED, "of_kept : 0) - row_term[j / 2])", "of_kept : 0))"),
-    ("cuda attention: dq sees the future", FUSED, "|| number >= n_key) dscores[i / 4].at[i % 4] = 0;", "&& number >= n_key) dscores[i / 4].at[i % 4] = 0;"),
+    ("cuda attention: dq sees the future", FUSED, "dscores[half].at[j] = is_future ? 0 : dscores[half].at[j];", ""),
     ("cuda attention: dq without scale", FUSED, "const A factors[2] = {(A)scale, (A)scale};", "const A factors[2] = {1, 1};"),
     ("cuda attention: dk without scale", FUSED, "factors[2] = {(A)scale, (A)scale}, ones", "factors[2] = {1, 1}, ones"),
     ("cuda attention: dv without dropout", FUSED, "kept_p[half].at[j] = bit ? p[half].at[j] * of_kept : 0;", "kept_p[half].at[j] = p[half].at[j];"),
@@ -315,7 +314,7 @@ BUGS = [
     ("cuda attention: dk sees the future", FUSED, "> past + start + of_tile ? 0 : p[half].at[j]", "> past + start + of_tile + 1 ? 0 : p[half].at[j]"),
     ("cuda attention: queries past the end count", FUSED, ": -minus_infinity();", ": 0;"),
     ("cuda attention: the second part of the columns is the first", FUSED, "multiply_columns<COLUMNS / 8>(sums, left, keys, 16 * c, place.part * COLUMNS, exact != 0)", "multiply_columns<COLUMNS / 8>(sums, left, keys, 16 * c, 0, exact != 0)"),
-    ("cuda attention: the next tiles overwrite these", FUSED, "load_tile(tiles[2 - buffer], k, k_stride, start + ROWS, n_key);\n            load_tile(tiles[3 - buffer], v, v_stride, start + ROWS, n_key);\n            end_batch();\n            wait_for_batches<1>();\n        } else {\n            wait_for_batches<0>();\n        }\n        __syncthreads();\n        const Tile &keys = tiles[buffer], &values = tiles[buffer + 1];\n\n", "load_tile(tiles[buffer], k, k_stride, start + ROWS, n_key);\n            load_tile(tiles[3 - buffer], v, v_stride, start + ROWS, n_key);\n        }\n        __syncthreads();\n        const Tile &keys = tiles[buffer], &values = tiles[buffer + 1];\n\n"),
+    ("cuda attention: the next tiles overwrite these", TILES, "load_tile(tiles[2 - buffer], a,", "load_tile(tiles[buffer], a,"),
     ("tensor cores: the rest of a number forgotten", TENSOR_CORES, "        if (exact) {", "        if (false) {"),
     ("tensor cores: two columns exchanged", TENSOR_CORES, "round_to_bfloat16(first, second))", "round_to_bfloat16(second, first))"),
     ("tensor cores: the lower rows read as the upper", TENSOR_CORES, "i % 2 * 8 * stride + i / 2 * 8", "i / 2 * 8"),

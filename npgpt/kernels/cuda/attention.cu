@@ -1,18 +1,13 @@
 // Causal attention that never writes its scores to memory, forward and backward. The formulas are those of causal_attention in
 // reference.py; the order of the computation is that of "FlashAttention-2" (Dao, 2023). Dropout acts on the probabilities.
 //
-// This file is compiled for one head_dim. A block computes ROWS rows of a result, 16 in each warp, for one head of one sequence.
-// It goes through the other operands in tiles of ROWS rows. What is beyond the last row or column of an operand is 0 in a tile.
-// On the way back, probabilities are computed again from the scores and from the logarithm of their sum.
+// A block computes 64 rows of a result, 16 in each warp, for one head of one sequence. It goes through the other operands in
+// tiles of 64 rows. On the way back, probabilities are computed again from the scores and from the logarithm of their sum.
 //
 // q, k, v and their gradients are (batch, n, heads, HEAD_DIM), with `stride` elements from one of the n rows to the next; the
 // heads of a row lie side by side. out and dout are contiguous. The n_query queries are the last of the n_key positions.
 // Heads of sequences are counted together, and arrays with a number for each query are (batch * heads, n_query).
 
-const int D = (HEAD_DIM + 15) / 16 * 16;  // columns of a tile
-const int STRIDE = D + 8;                 // elements from one row of a tile to the next: neighbours are in different banks
-const int ROWS = 64;
-const int THREADS = ROWS / 16 * WARP;
 const int PARTS = D > 64 ? 2 : 1;  // on the way back, a block computes one of so many parts of the columns
 const int COLUMNS = D / PARTS;
 
@@ -20,97 +15,10 @@ const int COLUMNS = D / PARTS;
 const int BLOCKS = D > 64 || sizeof(T) > 2 ? 2 : 4;
 const int BLOCKS_OF_KEYS = BLOCKS < 3 ? BLOCKS : 3;
 
-// ---------------------------------------------------------------- tiles
-
-struct alignas(16) Tile {
-    T at[ROWS * STRIDE];
-};
-
-const int BUFFERS = 4 * sizeof(Tile) <= 40 << 10 ? 2 : 1;  // with two, the next tiles are copied during the computation
-
-// tile = the rows from `first` on of an operand with `rows` rows. The copies belong to this thread's next batch.
-__device__ inline void load_tile(Tile& tile, const T* from, int stride, int first, int rows) {
-    const int SIZE = 16 / sizeof(T);  // elements of 16 bytes
-    const int WIDTH = D > 8 * SIZE ? 16 : D > 4 * SIZE ? 8 : D > 2 * SIZE ? 4 : 2;  // threads for a row
-    from += (long long)first * stride;
-    rows -= first;
-    if (((unsigned long long)from | stride * sizeof(T)) % 16 == 0) {
-        int column = threadIdx.x % WIDTH * SIZE, row = threadIdx.x / WIDTH, count = HEAD_DIM - column;
-        if (column >= D) return;
-        count = count < 0 ? 0 : count < SIZE ? count : SIZE;
-        const T* source = from + row * stride + column;
-        #pragma unroll
-        for (int i = 0; i < ROWS; i += THREADS / WIDTH, source += THREADS / WIDTH * stride)
-            begin_to_copy(
-                tile.at + (row + i) * STRIDE + column, source, row + i < rows ? count * (int)sizeof(T) : 0);
-    } else {
-        #pragma unroll 1
-        for (int i = threadIdx.x; i < ROWS * D; i += THREADS) {
-            int row = i / D, column = i % D;
-            tile.at[row * STRIDE + column] = row < rows && column < HEAD_DIM ? from[row * stride + column] : (T)0.0f;
-        }
-    }
-}
-
-// The other way, for the columns from `left` to `right`.
-__device__ inline void store_tile(T* to, int stride, int first, int rows, const Tile& tile, int left, int right) {
-    const int groups = (right - left) / (int)GROUP;
-    to += (long long)first * stride;
-    #pragma unroll 1
-    for (int i = threadIdx.x; i < ROWS * groups; i += THREADS) {
-        int row = i / groups, column = left + i % groups * (int)GROUP;
-        if (first + row >= rows) break;
-        const T* from = tile.at + row * STRIDE + column;
-        T* target = to + row * stride + column;
-        if (Group::is_whole(target, HEAD_DIM - column)) {
-            #pragma unroll
-            for (int j = 0; j < (int)(sizeof(T) * GROUP / 16); j++) ((Bytes16<T>*)target)[j] = ((const Bytes16<T>*)from)[j];
-        } else {
-            for (int j = 0; j < GROUP; j++)
-                if (column + j < HEAD_DIM) target[j] = from[j];
-        }
-    }
-}
-
-// A warp writes N Sums, times a factor for each of its two rows, to its rows of a tile, from column `left` on.
-template <int N>
-__device__ inline void write_rows(Tile& tile, int left, const Sum sums[N], const A factors[2]) {
-    T* mine = tile.at + (threadIdx.x / WARP * 16 + lane() / 4) * STRIDE + left + lane() % 4 * 2;
-    #pragma unroll
-    for (int n = 0; n < N; n++) {
-        *(Pair<T>*)(mine + 8 * n) = Pair<T>(sums[n].at[0] * factors[0], sums[n].at[1] * factors[0]);
-        *(Pair<T>*)(mine + 8 * STRIDE + 8 * n) = Pair<T>(sums[n].at[2] * factors[1], sums[n].at[3] * factors[1]);
-    }
-}
-
-// The 16 rows of a warp, from row `row` of a tile on.
-__device__ inline void read_rows(Left rows[D / 16], const Tile& tile, int row) {
-    #pragma unroll
-    for (int i = 0; i < D / 16; i++) rows[i] = Left(tile.at + row * STRIDE + 16 * i, STRIDE);
-}
-
-// sum (16, 8) += left (16, D) @ the transpose of 8 rows, from row `row` of a tile on.
-__device__ inline void multiply_rows(Sum& sum, const Left left[D / 16], const Tile& tile, int row, bool exact) {
-    #pragma unroll
-    for (int i = 0; i < D / 16; i++)
-        multiply(sum, left[i].at, Right::transposed(tile.at + row * STRIDE + 16 * i, STRIDE).at, exact);
-}
-
-// sums (16, 8 N) += left (16, 16) @ 16 rows, from row `row` of a tile on, and 8 N columns, from column `column` on.
-template <int N>
-__device__ inline void multiply_columns(Sum sums[N], const Left& left, const Tile& tile, int row, int column, bool exact) {
-    #pragma unroll
-    for (int n = 0; n < N; n++) {
-        Right right;
-        load_right(right.at, tile.at + row * STRIDE + column + 8 * n, STRIDE);
-        multiply(sums[n], left.at, right.at, exact);
-    }
-}
-
 // ---------------------------------------------------------------- what the kernels share
 
-// The first of the 16 rows of a tile that belong to this warp. After the shuffle the compiler knows that all threads of the warp
-// have the same number, and so take the same branches.
+// The first of the 16 rows of a tile that belong to this warp. After the shuffle the compiler knows that all threads of the
+// warp have the same number, and so take the same branches.
 __device__ inline int row_of_this_warp() { return __shfl_sync(0xffffffffu, (int)threadIdx.x / WARP, 0) * 16; }
 
 // Which part of which result this block computes.
@@ -154,8 +62,8 @@ __device__ inline A max_of_four(A value) {
     return value;
 }
 
-// The dropout mask of 16 queries and 16 keys, from `query` (a row of all scores) and `first_key` on. Each thread holds 8 bits: those
-// of query lane % 16, and of the first 8 keys or the others.
+// The dropout mask of 16 queries and 16 keys, from `query` (a row of all scores) and `first_key` on. Each thread holds 8 bits:
+// those of query lane % 16, and of the first 8 keys or the others.
 struct Mask {
     unsigned mine;
 
@@ -174,8 +82,10 @@ struct Mask {
 
 // ---------------------------------------------------------------- forward
 //
-// For each query: `top` is the largest score so far, `total` the sum of exp(score - top), and `sums` that of exp(score - top) v.
-// When a larger score comes, the sums are multiplied by exp(top - new top). Scores have no scale; the exponentials apply it.
+// For each query: `top` is the largest score so far, `total` the sum of exp(score - top), `sums` the sum of exp(score - top) v.
+// When a larger score comes, they are multiplied by exp(top - new top). Scores have no scale; the exponentials apply it.
+//
+// A query past the end sees zeros past the last key. Its results are not stored.
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_forward(
     const T* q, const T* k, const T* v, T* out, A* log_total, long long heads, long long n_query, long long n_key,
@@ -186,7 +96,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_forward(
     const A unit = (A)(scale / LOG_OF_BASE);
     int first = (place.tiles - 1 - place.tile) * ROWS;  // the last queries, which see most keys, come first
     int row = row_of_this_warp();
-    int query = first + row + lane() / 4;               // this thread has this query and query + 8
+    // This thread has the queries `query` and query + 8. Of 8 columns, it has `column` and column + 1.
+    int query = first + row + lane() / 4, column = lane() % 4 * 2;
     int past = n_key - n_query, last_seen = past + first + row + 15;
     int end = past + first + ROWS < n_key ? past + first + ROWS : n_key;  // no query of this block sees more keys
     q += place.start(n_query, q_stride, heads);
@@ -204,19 +115,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_forward(
     Sum sums[D / 8] = {};
     A top[2] = {minus_infinity(), minus_infinity()}, total[2] = {0, 0};
     for (int start = 0, buffer = 0; start < end; start += ROWS, buffer = (buffer + 2) % (2 * BUFFERS)) {
-        if (BUFFERS == 1 || start == 0) {
-            load_tile(tiles[buffer], k, k_stride, start, n_key);
-            load_tile(tiles[buffer + 1], v, v_stride, start, n_key);
-            end_batch();
-        }
-        if (BUFFERS == 2 && start + ROWS < end) {
-            load_tile(tiles[2 - buffer], k, k_stride, start + ROWS, n_key);
-            load_tile(tiles[3 - buffer], v, v_stride, start + ROWS, n_key);
-            end_batch();
-            wait_for_batches<1>();
-        } else {
-            wait_for_batches<0>();
-        }
+        get_tiles(tiles, buffer, start == 0, k, k_stride, v, v_stride, start, end, n_key);
         __syncthreads();
         const Tile &keys = tiles[buffer], &values = tiles[buffer + 1];
 
@@ -224,13 +123,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_forward(
         #pragma unroll
         for (int n = 0; n < ROWS / 8; n++)
             if (start + 8 * n <= last_seen) multiply_rows(scores[n], queries, keys, 8 * n, exact != 0);
-        if (past + first + row < start + ROWS - 1 || start + ROWS > n_key) {  // some query does not see all keys
+        if (past + first + row < start + ROWS - 1) {  // some query does not see all keys
             #pragma unroll
             for (int n = 0; n < ROWS / 8; n++)
                 #pragma unroll
                 for (int j = 0; j < 4; j++) {
-                    int number = start + 8 * n + lane() % 4 * 2 + j % 2;
-                    if (number > past + query + j / 2 * 8 || number >= n_key) scores[n].at[j] = minus_infinity();
+                    bool is_future = start + 8 * n + column + j % 2 > past + query + j / 2 * 8;
+                    scores[n].at[j] = is_future ? minus_infinity() : scores[n].at[j];
                 }
         }
         A new_top[2] = {top[0], top[1]};
@@ -256,7 +155,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_forward(
             Mask mask(key, use, threshold, place.head * n_query + first + row, start + 16 * c);
             #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const unsigned kept[2] = {mask.of(lane() / 4, half) >> lane() % 4 * 2, mask.of(lane() / 4 + 8, half) >> lane() % 4 * 2};
+                const unsigned kept[2] = {mask.of(lane() / 4, half) >> column, mask.of(lane() / 4 + 8, half) >> column};
                 #pragma unroll
                 for (int j = 0; j < 4; j++) {
                     A& p = scores[2 * c + half].at[j];
@@ -298,7 +197,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_backward
     __shared__ Tile tiles[2 * BUFFERS];
     Place place(n_query, PARTS);
     const A unit = (A)(scale / LOG_OF_BASE), of_kept = (A)kept_scale;
-    int first = (place.tiles - 1 - place.tile) * ROWS, row = row_of_this_warp(), query = first + row + lane() / 4;
+    int first = (place.tiles - 1 - place.tile) * ROWS, row = row_of_this_warp();
+    int query = first + row + lane() / 4, column = lane() % 4 * 2;
     int past = n_key - n_query, last_seen = past + first + row + 15, row_of_heads = heads * HEAD_DIM;
     int end = past + first + ROWS < n_key ? past + first + ROWS : n_key;
     k += place.start(n_key, k_stride, heads);
@@ -338,19 +238,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_backward
 
     Sum sums[COLUMNS / 8] = {};
     for (int start = 0, buffer = 0; start < end; start += ROWS, buffer = (buffer + 2) % (2 * BUFFERS)) {
-        if (BUFFERS == 1 || start == 0) {
-            load_tile(tiles[buffer], k, k_stride, start, n_key);
-            load_tile(tiles[buffer + 1], v, v_stride, start, n_key);
-            end_batch();
-        }
-        if (BUFFERS == 2 && start + ROWS < end) {
-            load_tile(tiles[2 - buffer], k, k_stride, start + ROWS, n_key);
-            load_tile(tiles[3 - buffer], v, v_stride, start + ROWS, n_key);
-            end_batch();
-            wait_for_batches<1>();
-        } else {
-            wait_for_batches<0>();
-        }
+        get_tiles(tiles, buffer, start == 0, k, k_stride, v, v_stride, start, end, n_key);
         __syncthreads();
         const Tile &keys = tiles[buffer], &values = tiles[buffer + 1];
         for (int c = 0; c < ROWS / 16; c++) {  // 16 keys
@@ -363,19 +251,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_backward
                 Sum scores = {}, dp = {};
                 multiply_rows(scores, queries, keys, 16 * c + 8 * half, exact != 0);
                 multiply_rows(dp, gradients, values, 16 * c + 8 * half, exact != 0);
-                const unsigned kept[2] = {mask.of(lane() / 4, half) >> lane() % 4 * 2, mask.of(lane() / 4 + 8, half) >> lane() % 4 * 2};
+                const unsigned kept[2] = {mask.of(lane() / 4, half) >> column, mask.of(lane() / 4 + 8, half) >> column};
                 #pragma unroll
                 for (int j = 0; j < 4; j++) {
                     A p = power(unit * scores.at[j] - log_sum[j / 2]);
                     dscores[half].at[j] = p * (dp.at[j] * (kept[j / 2] & (1 << j % 2) ? of_kept : 0) - row_term[j / 2]);
                 }
             }
-            if (past + first + row < first_key + 15 || first_key + 16 > n_key) {  // some query does not see all keys
+            if (past + first + row < first_key + 15) {  // some query does not see all keys
                 #pragma unroll
-                for (int i = 0; i < 8; i++) {
-                    int number = first_key + i / 4 * 8 + lane() % 4 * 2 + i % 2;
-                    if (number > past + query + i % 4 / 2 * 8 || number >= n_key) dscores[i / 4].at[i % 4] = 0;
-                }
+                for (int half = 0; half < 2; half++)
+                    #pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        bool is_future = first_key + 8 * half + column + j % 2 > past + query + j / 2 * 8;
+                        dscores[half].at[j] = is_future ? 0 : dscores[half].at[j];
+                    }
             }
             Left left(dscores[0], dscores[1]);
             multiply_columns<COLUMNS / 8>(sums, left, keys, 16 * c, place.part * COLUMNS, exact != 0);
@@ -419,22 +309,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_OF_KEYS) attention_
 
     Sum dk_sums[COLUMNS / 8] = {}, dv_sums[COLUMNS / 8] = {};
     for (int start = first_query, buffer = 0; start < n_query; start += ROWS, buffer = (buffer + 2) % (2 * BUFFERS)) {
-        if (BUFFERS == 1 || start == first_query) {
-            load_tile(tiles[buffer], q, q_stride, start, n_query);
-            load_tile(tiles[buffer + 1], dout, row_of_heads, start, n_query);
-            end_batch();
-        }
-        if (BUFFERS == 2 && start + ROWS < n_query) {
-            load_tile(tiles[2 - buffer], q, q_stride, start + ROWS, n_query);
-            load_tile(tiles[3 - buffer], dout, row_of_heads, start + ROWS, n_query);
-            end_batch();
-            wait_for_batches<1>();
-        } else {
-            wait_for_batches<0>();
-        }
+        get_tiles(tiles, buffer, start == first_query, q, q_stride, dout, row_of_heads, start, n_query, n_query);
         if (threadIdx.x < ROWS) {
             bool is_there = start + (int)threadIdx.x < n_query;
-            log_sums[buffer / 2][threadIdx.x] = is_there ? log_total[start + threadIdx.x] : -minus_infinity();  // so that p is 0
+            // The probabilities of a query past the end become 0.
+            log_sums[buffer / 2][threadIdx.x] = is_there ? log_total[start + threadIdx.x] : -minus_infinity();
             terms[buffer / 2][threadIdx.x] = is_there ? row_terms[start + threadIdx.x] : 0;
         }
         __syncthreads();

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 FILES = ("common.cu", "sums.cu", "norm.cu", "elementwise.cu", "softmax.cu", "embedding.cu")
-ATTENTION_FILES = ("common.cu", "tensor_cores.cu", "attention.cu")
+ATTENTION_FILES = ("common.cu", "tensor_cores.cu", "tiles.cu", "attention.cu")
 # For each dtype of activations: T in C++ (the type of an element), A in C++ (the type of an accumulator), and A in NumPy.
 ELEMENTS: dict[str, tuple[str, str, np.dtype]] = {
     "float32": ("float", "float", np.dtype(np.float32)),

@@ -1,8 +1,8 @@
 // Layer norm. The formulas are those of layer_norm in reference.py. The backward pass gets x, mean and rstd instead of xhat.
 //
 // A warp works on several rows, one after the other. Short rows stay in its registers; long rows, and rows that begin at other
-// addresses than multiples of 16 bytes, are read again for each pass. Kernels named wide are for more than 512 columns: they need
-// more registers, so fewer of their blocks run at the same time.
+// addresses than multiples of 16 bytes, are read again for each pass. Kernels named wide are for more than 512 columns: they
+// need more registers, so fewer of their blocks run at the same time.
 
 const int MOST_GROUPS = sizeof(A) > 4 ? 2 : 4;  // of a short row, for each thread
 
@@ -37,7 +37,7 @@ __device__ inline int groups_of_a_short_row(const T* x, const T* y, long long c)
 // ---------------------------------------------------------------- forward
 
 template <int N>
-__device__ void normalise_short_rows(
+__device__ void forward_of_short_rows(
     const T* x, const A* weight, const A* bias, T* y, A* mean, A* rstd, long long n, long long c, A eps) {
     for (long long row = row_of_warp(); row < n; row += thread_count() / WARP) {
         Part<N> part;
@@ -74,7 +74,7 @@ __device__ void normalise_short_rows(
     }
 }
 
-__device__ inline void normalise_long_rows(
+__device__ inline void forward_of_long_rows(
     const T* x, const A* weight, const A* bias, T* y, A* mean, A* rstd, long long n, long long c, A eps) {
     for (long long row = row_of_warp(); row < n; row += thread_count() / WARP) {
         const T* from = x + row * c;
@@ -95,26 +95,26 @@ __device__ inline void normalise_long_rows(
 extern "C" __global__ void layer_norm_forward(
     const T* x, const A* weight, const A* bias, T* y, A* mean, A* rstd, long long n, long long c, double eps) {
     int groups = groups_of_a_short_row(x, y, c);
-    if (groups == 1) return normalise_short_rows<1>(x, weight, bias, y, mean, rstd, n, c, (A)eps);
-    if (groups == 2) return normalise_short_rows<2>(x, weight, bias, y, mean, rstd, n, c, (A)eps);
-    normalise_long_rows(x, weight, bias, y, mean, rstd, n, c, (A)eps);
+    if (groups == 1) return forward_of_short_rows<1>(x, weight, bias, y, mean, rstd, n, c, (A)eps);
+    if (groups == 2) return forward_of_short_rows<2>(x, weight, bias, y, mean, rstd, n, c, (A)eps);
+    forward_of_long_rows(x, weight, bias, y, mean, rstd, n, c, (A)eps);
 }
 
 extern "C" __global__ void layer_norm_forward_wide(
     const T* x, const A* weight, const A* bias, T* y, A* mean, A* rstd, long long n, long long c, double eps) {
     int groups = groups_of_a_short_row(x, y, c);
-    if (MOST_GROUPS > 2 && groups == 3) return normalise_short_rows<3>(x, weight, bias, y, mean, rstd, n, c, (A)eps);
-    if (MOST_GROUPS > 2 && groups == 4) return normalise_short_rows<4>(x, weight, bias, y, mean, rstd, n, c, (A)eps);
-    normalise_long_rows(x, weight, bias, y, mean, rstd, n, c, (A)eps);
+    if (MOST_GROUPS > 2 && groups == 3) return forward_of_short_rows<3>(x, weight, bias, y, mean, rstd, n, c, (A)eps);
+    if (MOST_GROUPS > 2 && groups == 4) return forward_of_short_rows<4>(x, weight, bias, y, mean, rstd, n, c, (A)eps);
+    forward_of_long_rows(x, weight, bias, y, mean, rstd, n, c, (A)eps);
 }
 
 // ---------------------------------------------------------------- backward
 //
-// A block works on the rows from `first` to `last`. It also adds up what they give to the gradients of weight and bias, into its
-// part (2, c) of partial.
+// A block works on the rows from `first` to `last`. It also adds up what they give to the gradients of weight and bias, and
+// writes that to its part (2, c) of partial.
 
 template <int N>
-__device__ void go_back_through_short_rows(
+__device__ void backward_of_short_rows(
     const T* dy, const T* x, const A* weight, const A* mean, const A* rstd, T* dx, A* partial, ColumnSums sums[2],
     long long first, long long last, long long c) {
     Group dweight[N] = {}, dbias[N] = {};
@@ -158,7 +158,7 @@ __device__ void go_back_through_short_rows(
     }
 }
 
-__device__ inline void go_back_through_long_rows(
+__device__ inline void backward_of_long_rows(
     const T* dy, const T* x, const A* weight, const A* mean, const A* rstd, T* dx, A* partial, long long first, long long last,
     long long c) {
     for (long long row = first + threadIdx.x / WARP; row < last; row += blockDim.x / WARP) {
@@ -193,9 +193,9 @@ extern "C" __global__ void layer_norm_backward(
     long long first = blockIdx.x * chunk, last = first + chunk < n ? first + chunk : n;
     partial += 2 * blockIdx.x * c;
     int groups = groups_of_a_short_row(dy, x, c);
-    if (groups == 1) return go_back_through_short_rows<1>(dy, x, weight, mean, rstd, dx, partial, sums, first, last, c);
-    if (groups == 2) return go_back_through_short_rows<2>(dy, x, weight, mean, rstd, dx, partial, sums, first, last, c);
-    go_back_through_long_rows(dy, x, weight, mean, rstd, dx, partial, first, last, c);
+    if (groups == 1) return backward_of_short_rows<1>(dy, x, weight, mean, rstd, dx, partial, sums, first, last, c);
+    if (groups == 2) return backward_of_short_rows<2>(dy, x, weight, mean, rstd, dx, partial, sums, first, last, c);
+    backward_of_long_rows(dy, x, weight, mean, rstd, dx, partial, first, last, c);
 }
 
 extern "C" __global__ void layer_norm_backward_wide(
@@ -205,7 +205,7 @@ extern "C" __global__ void layer_norm_backward_wide(
     long long first = blockIdx.x * chunk, last = first + chunk < n ? first + chunk : n;
     partial += 2 * blockIdx.x * c;
     int groups = groups_of_a_short_row(dy, x, c);
-    if (MOST_GROUPS > 2 && groups == 3) return go_back_through_short_rows<3>(dy, x, weight, mean, rstd, dx, partial, sums, first, last, c);
-    if (MOST_GROUPS > 2 && groups == 4) return go_back_through_short_rows<4>(dy, x, weight, mean, rstd, dx, partial, sums, first, last, c);
-    go_back_through_long_rows(dy, x, weight, mean, rstd, dx, partial, first, last, c);
+    if (MOST_GROUPS > 2 && groups == 3) return backward_of_short_rows<3>(dy, x, weight, mean, rstd, dx, partial, sums, first, last, c);
+    if (MOST_GROUPS > 2 && groups == 4) return backward_of_short_rows<4>(dy, x, weight, mean, rstd, dx, partial, sums, first, last, c);
+    backward_of_long_rows(dy, x, weight, mean, rstd, dx, partial, first, last, c);
 }

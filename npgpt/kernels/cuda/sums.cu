@@ -41,7 +41,8 @@ struct ColumnSums {
     }
 };
 
-// Whether this is the last block of its columns to come here. `arrived` counts them, for each blockIdx.x; it is 0 before and after.
+// Whether this is the last block of its columns to come here. `arrived` counts them, for each blockIdx.x. It is 0 before the first
+// and after the last.
 __device__ inline bool is_last(unsigned* arrived) {
     __shared__ bool last;
     __threadfence();  // what this block wrote is there for the last one
@@ -55,8 +56,8 @@ __device__ inline bool is_last(unsigned* arrived) {
     return last;
 }
 
-// y (c,) = the sums over the rows of x (n, c), plus what y holds if `add`. Block (i, j) adds up chunk j of the rows into partial
-// (chunks, c), for 256 columns. The last one of the blocks (i, ...) to come to its end adds up the chunks.
+// y (c,) = the sums over the rows of x (n, c), plus what y holds if `add`. Block (i, j) adds up chunk j of the rows, for 256
+// columns, and writes to partial (chunks, c). The last one of the blocks (i, ...) to come to its end adds up the chunks.
 extern "C" __global__ void column_sums(
     const T* x, A* y, A* partial, unsigned* arrived, long long n, long long c, long long chunk, long long add) {
     __shared__ ColumnSums sums;
@@ -70,8 +71,8 @@ extern "C" __global__ void column_sums(
         y[start + column] = sums.of_warp[0][column] + (add ? y[start + column] : (A)0);
 }
 
-// y (c,) = the sums over the rows of x (n, c), plus what y holds if add_y. If z is not null, x is (n, 2, c), and z gets the second
-// half. A block adds up 32 columns.
+// y (c,) = the sums over the rows of x (n, c), plus what y holds if add_y. If z is not null, x is (n, 2, c), and z gets the sums
+// of the second half. A block adds up 32 columns.
 extern "C" __global__ void sum_of_rows(
     const A* x, A* y, A* z, long long n, long long c, long long add_y, long long add_z) {
     __shared__ A of_warp[MAX_WARPS][WARP];

@@ -1,5 +1,5 @@
-// Small matrices that a warp holds in its registers, their products on tensor cores, and copies to shared memory that nobody waits
-// for. What is multiplied is decided in attention.cu.
+// Small matrices that a warp holds in its registers, their products on tensor cores, and copies to shared memory that go on while
+// threads compute. What is multiplied is decided in attention.cu.
 //
 // The 32 threads of a warp are 8 groups of 4. "PTX ISA", sections on mma and ldmatrix, says which thread holds which elements:
 //
@@ -163,8 +163,8 @@ __device__ inline unsigned round_to_tf32(float x, unsigned& rest) {
     return near;
 }
 
-// With `exact`, each number is the sum of two of TF32, and only the product of the two small ones is left out. The error is then
-// about that of float32. The order of the 16 terms is another one than for bfloat16, the same for both factors.
+// With `exact`, each number is the sum of two of TF32, and only the product of the two small ones is left out. Then the error is
+// about that of float32. The order of the 16 terms differs from that for bfloat16; it is the same in both factors.
 __device__ inline void multiply(Sum& sum, const Pair<float> left[4], const Pair<float> right[2], bool exact) {
     #pragma unroll
     for (int half = 0; half < 2; half++) {
