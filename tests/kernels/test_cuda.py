@@ -126,6 +126,8 @@ def test_self_attention(cuda_kernels, dtype, head_dim, dropout):
 @on_cpu
 def test_attention_of_views(cuda_kernels):
     """Views without rows of heads are copied first: heads apart from each other, one row for all, a gradient that repeats."""
+    every_second = [normal(np.float32, 2, 9, 6, 8, seed=i)[:, :, ::2].swapaxes(1, 2) for i in range(3)]
+    same(cuda_kernels, "causal_attention", every_second, np.float32, size=10)
     q, k, v = (normal(np.float32, 2, 3, 9, 8, seed=i) for i in range(3))
     same(cuda_kernels, "causal_attention", (q, k, v), np.float32, size=10)
     same(cuda_kernels, "causal_attention", (q[:, ::2], k[:, 1:], v[:, :2]), np.float32, size=10)

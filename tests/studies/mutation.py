@@ -312,7 +312,6 @@ BUGS = [
     ("cuda attention: dk without dropout", FUSED, "kept >> (4 * half + j) & 1 ? dscores[half].at[j] * of_kept : 0", "dscores[half].at[j]"),
     ("cuda attention: dk's row term forgotten", FUSED, "(dp - terms[buffer / 2][of_tile])", "dp"),
     ("cuda attention: dk sees the future", FUSED, "> past + start + of_tile ? 0 : p[half].at[j]", "> past + start + of_tile + 1 ? 0 : p[half].at[j]"),
-    ("cuda attention: queries past the end count", FUSED, ": -minus_infinity();", ": 0;"),
     ("cuda attention: the second part of the columns is the first", FUSED, "multiply_columns<COLUMNS / 8>(sums, left, keys, 16 * c, place.part * COLUMNS, exact != 0)", "multiply_columns<COLUMNS / 8>(sums, left, keys, 16 * c, 0, exact != 0)"),
     ("cuda attention: the next tiles overwrite these", TILES, "load_tile(tiles[2 - buffer], a,", "load_tile(tiles[buffer], a,"),
     ("tensor cores: the rest of a number forgotten", TENSOR_CORES, "        if (exact) {", "        if (false) {"),

@@ -85,7 +85,7 @@ struct Mask {
 // For each query: `top` is the largest score so far, `total` the sum of exp(score - top), `sums` the sum of exp(score - top) v.
 // When a larger score comes, they are multiplied by exp(top - new top). Scores have no scale; the exponentials apply it.
 //
-// A query past the end sees zeros past the last key. Its results are not stored.
+// A query past the end sees zeros past the last key. Its results are not stored. On the way back, it adds products with zeros.
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_forward(
     const T* q, const T* k, const T* v, T* out, A* log_total, long long heads, long long n_query, long long n_key,
@@ -312,8 +312,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_OF_KEYS) attention_
         get_tiles(tiles, buffer, start == first_query, q, q_stride, dout, row_of_heads, start, n_query, n_query);
         if (threadIdx.x < ROWS) {
             bool is_there = start + (int)threadIdx.x < n_query;
-            // The probabilities of a query past the end become 0.
-            log_sums[buffer / 2][threadIdx.x] = is_there ? log_total[start + threadIdx.x] : -minus_infinity();
+            log_sums[buffer / 2][threadIdx.x] = is_there ? log_total[start + threadIdx.x] : 0;
             terms[buffer / 2][threadIdx.x] = is_there ? row_terms[start + threadIdx.x] : 0;
         }
         __syncthreads();
