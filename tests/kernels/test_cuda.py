@@ -287,6 +287,31 @@ def test_linear(cuda_kernels, dtype, shape):
 
 
 @on_cpu
+def test_weights_rounded_ahead(cuda_kernels, bf16):
+    """All linear layers take parts of one copy, also transposed ones. The results are the same. Afterwards, weights are read."""
+    flat = normal(np.float32, 13 * 8 + 8 * 8 + 8)
+    table, square, bias = flat[:104].reshape(13, 8), flat[104:168].reshape(8, 8), flat[168:]
+    x = normal(np.float32, 5, 8).astype(bf16)
+    layers = [(table.T, None), (square, bias), (square.T, bias), (normal(np.float32, 8, 3), None)]
+    expected = [cuda_kernels.linear_forward(x, *layer)[0] for layer in layers]
+    with cuda_kernels.weights_rounded_ahead(flat, [table, square, bias], bf16):
+        results = [cuda_kernels.linear_forward(x, *layer) for layer in layers]
+    for (y, _), same_y in zip(results, expected, strict=True):
+        np.testing.assert_array_equal(y, same_y)
+    of_table, of_square, transposed, other = (saved[1] for _, saved in results)
+    bounds = np.lib.array_utils.byte_bounds
+    assert bounds(of_square)[0] - bounds(of_table)[0] == 2 * table.size
+    assert np.shares_memory(of_square, transposed)
+    assert not np.shares_memory(of_square, other)
+    flat *= 2
+    np.testing.assert_array_equal(cuda_kernels.linear_forward(x, table.T, None)[0], 2 * expected[0])
+    with pytest.raises(ZeroDivisionError), cuda_kernels.weights_rounded_ahead(flat, [table, square, bias], bf16):
+        raise ZeroDivisionError
+    flat /= 2
+    np.testing.assert_array_equal(cuda_kernels.linear_forward(x, square, bias)[0], expected[1])
+
+
+@on_cpu
 def test_rounding_to_bfloat16(cuda_kernels, bf16):
     """Numbers are rounded to the nearest, and halfway to the even one. Infinities and NaN stay infinities and NaN."""
     bits = np.random.default_rng(0).integers(0, 2**32, 100_000, dtype=np.uint32)

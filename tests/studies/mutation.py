@@ -327,7 +327,7 @@ BUGS = [
     ("cuda: cross-entropy counts what is past the end", SOFTMAX, "total += first + j < v ? exp(values.at[j] - top) : (A)0", "total += exp(values.at[j] - top)"),
     ("cuda linear: the bias is added twice", CUDA, "y = product_with_bias(self.xp, self.gemm, rows, rounded, self._rounded(bias, x.dtype))", "y = product_with_bias(self.xp, self.gemm, rows, rounded, 2 * self._rounded(bias, x.dtype))"),
     ("cuda linear: a rounded copy of another weight", CUDA, "            start += weight.size\n", ""),
-    ("cuda linear: a transposed weight as it lies", CUDA, "return copy.T", "return copy.T.reshape(copy.shape).reshape(copy.T.shape)"),
+    ("cuda linear: a transposed weight as it lies", CUDA, "return copy.T", "return copy.reshape(copy.T.shape)"),
     ("cuda linear: copies of weights stay", CUDA, "            self._copies.clear()", "            pass"),
     ("cuda: Philox with nine rounds", COMMON, "round < 10", "round < 9"),
     ("cuda: warps share a row", COMMON, "+ threadIdx.x / WARP; }", "; }"),
