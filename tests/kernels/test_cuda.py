@@ -288,7 +288,7 @@ def test_linear(cuda_kernels, dtype, shape):
 
 @on_cpu
 def test_weights_rounded_ahead(cuda_kernels, bf16):
-    """All linear layers take parts of one copy, also transposed ones. The results are the same. Afterwards, weights are read."""
+    """All linear layers take parts of one copy, also transposed ones. Results stay the same. Afterwards, weights are read."""
     flat = normal(np.float32, 13 * 8 + 8 * 8 + 8)
     table, square, bias = flat[:104].reshape(13, 8), flat[104:168].reshape(8, 8), flat[168:]
     x = normal(np.float32, 5, 8).astype(bf16)
