@@ -47,7 +47,7 @@ def count_step(workload, bf16):
             count("cuBLAS", "product with bias", [a.array, b.array, out.array, bias])
             return True
 
-    def launch(name, dtype, grid, threads, arguments, head_dim=None):
+    def launch(name, dtype, grid, threads, arguments, variant=None):
         count("npgpt", name, [a for a in arguments if isinstance(a, device_array.ndarray)])
 
     launch.has_tensor_cores = True

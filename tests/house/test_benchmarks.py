@@ -54,3 +54,14 @@ def test_the_launches_of_a_step_on_a_gpu_are_counted(monkeypatch):
     assert launches[2] - launches[1] == launches[1] - launches[0] == 33
     assert counted[0]["npgpt", "adamw"][0] == 1
     assert counted[0]["cuBLAS", "product, added to a gradient"][0] == 5
+    assert counted[0]["npgpt", "attention_forward"][0] == 1
+
+
+def test_a_step_in_bfloat16_rounds_all_weights_at_once(monkeypatch, bf16):
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "benchmarks"))
+    monkeypatch.setattr(backend, "_backends", backend._backends.copy())
+    from launches import count_step
+    from workloads import Workload
+
+    counted = [count_step(Workload(n_layer, 2, 16, 8, 4, 0.1), bf16=True) for n_layer in (1, 3)]
+    assert counted[0]["CuPy", "astype"][0] == counted[1]["CuPy", "astype"][0] == 3  # the weights, x and its gradient

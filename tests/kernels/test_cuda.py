@@ -8,7 +8,7 @@ from support.devices import on_cpu
 
 from npgpt.engine import backend
 from npgpt.engine.backend import select
-from npgpt.kernels.cuda import base, launch
+from npgpt.kernels.cuda import attention, base, launch
 from npgpt.kernels.cuda import kernels as cuda
 from npgpt.kernels.cuda.kernels import CudaKernels
 from npgpt.kernels.cuda.random import Key
@@ -84,8 +84,12 @@ def test_rotary(cuda_kernels, dtype, shape, along):
 @pytest.mark.parametrize(
     "shape", [(5, 3), (2, 3, 8), (1, 2), (9, 40), (130, 65), (3, 300), (20, 504), (3, 513), (20, 520), (9, 1000), (2, 1032)]
 )
-def test_layer_norm(cuda_kernels, dtype, shape):
-    """With rows that fill one to five groups of a thread, and rows that do not begin at a multiple of 16 bytes."""
+def test_layer_norm(cuda_kernels, dtype, shape, monkeypatch):
+    """With rows that fill one to five groups of a thread, and rows that do not begin at a multiple of 16 bytes.
+
+    Each warp works on several rows.
+    """
+    monkeypatch.setattr(cuda, "MAX_NORM_ROWS", 4)
     x, weight, bias = normal(dtype, *shape) + 3, normal(dtype, shape[-1]), normal(dtype, shape[-1], 1)[:, 0]
     same(cuda_kernels, "layer_norm", (x, weight, np.ascontiguousarray(bias)), dtype, size=4)
     same(cuda_kernels, "layer_norm", (x[::-1], weight, None), dtype, 0.1, size=4)
@@ -191,6 +195,67 @@ def test_sums_of_gradients(cuda_kernels, dtype, head_dim, monkeypatch):
     cuda_kernels.add_into(a, np.s_[0, 1], b[0, 0, 0])  # of one dimension, broadcast: not the kernel
     expected[0, 1] += b[0, 0, 0]
     np.testing.assert_array_equal(a, expected)
+
+
+@on_cpu
+@pytest.mark.parametrize("tensor_cores", [False, True])
+@pytest.mark.parametrize("number", ["NaN of NumPy", "NaN of a GPU", "inf"])
+@pytest.mark.parametrize("tf32", [False, True])
+def test_attention_does_not_hide_what_is_not_finite(cuda_kernels, bf16, tensor_cores, number, tf32):
+    Launches(cuda_kernels, tensor_cores)
+    cuda_kernels.gemm.tf32 = tf32
+    bits = {"NaN of NumPy": 0x7FC00000, "NaN of a GPU": 0x7FFFFFFF, "inf": 0x7F800000}[number]
+    for dtype in (np.dtype(np.float32), bf16):
+        for changed in range(4):
+            q, k, v, dy = (normal(np.float32, 1, 1, 70, 8, seed=i).astype(dtype) for i in range(4))
+            integers = np.uint32 if dtype == np.float32 else np.uint16
+            (q, k, v, dy)[changed].view(integers)[0, 0, 5, 3] = bits >> 8 * (4 - dtype.itemsize)
+            with np.errstate(invalid="ignore"):
+                out, saved = cuda_kernels.causal_attention_forward(q, k, v)
+                gradients = cuda_kernels.causal_attention_backward(dy, saved)
+            finite = [np.isfinite(a.astype(np.float32)).all() for a in (out, *gradients)]
+            assert finite[0] == (changed == 3)
+            assert not all(finite[1:])
+
+
+@on_cpu
+@pytest.mark.parametrize("tensor_cores", [False, True])
+def test_a_query_may_see_only_infinite_scores(cuda_kernels, tensor_cores):
+    """Of the first 64 keys, or of all that it sees. In the second case its result is 0."""
+    Launches(cuda_kernels, tensor_cores)
+    q, k, v = np.full((3, 1, 1, 70, 4), 1, dtype=np.float32)
+    q *= 1e20
+    k[:, :, :64] = -1e20
+    k[:, :, 64:] = 1e-20
+    with np.errstate(over="ignore"):
+        out, saved = cuda_kernels.causal_attention_forward(q, k, v)
+    np.testing.assert_array_equal(out[0, 0, :64], 0)
+    np.testing.assert_allclose(out[0, 0, 64:], 1, rtol=1e-6)
+    for gradient in cuda_kernels.causal_attention_backward(np.ones_like(out), saved):
+        assert np.isfinite(gradient).all()
+
+
+@on_cpu
+def test_heads_of_another_number_are_not_read(cuda_kernels):
+    launches = Launches(cuda_kernels)
+    q, k = normal(np.float32, 2, 3, 5, 8), normal(np.float32, 2, 1, 5, 8)
+    out, _ = cuda_kernels.causal_attention_forward(q, k, k)
+    close(out, Kernels(np).causal_attention_forward(q, k, k)[0], np.float32, 10)
+    assert not launches.names
+
+
+@on_cpu
+def test_sizes_in_python_and_in_cuda_agree():
+    sources = launch.source() + launch.source(launch.Variant(64))
+    for line in [
+        f"const int WARP = {base.WARP};",
+        f"const long long GROUP = {base.GROUP};",
+        f"const int ROWS = {attention.ROWS};",
+        f"const int PARTS = D > {attention.UNDIVIDED} ? 2 : 1;",
+    ]:
+        assert line in sources
+    assert cuda.BLOCK_COLUMNS == base.WARP * base.GROUP
+    assert attention.FUSED_THREADS == attention.ROWS // 16 * base.WARP
 
 
 @on_cpu
@@ -337,6 +402,8 @@ def test_rounding_to_bfloat16(cuda_kernels, bf16):
         ("self_attention", [(2, 33, 3, 2, 8)], [], [0.3]),
         ("causal_attention", [(2, 3, 4, 8), (2, 3, 9, 8), (2, 3, 9, 8)], [], [0.3]),
         ("self_attention", [(1, 130, 3, 2, 64)], [], [0.3]),
+        ("self_attention", [(2, 9, 3, 2, 3)], [], [0.3]),
+        ("self_attention", [(1, 9, 3, 3, 20)], [], []),
         ("self_attention", [(1, 70, 3, 2, 80)], [], [0.3]),
         ("self_attention", [(1, 70, 3, 1, 128)], [], []),
         ("self_attention", [(1, 70, 3, 1, 136)], [], [0.3]),
@@ -352,6 +419,7 @@ def test_rounding_to_bfloat16(cuda_kernels, bf16):
 )
 def test_kernels_in_bfloat16(cuda_kernels, bf16, name, shapes, parameters, rest):
     """The result is that of the reference in float32, rounded to bfloat16. Parameters and losses stay float32."""
+    launches = Launches(cuda_kernels)
     inputs = [normal(np.float32, *shape, seed=i).astype(bf16) for i, shape in enumerate(shapes)]
     inputs += [None if shape is None else normal(np.float32, *shape, seed=9) for shape in parameters]
     if name == "cross_entropy":
@@ -378,6 +446,24 @@ def test_kernels_in_bfloat16(cuda_kernels, bf16, name, shapes, parameters, rest)
         np.testing.assert_allclose(found.astype(np.float32) / scale, expected / scale, rtol=0, atol=4 * BFLOAT16_EPS)
     for array, untouched in zip(inputs, before, strict=True):
         np.testing.assert_array_equal(array, untouched)
+    fused = [launched for launched in launches.names if launched in FUSED]
+    assert fused == (FUSED if "attention" in name and shapes[0][-1] <= 128 else [])
+
+
+@on_cpu
+def test_attention_in_bfloat16_by_products(cuda_kernels, bf16):
+    """For GPUs without tensor cores that multiply bfloat16."""
+    launches = Launches(cuda_kernels, tensor_cores=False)
+    qkv = normal(np.float32, 2, 33, 3, 2, 8).astype(bf16)
+    dy = normal(np.float32, 2, 33, 2, 8, seed=1).astype(bf16)
+    results = []
+    for kernels, x, d in ((Kernels(np), qkv.astype(np.float32), dy.astype(np.float32)), (cuda_kernels, qkv, dy)):
+        y, saved = kernels.self_attention_forward(x)
+        results.append([y, kernels.self_attention_backward(d, saved)])
+    for expected, found in zip(*results, strict=True):
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(found.astype(np.float32) / scale, expected / scale, rtol=0, atol=4 * BFLOAT16_EPS)
+    assert not set(FUSED) & set(launches.names)
 
 
 @on_cpu
@@ -412,8 +498,19 @@ def test_unusual_arguments(cuda_kernels, dtype):
 def test_more_rows_than_a_grid_has_chunks(cuda_kernels, dtype, monkeypatch):
     monkeypatch.setattr(cuda, "MAX_CHUNKS", 2)
     monkeypatch.setattr(cuda, "MIN_CHUNK", 3)
-    same(cuda_kernels, "layer_norm", (normal(dtype, 20, 5), normal(dtype, 5), None), dtype, size=4)
     same(cuda_kernels, "embedding", (normal(dtype, 5, 3), np.arange(20) % 5), dtype, size=20)
+
+
+@on_cpu
+def test_sums_of_columns(cuda_kernels, dtype, monkeypatch):
+    """Several chunks, several blocks of columns, one after the other: the counters are 0 again after each sum."""
+    monkeypatch.setattr(cuda, "MIN_CHUNK", 3)
+    for n, c in [(20, 300), (20, 600), (2, 8), (70, 513)]:
+        x = normal(dtype, n, c)
+        close(cuda_kernels._column_sums(x, None), x.sum(axis=0), dtype, 10)
+        assert not cuda_kernels._arrived.any()
+    monkeypatch.setattr(cuda, "MOST_BLOCKS", 1)  # more columns than there are counters
+    close(cuda_kernels._column_sums(x, x[0].copy()), x.sum(axis=0) + x[0], dtype, 10)
 
 
 @on_cpu

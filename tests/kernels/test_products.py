@@ -8,7 +8,7 @@ from support.arrays import close, normal
 from npgpt.engine import backend
 from npgpt.engine.backend import select
 from npgpt.kernels.cuda import launch
-from npgpt.kernels.cuda.products import product
+from npgpt.kernels.cuda.products import product, product_with_bias
 
 
 def test_products_of_views(dtype):
@@ -55,6 +55,9 @@ def test_products_on_a_gpu(dtype):
     element, parameter = (backend.bfloat16() if dtype == "bfloat16" else np.dtype(dtype)), launch.ELEMENTS[dtype][2]
     a, b = (normal(np.float64, 2, 3, n, 24).astype(element) for n in (16, 40))
     a_there, b_there = gpu.xp.asarray(a), gpu.xp.asarray(b)
+    bias = normal(np.float64, 40).astype(element)
+    with_bias = product_with_bias(gpu.xp, gpu.kernels.gemm, a_there[0, 0], b_there[0, 0].T, gpu.xp.asarray(bias))
+    assert (with_bias is None) == (dtype == "float64")  # cuBLASLt has an algorithm for the others
     exact = a.astype(np.float64) @ b.astype(np.float64).swapaxes(-1, -2)
     tolerance = {"float32": 1e-6, "float64": 1e-14, "bfloat16": 1e-6}[dtype]
     for left, right, expected in [

@@ -1,20 +1,22 @@
 // Runs blocks of CUDA threads on a CPU, one after the other, so that the results of kernels can be compared with the reference.
 //
-// Each thread of a block is a coroutine. Where CUDA's threads wait for each other (a shuffle, __syncwarp), a coroutine switches
-// to the next one. Wrong indices and formulas give wrong results here; races go unnoticed. The sources of the kernels follow.
+// Each thread of a block is a coroutine. Where CUDA's threads wait for each other (a shuffle, __syncthreads, a product on tensor
+// cores), a coroutine switches to the next one. Wrong indices and formulas give wrong results here; races go unnoticed. The sources
+// of the kernels follow.
 
 #include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <vector>
 
 using std::exp;
 using std::log;
 using std::sqrt;
-using std::tanh;
 
 #define __device__
 #define __expf(value) std::exp(value)  // CUDA's fast approximation; the C library has an __expf of its own
@@ -55,8 +57,6 @@ static void wait_for_the_others() {
     unsigned me = threadIdx.x;
     if (!_setjmp(threads[me].at)) _longjmp(scheduler, 1);
 }
-
-static void __syncwarp() { wait_for_the_others(); }
 
 static void __threadfence() {}
 
@@ -172,17 +172,38 @@ static unsigned round_to_bfloat16(float first, float second) {
     return bits[0] | bits[1] << 16;
 }
 
-static float fast_exp2(float x) { return std::exp2(x); }
-
-static void begin_to_copy(void* to, const void* from, int count) {
-    std::memset(to, 0, 16);
-    std::memcpy(to, from, count);
+static unsigned round_to_tf32(float x) {
+    unsigned bits = __float_as_uint(x);
+    bool is_finite = (bits & 0x7f800000u) != 0x7f800000u;
+    return (is_finite ? bits + 0x1000u : bits) & 0xffffe000u;
 }
 
-static void end_batch() {}
+static float fast_exp2(float x) { return std::exp2(x); }
+
+// A copy happens when its thread waits for it, which is as late as it can be.
+struct Copy {
+    void* to;
+    const void* from;
+    int count;
+};
+static std::vector<std::deque<std::vector<Copy>>> batches;  // of each thread; the last one is open
+
+static void begin_to_copy(void* to, const void* from, int count) {
+    if ((size_t)to % 16 || (count && (size_t)from % 16)) std::abort();
+    batches[threadIdx.x].back().push_back({to, from, count});
+}
+
+static void end_batch() { batches[threadIdx.x].emplace_back(); }
 
 template <int N>
-static void wait_for_batches() {}
+static void wait_for_batches() {
+    auto& mine = batches[threadIdx.x];
+    for (; mine.size() > N + 1; mine.pop_front())
+        for (const Copy& copy : mine.front()) {
+            std::memset(copy.to, 0, 16);
+            std::memcpy(copy.to, copy.from, copy.count);
+        }
+}
 
 // ---------------------------------------------------------------- threads and blocks
 
@@ -222,6 +243,7 @@ static void run(int grid_x, int grid_y, int block, Call call) {
     exchanged.assign(block, 0.0);
     registers.assign(block, {});
     rows.assign(block, nullptr);
+    batches.assign(block, {{}});
     arrived = 0;
     for (unsigned y = 0; y < gridDim.y; y++)
         for (unsigned x = 0; x < gridDim.x; x++) {

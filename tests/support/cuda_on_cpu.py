@@ -29,9 +29,9 @@ def entry_points(source):
     return dict(re.findall(r'extern "C" __global__ void (?:__launch_bounds__\(.*?\) )?(\w+)\(\s*([^)]*)\)', source))
 
 
-def program(head_dim):
+def program(variant):
     """The C++ program: the kernels, and for each kernel a function that runs it on a grid."""
-    source = launching.source(head_dim)
+    source = launching.source(variant)
     lines = [f'#include "{Path(__file__).parent / "cuda_on_cpu.cpp"}"', source]
     for name, parameters in entry_points(source).items():
         names = ", ".join(re.findall(r"(\w+)(?:,|$)", parameters))
@@ -41,10 +41,10 @@ def program(head_dim):
 
 
 @functools.cache
-def library(dtype, head_dim=None):
+def library(dtype, variant=None):
     with tempfile.TemporaryDirectory() as folder:
         source, built = Path(folder) / "kernels.cpp", Path(folder) / "kernels.so"
-        source.write_text(program(head_dim), encoding="utf-8")
+        source.write_text(program(variant), encoding="utf-8")
         flags = [
             "-O1",
             "-U_FORTIFY_SOURCE",
@@ -52,7 +52,7 @@ def library(dtype, head_dim=None):
             "-fPIC",
             "-ffp-contract=off",
             "-Wno-unknown-pragmas",
-            *launching.compiler_options(dtype, head_dim),
+            *launching.compiler_options(dtype, variant),
         ]
         done = subprocess.run([COMPILER, *flags, "-o", built, source], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -70,9 +70,9 @@ VIEWS = {
 }
 
 
-def launch(name, dtype, grid, threads, arguments, head_dim=None):
+def launch(name, dtype, grid, threads, arguments, variant=None):
     """Does what `launch.Launch` does, on the CPU. It asserts that arrays are contiguous, unless the kernel takes a view."""
-    parameters = entry_points(launching.source(head_dim))[name].split(",")
+    parameters = entry_points(launching.source(variant))[name].split(",")
     assert len(parameters) == len(arguments), f"{name} takes {parameters}"
     assert 1 <= grid[0] < 2**31
     assert 1 <= grid[1] < 65_536
@@ -94,7 +94,7 @@ def launch(name, dtype, grid, threads, arguments, head_dim=None):
             assert type(argument) is int, (name, parameter)
             assert kind == "long long"
             values.append(ctypes.c_longlong(argument))
-    getattr(library(dtype, head_dim), f"run_{name}")(*grid, threads, *values)
+    getattr(library(dtype, variant), f"run_{name}")(*grid, threads, *values)
 
 
 launch.has_tensor_cores = True

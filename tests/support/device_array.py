@@ -171,8 +171,8 @@ class Recording:
 def launch_on(launch):
     """Turns a `Launch` for NumPy arrays into one for arrays of this module."""
 
-    def launch_here(name, dtype, grid, threads, arguments, head_dim=None):
-        launch(name, dtype, grid, threads, _here(tuple(arguments)), head_dim)
+    def launch_here(name, dtype, grid, threads, arguments, variant=None):
+        launch(name, dtype, grid, threads, _here(tuple(arguments)), variant)
 
     launch_here.has_tensor_cores = launch.has_tensor_cores
     return launch_here

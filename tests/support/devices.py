@@ -6,7 +6,7 @@ from support import cuda_on_cpu, device_array
 
 from npgpt.engine import backend
 from npgpt.engine.backend import Backend
-from npgpt.kernels.cuda import base
+from npgpt.kernels.cuda import base, kernels
 from npgpt.kernels.cuda.kernels import CudaKernels
 
 on_cpu = pytest.mark.skipif(cuda_on_cpu.MISSING is not None, reason=cuda_on_cpu.MISSING or "")
@@ -14,7 +14,8 @@ on_cpu = pytest.mark.skipif(cuda_on_cpu.MISSING is not None, reason=cuda_on_cpu.
 
 def use_two_warps(monkeypatch):
     """Give each block two warps. With fewer, a kernel that mixes up the rows of its warps would pass."""
-    monkeypatch.setattr(base, "THREADS", 64)
+    for module in (base, kernels):
+        monkeypatch.setattr(module, "THREADS", 64)
 
 
 def kernels_on_numpy(monkeypatch):

@@ -8,7 +8,7 @@
 // heads of a row lie side by side. out and dout are contiguous. The n_query queries are the last of the n_key positions.
 // Heads of sequences are counted together, and arrays with a number for each query are (batch * heads, n_query).
 
-const int PARTS = D > 64 ? 2 : 1;  // on the way back, a block computes one of so many parts of the columns
+const int PARTS = D > 64 ? 2 : 1;  // on the way back, a block computes 1 / PARTS of the columns
 const int COLUMNS = D / PARTS;
 
 // How many blocks a multiprocessor should hold at once. The compiler gives each thread fewer registers for it.
@@ -89,7 +89,7 @@ struct Mask {
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_forward(
     const T* q, const T* k, const T* v, T* out, A* log_total, long long heads, long long n_query, long long n_key,
-    long long q_stride, long long k_stride, long long v_stride, double scale, long long exact, const unsigned long long* key,
+    long long q_stride, long long k_stride, long long v_stride, double scale, const unsigned long long* key,
     long long use, long long threshold, double kept_scale) {
     __shared__ Tile tiles[2 * BUFFERS];
     Place place(n_query, 1);
@@ -122,7 +122,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_forward(
         Sum scores[ROWS / 8] = {};
         #pragma unroll
         for (int n = 0; n < ROWS / 8; n++)
-            if (start + 8 * n <= last_seen) multiply_rows(scores[n], queries, keys, 8 * n, exact != 0);
+            if (start + 8 * n <= last_seen) multiply_rows(scores[n], queries, keys, 8 * n);
         if (past + first + row < start + ROWS - 1) {  // some query does not see all keys
             #pragma unroll
             for (int n = 0; n < ROWS / 8; n++)
@@ -132,7 +132,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_forward(
                     scores[n].at[j] = is_future ? minus_infinity() : scores[n].at[j];
                 }
         }
-        A new_top[2] = {top[0], top[1]};
+        A new_top[2] = {top[0], top[1]}, subtracted[2];
         #pragma unroll
         for (int n = 0; n < ROWS / 8; n++)
             #pragma unroll
@@ -140,7 +140,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_forward(
         #pragma unroll
         for (int i = 0; i < 2; i++) {
             new_top[i] = max_of_four(new_top[i]);
-            A factor = power(unit * (top[i] - new_top[i]));
+            subtracted[i] = new_top[i] == minus_infinity() ? 0 : new_top[i];  // so that exp(-inf) is 0, and not NaN
+            A factor = power(unit * (top[i] - subtracted[i]));
             total[i] *= factor;
             #pragma unroll
             for (int n = 0; n < D / 8; n++) {
@@ -159,13 +160,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_forward(
                 #pragma unroll
                 for (int j = 0; j < 4; j++) {
                     A& p = scores[2 * c + half].at[j];
-                    p = power(unit * p - unit * top[j / 2]);
+                    p = power(unit * p - unit * subtracted[j / 2]);
                     total[j / 2] += p;
                     p = kept[j / 2] & (1 << j % 2) ? p : 0;
                 }
             }
             Left p(scores[2 * c], scores[2 * c + 1]);
-            multiply_columns<D / 8>(sums, p, values, 16 * c, 0, exact != 0);
+            multiply_columns<D / 8>(sums, p, values, 16 * c, 0);
         }
         __syncthreads();
     }
@@ -174,9 +175,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_forward(
     #pragma unroll
     for (int i = 0; i < 2; i++) {
         total[i] = sum_of_four(total[i]);
-        factors[i] = (A)kept_scale / total[i];
+        bool sees_something = total[i] > 0;  // else all scores are -inf: the probabilities are 0, here and on the way back
+        factors[i] = sees_something ? (A)kept_scale / total[i] : total[i];
         if (lane() % 4 == 0 && query + 8 * i < n_query)
-            log_total[place.head * n_query + query + 8 * i] = unit * top[i] + log(total[i]) / LOG_OF_BASE;
+            log_total[place.head * n_query + query + 8 * i] =
+                sees_something ? unit * top[i] + log(total[i]) / LOG_OF_BASE : total[i] - minus_infinity();
     }
     write_rows<D / 8>(tiles[0], 0, sums, factors);
     __syncthreads();
@@ -193,10 +196,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_forward(
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_backward_queries(
     const T* q, const T* k, const T* v, const T* out, const T* dout, const A* log_total, A* row_terms, T* dq, long long heads,
     long long n_query, long long n_key, long long q_stride, long long k_stride, long long v_stride, long long dq_stride,
-    double scale, long long exact, const unsigned long long* key, long long use, long long threshold, double kept_scale) {
+    double scale, const unsigned long long* key, long long use, long long threshold, double kept_scale) {
     __shared__ Tile tiles[2 * BUFFERS];
     Place place(n_query, PARTS);
-    const A unit = (A)(scale / LOG_OF_BASE), of_kept = (A)kept_scale;
+    const A unit = (A)(scale / LOG_OF_BASE), keeping = (A)kept_scale;
     int first = (place.tiles - 1 - place.tile) * ROWS, row = row_of_this_warp();
     int query = first + row + lane() / 4, column = lane() % 4 * 2;
     int past = n_key - n_query, last_seen = past + first + row + 15, row_of_heads = heads * HEAD_DIM;
@@ -249,13 +252,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_backward
             #pragma unroll
             for (int half = 0; half < 2; half++) {
                 Sum scores = {}, dp = {};
-                multiply_rows(scores, queries, keys, 16 * c + 8 * half, exact != 0);
-                multiply_rows(dp, gradients, values, 16 * c + 8 * half, exact != 0);
+                multiply_rows(scores, queries, keys, 16 * c + 8 * half);
+                multiply_rows(dp, gradients, values, 16 * c + 8 * half);
                 const unsigned kept[2] = {mask.of(lane() / 4, half) >> column, mask.of(lane() / 4 + 8, half) >> column};
                 #pragma unroll
                 for (int j = 0; j < 4; j++) {
                     A p = power(unit * scores.at[j] - log_sum[j / 2]);
-                    dscores[half].at[j] = p * (dp.at[j] * (kept[j / 2] & (1 << j % 2) ? of_kept : 0) - row_term[j / 2]);
+                    dscores[half].at[j] = p * (dp.at[j] * (kept[j / 2] & (1 << j % 2) ? keeping : 0) - row_term[j / 2]);
                 }
             }
             if (past + first + row < first_key + 15) {  // some query does not see all keys
@@ -268,7 +271,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_backward
                     }
             }
             Left left(dscores[0], dscores[1]);
-            multiply_columns<COLUMNS / 8>(sums, left, keys, 16 * c, place.part * COLUMNS, exact != 0);
+            multiply_columns<COLUMNS / 8>(sums, left, keys, 16 * c, place.part * COLUMNS);
         }
         __syncthreads();
     }
@@ -283,12 +286,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_backward
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_OF_KEYS) attention_backward_keys(
     const T* q, const T* k, const T* v, const T* dout, const A* log_total, const A* row_terms, T* dk, T* dv, long long heads,
     long long n_query, long long n_key, long long q_stride, long long k_stride, long long v_stride, long long dk_stride,
-    long long dv_stride, double scale, long long exact, const unsigned long long* key, long long use, long long threshold,
+    long long dv_stride, double scale, const unsigned long long* key, long long use, long long threshold,
     double kept_scale) {
     __shared__ Tile tiles[2 * BUFFERS];
     __shared__ A log_sums[BUFFERS][ROWS], terms[BUFFERS][ROWS];
     Place place(n_key, PARTS);
-    const A unit = (A)(scale / LOG_OF_BASE), of_kept = (A)kept_scale;
+    const A unit = (A)(scale / LOG_OF_BASE), keeping = (A)kept_scale;
     int first = place.tile * ROWS;  // the first keys, which most queries see, come first
     int row = row_of_this_warp(), first_of_warp = first + row, row_of_heads = heads * HEAD_DIM;
     int past = n_key - n_query, first_query = first > past ? (first - past) / ROWS * ROWS : 0;
@@ -318,40 +321,40 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_OF_KEYS) attention_
         __syncthreads();
         const Tile &queries = tiles[buffer], &gradients = tiles[buffer + 1];
         for (int c = 0; c < ROWS / 16; c++) {  // 16 queries
-            int first_of_chunk = start + 16 * c;
-            if (first_of_chunk >= n_query) break;
-            if (first_of_warp > past + first_of_chunk + 15) continue;
-            Mask mask(key, use, threshold, place.head * n_query + first_of_chunk, first_of_warp);
+            int first_query_of_chunk = start + 16 * c;
+            if (first_query_of_chunk >= n_query) break;
+            if (first_of_warp > past + first_query_of_chunk + 15) continue;
+            Mask mask(key, use, threshold, place.head * n_query + first_query_of_chunk, first_of_warp);
             Sum p[2] = {}, kept_p[2], dscores[2] = {};
             unsigned kept = 0;  // bit i: element i of the two Sums
             #pragma unroll
             for (int half = 0; half < 2; half++) {
-                multiply_rows(p[half], keys, queries, 16 * c + 8 * half, exact != 0);  // the scores
+                multiply_rows(p[half], keys, queries, 16 * c + 8 * half);  // the scores
                 #pragma unroll
                 for (int j = 0; j < 4; j++) {
                     int of_chunk = 8 * half + lane() % 4 * 2 + j % 2, of_tile = 16 * c + of_chunk;
                     p[half].at[j] = power(unit * p[half].at[j] - log_sums[buffer / 2][of_tile]);
-                    if (first_of_warp + 15 > past + first_of_chunk)  // some query does not see all keys
+                    if (first_of_warp + 15 > past + first_query_of_chunk)  // some query does not see all keys
                         p[half].at[j] = first_of_warp + lane() / 4 + j / 2 * 8 > past + start + of_tile ? 0 : p[half].at[j];
                     unsigned bit = mask.of(of_chunk, j / 2) >> lane() / 4 & 1;
-                    kept_p[half].at[j] = bit ? p[half].at[j] * of_kept : 0;
+                    kept_p[half].at[j] = bit ? p[half].at[j] * keeping : 0;
                     kept |= bit << (4 * half + j);
                 }
             }
             multiply_columns<COLUMNS / 8>(
-                dv_sums, Left(kept_p[0], kept_p[1]), gradients, 16 * c, place.part * COLUMNS, exact != 0);
+                dv_sums, Left(kept_p[0], kept_p[1]), gradients, 16 * c, place.part * COLUMNS);
             #pragma unroll
             for (int half = 0; half < 2; half++) {
-                multiply_rows(dscores[half], values, gradients, 16 * c + 8 * half, exact != 0);  // dp
+                multiply_rows(dscores[half], values, gradients, 16 * c + 8 * half);  // dp
                 #pragma unroll
                 for (int j = 0; j < 4; j++) {
-                    A dp = kept >> (4 * half + j) & 1 ? dscores[half].at[j] * of_kept : 0;
+                    A dp = kept >> (4 * half + j) & 1 ? dscores[half].at[j] * keeping : 0;
                     int of_tile = 16 * c + 8 * half + lane() % 4 * 2 + j % 2;
                     dscores[half].at[j] = p[half].at[j] * (dp - terms[buffer / 2][of_tile]);
                 }
             }
             multiply_columns<COLUMNS / 8>(
-                dk_sums, Left(dscores[0], dscores[1]), queries, 16 * c, place.part * COLUMNS, exact != 0);
+                dk_sums, Left(dscores[0], dscores[1]), queries, 16 * c, place.part * COLUMNS);
         }
         __syncthreads();
     }

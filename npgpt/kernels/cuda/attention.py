@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 
 from npgpt.kernels.cuda.base import CudaSaved, LaunchedKernels, are_activations, has_rows
+from npgpt.kernels.cuda.launch import Variant
 from npgpt.kernels.cuda.random import NO_DROPOUT, dropout_arguments
 from npgpt.kernels.reference import Array, Saved
 
-ROWS = 64  # queries or keys of a block; see attention.cu, also for the next two
-WIDE = 64  # with a larger head_dim, two blocks share the columns of a gradient
+ROWS = 64  # queries or keys of a block, as in tiles.cu
+FUSED_THREADS = 128  # of a block: a warp for 16 rows
+UNDIVIDED = 64  # the largest head_dim for which one block computes all columns of a gradient; see PARTS in attention.cu
 MOST_COLUMNS = {"bfloat16": 128, "float32": 64}  # the largest head_dim: more does not fit into a block's memory and registers
-FUSED_THREADS = 128
+MOST_STRIDE = 2**31 // ROWS  # elements from one row to the next: the kernels count them in 32 bits
 
 
 class FusedSaved(CudaSaved):
@@ -31,7 +33,8 @@ class AttentionKernels(LaunchedKernels):
     def causal_attention_forward(
         self, q: Array, k: Array, v: Array, dropout: float = 0.0, rng: Any = None
     ) -> tuple[Array, Saved]:
-        if not (are_activations(q, k, v) and q.size):
+        fit = k.shape == v.shape and (q.shape[:2], q.shape[3]) == (k.shape[:2], k.shape[3])
+        if not (are_activations(q, k, v) and q.size and fit):
             return super().causal_attention_forward(q, k, v, dropout, rng)
         drawn = dropout_arguments(dropout, rng) if dropout > 0 and rng is not None else NO_DROPOUT
         if self._launch.has_tensor_cores and q.shape[-1] <= MOST_COLUMNS.get(q.dtype.name, 0):
@@ -62,33 +65,33 @@ class AttentionKernels(LaunchedKernels):
     # the gradients have the layout (B, T, H, head_dim), so the next projection reads whole rows.
 
     def _fused_forward(self, q: Array, k: Array, v: Array, drawn: tuple[Any, ...]) -> tuple[Array, Saved]:
-        q, k, v = (x if _row_stride(x) else self._in_rows_of_heads(x) for x in (q, k, v))
+        q, k, v = (x if _stride_of_heads(x) else self._in_rows_of_heads(x) for x in (q, k, v))
         b, h, n_query, head_dim = q.shape
         out = self._new_rows_of_heads(q)
         log_total = self.xp.empty((b * h, n_query), dtype=np.float32)
-        # With TF32, a product of float32 needs one product on tensor cores instead of three.
-        rest = (1 / sqrt(head_dim), int(not self.gemm.tf32), *drawn)
-        sizes = (h, n_query, k.shape[2], *map(_row_stride, (q, k, v)))
-        self._for_tiles("attention_forward", q, 1, (q, k, v, out.swapaxes(1, 2), log_total, *sizes, *rest))
-        return out, FusedSaved((q, k, v, out, log_total, rest))
+        rest = (1 / sqrt(head_dim), *drawn)
+        sizes = (h, n_query, k.shape[2], *map(_stride_of_heads, (q, k, v)))
+        variant = Variant(head_dim, q.dtype != np.float32 or not self.gemm.tf32)
+        self._for_tiles("attention_forward", q, 1, (q, k, v, out.swapaxes(1, 2), log_total, *sizes, *rest), variant)
+        return out, FusedSaved((q, k, v, out, log_total, rest, variant))
 
     def _fused_backward(self, dy: Array, saved: Saved, dq: Array, dk: Array, dv: Array) -> None:
         """Write the gradients to dq, dk and dv, which are views like q, k and v."""
-        q, k, v, out, log_total, rest = saved
+        q, k, v, out, log_total, rest, variant = saved
         dy = dy if dy.swapaxes(1, 2).flags.c_contiguous else self._in_rows_of_heads(dy)
         y, dy = out.swapaxes(1, 2), dy.swapaxes(1, 2)
         sizes = (q.shape[1], q.shape[2], k.shape[2])
         row_terms = self.xp.empty_like(log_total)
-        parts = 2 if q.shape[-1] > WIDE else 1
-        arguments = (q, k, v, y, dy, log_total, row_terms, dq, *sizes, *map(_row_stride, (q, k, v, dq)), *rest)
-        self._for_tiles("attention_backward_queries", q, parts, arguments)
-        arguments = (q, k, v, dy, log_total, row_terms, dk, dv, *sizes, *map(_row_stride, (q, k, v, dk, dv)), *rest)
-        self._for_tiles("attention_backward_keys", k, parts, arguments)
+        parts = 2 if q.shape[-1] > UNDIVIDED else 1
+        arguments = (q, k, v, y, dy, log_total, row_terms, dq, *sizes, *map(_stride_of_heads, (q, k, v, dq)), *rest)
+        self._for_tiles("attention_backward_queries", q, parts, arguments, variant)
+        arguments = (q, k, v, dy, log_total, row_terms, dk, dv, *sizes, *map(_stride_of_heads, (q, k, v, dk, dv)), *rest)
+        self._for_tiles("attention_backward_keys", k, parts, arguments, variant)
 
-    def _for_tiles(self, name: str, x: Array, parts: int, arguments: tuple[Any, ...]) -> None:
+    def _for_tiles(self, name: str, x: Array, parts: int, arguments: tuple[Any, ...], variant: Variant) -> None:
         """Launch a kernel of attention.cu whose result has the rows of x (B, H, n, head_dim)."""
-        b, h, n, head_dim = x.shape
-        self._launch(name, x.dtype.name, (b * h * -(-n // ROWS) * parts, 1), FUSED_THREADS, arguments, head_dim)
+        b, h, n, _ = x.shape
+        self._launch(name, x.dtype.name, (b * h * -(-n // ROWS) * parts, 1), FUSED_THREADS, arguments, variant)
 
     def _new_rows_of_heads(self, x: Array) -> Array:
         """An array of the shape (B, H, n, head_dim) of x; in memory it is (B, n, H, head_dim)."""
@@ -134,10 +137,10 @@ def _sizes(q: Array, k: Array) -> tuple[int, int, int]:
     return prod(q.shape[:-1]), q.shape[-2], k.shape[-2]
 
 
-def _row_stride(x: Array) -> int:
+def _stride_of_heads(x: Array) -> int:
     """The elements from one row of x (B, H, n, head_dim) to the next, for attention.cu; 0 if x has another layout."""
     b, h, n, head_dim = x.shape
     by_batch, by_head, by_row, by_column = (stride // x.itemsize for stride in x.strides)
     stride = by_row if n > 1 else by_batch if b > 1 else h * head_dim
     in_rows = (by_column == 1 or head_dim == 1) and (by_head == head_dim or h == 1) and stride >= h * head_dim
-    return stride if in_rows and (by_batch == n * stride or b == 1) else 0
+    return stride if in_rows and stride < MOST_STRIDE and (by_batch == n * stride or b == 1) else 0

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from math import prod
 from typing import Any
 
 import numpy as np
 
 from npgpt.kernels.cuda.launch import ELEMENTS, Launch
+from npgpt.kernels.cuda.operands import one_stride
 from npgpt.kernels.cuda.products import Gemm, product
 from npgpt.kernels.reference import Array, Kernels
 
@@ -96,12 +96,10 @@ def rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
 def row_stride(x: Array) -> int:
     """The elements from one row of x (..., c) to the next; 0 if that is not one number, or if a row is not contiguous."""
     n, c = rows_and_columns(x.shape)
-    if n < 2 or x.ndim < 2:
-        return c if c < 2 or x.strides[-1] == x.itemsize else 0
-    axes = [(length, stride) for length, stride in zip(x.shape[:-1], x.strides[:-1], strict=True) if length > 1]
-    is_one = all(outer == length * inner for (_, outer), (length, inner) in pairwise(axes))
-    stride = axes[-1][1] // x.itemsize
-    return stride if is_one and stride >= c and (c < 2 or x.strides[-1] == x.itemsize) else 0
+    if c > 1 and x.strides[-1] != x.itemsize:
+        return 0
+    stride = one_stride(list(x.shape[:-1]), [stride // x.itemsize for stride in x.strides[:-1]])
+    return c if n < 2 else stride if stride and stride >= c else 0
 
 
 def has_rows(x: Array) -> bool:

@@ -4,8 +4,8 @@ The kernels are in the `.cu` files beside this file, one family a file. They com
 This file prepares their arguments: memory layout, dtypes, sizes, arrays for results. An operation without a kernel, or with a
 dtype that is not in ELEMENTS, falls back to the reference, which runs on CuPy arrays.
 
-Activations may be bfloat16. Parameters, gradients of parameters, losses and sums are then float32. A weight is rounded to
-bfloat16 where it is multiplied with an activation.
+Activations may be bfloat16. Parameters, gradients of parameters, losses and sums are then float32. Linear layers round their
+weights and biases to bfloat16.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from npgpt.kernels.cuda.base import (
 from npgpt.kernels.cuda.launch import Launch
 from npgpt.kernels.cuda.products import Gemm, product, product_with_bias
 from npgpt.kernels.cuda.random import NO_DROPOUT, dropout_arguments
-from npgpt.kernels.reference import Array, Onto, Saved
+from npgpt.kernels.reference import Array, Onto, Saved, added
 from npgpt.kernels.updates import AdamWStep
 
-MAX_SUM_BLOCKS = 256  # blocks of a sum; each writes one partial sum, or each of its warps
-WIDE = 512  # columns; with more, layer norm has other kernels
+MAX_SUM_BLOCKS = 256  # blocks of the norm of a gradient, and of layer norm's backward pass; each writes partial sums
+MOST_COLUMNS_OF_NORM = 512  # with more, layer norm has other kernels
 MIN_NORM_CHUNK = 8  # the fewest rows of a block of layer norm's backward pass
 MAX_NORM_ROWS = 4096  # rows that layer norm works on at the same time; a warp goes on with other rows
 MIN_CHUNK = 64  # the fewest rows that one thread adds up, one after the other
 MAX_CHUNKS = 65_535  # the largest second dimension of a CUDA grid
-BLOCK_COLUMNS = 256  # columns that a block adds up; see sums.cu
-FEW_BLOCKS = 64  # of columns: more are rare
+BLOCK_COLUMNS = 256  # columns that a block adds up, as in sums.cu
+MOST_BLOCKS = 65_536  # of columns
 MAX_PARTIAL = 1 << 24  # elements of the partial sums of an embedding's gradient
 MOST_IN_CHUNKS = 1024  # rows of an embedding table whose gradient is added up in chunks
 
@@ -54,7 +54,7 @@ class CudaKernels(AttentionKernels):
 
     def __init__(self, xp: Any, launch: Launch, gemm: Gemm) -> None:
         super().__init__(xp, launch, gemm)
-        self._arrived = xp.zeros(0, dtype=np.uint32)  # counts the blocks of a sum; each sum leaves zeros
+        self._arrived = xp.zeros(MOST_BLOCKS, dtype=np.uint32)  # counts the blocks of a sum, which sets it to 0 again
         self._copies: dict[int, tuple[Array, Array]] = {}  # {address of a weight: (the weight, its rounded copy)}
 
     # ---------------------------------------------------------------- rounded weights
@@ -124,15 +124,14 @@ class CudaKernels(AttentionKernels):
     def _column_sums(self, x: Array, onto: Array | None) -> Array:
         """x (n, c) -> (c,), in the dtype of parameters."""
         x, (n, c) = self.xp.ascontiguousarray(x), x.shape
+        if c > MOST_BLOCKS * BLOCK_COLUMNS:
+            return added(x.sum(axis=0, dtype=parameter_dtype(x)), onto)
         y = self.xp.empty(c, dtype=parameter_dtype(x)) if onto is None else onto
         if x.size:
-            blocks, chunk = -(-c // BLOCK_COLUMNS), max(MIN_CHUNK, isqrt(n), -(-n // MAX_CHUNKS))
-            chunks = -(-n // chunk)
-            if len(self._arrived) < blocks:
-                self._arrived = self.xp.zeros(max(blocks, FEW_BLOCKS), dtype=np.uint32)
-            partial = self.xp.empty((chunks, c), dtype=y.dtype)
+            chunk = max(MIN_CHUNK, isqrt(n))
+            partial, grid = self.xp.empty((-(-n // chunk), c), dtype=y.dtype), (-(-c // BLOCK_COLUMNS), -(-n // chunk))
             arguments = (x, y, partial, self._arrived, n, c, chunk, int(onto is not None))
-            self._launch("column_sums", x.dtype.name, (blocks, chunks), THREADS, arguments)
+            self._launch("column_sums", x.dtype.name, grid, THREADS, arguments)
         elif onto is None:
             y[...] = 0
         return y
@@ -331,4 +330,4 @@ class CudaKernels(AttentionKernels):
 
 def _wide(columns: int) -> str:
     """The end of the name of layer norm's kernels."""
-    return "_wide" if columns > WIDE else ""
+    return "_wide" if columns > MOST_COLUMNS_OF_NORM else ""

@@ -1,13 +1,13 @@
-"""Compiling the `.cu` files and launching their kernels on the current GPU. What is launched is decided in kernels.py.
+"""Compiling the `.cu` files and launching their kernels on the current GPU. kernels.py and attention.py say what is launched.
 
-The kernels are in two modules: those of attention, which are compiled for one head_dim, and all others.
+The kernels are in two modules: those of attention, which are compiled for one `Variant`, and all others.
 """
 
 from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -22,17 +22,24 @@ ELEMENTS: dict[str, tuple[str, str, np.dtype]] = {
 OLDEST_TENSOR_CORES = 80  # the compute capability, times ten, of the first GPUs with instructions for bfloat16 and TF32
 
 
-def source(head_dim: int | None = None) -> str:
-    """All kernels of attention for a head_dim, or with None all other kernels, as one text for the compiler."""
-    names = ATTENTION_FILES if head_dim else FILES
+class Variant(NamedTuple):
+    """What the kernels of attention are compiled for."""
+
+    head_dim: int
+    is_exact: bool = True  # in float32: whether products have the precision of float32, or that of TF32
+
+
+def source(variant: Variant | None = None) -> str:
+    """All kernels of attention, or without a variant all other kernels, as one text for the compiler."""
+    names = ATTENTION_FILES if variant else FILES
     return "\n".join((Path(__file__).parent / name).read_text(encoding="utf-8") for name in names)
 
 
-def compiler_options(dtype: str, head_dim: int | None = None) -> tuple[str, ...]:
+def compiler_options(dtype: str, variant: Variant | None = None) -> tuple[str, ...]:
     """The compiler's options for activations of `dtype`."""
     element, accumulator, _ = ELEMENTS[dtype]
     options = ("-std=c++14", f"-DSCALAR={element}", f"-DACCUMULATOR={accumulator}")
-    return (*options, f"-DHEAD_DIM={head_dim}") if head_dim else options
+    return (*options, f"-DHEAD_DIM={variant.head_dim}", f"-DEXACT={int(variant.is_exact)}") if variant else options
 
 
 class Launch(Protocol):
@@ -47,11 +54,11 @@ class Launch(Protocol):
         grid: tuple[int, int],
         threads: int,
         arguments: tuple[Any, ...],
-        head_dim: int | None = None,
+        variant: Variant | None = None,
     ) -> None:
         """Run the kernel `name` for activations of `dtype`, on a grid of blocks of `threads` threads.
 
-        An argument is an array, None (a null pointer), an int (long long) or a float (double). head_dim: for the kernels of
+        An argument is an array, None (a null pointer), an int (long long) or a float (double). variant: for the kernels of
         attention only.
         """
 
@@ -74,13 +81,13 @@ class CudaLaunch:
         grid: tuple[int, int],
         threads: int,
         arguments: tuple[Any, ...],
-        head_dim: int | None = None,
+        variant: Variant | None = None,
     ) -> None:
         given = tuple(np.uint64(0) if a is None else a for a in arguments)
-        self._kernel(name, dtype, head_dim)(grid, (threads,), given)
+        self._kernel(name, dtype, variant)(grid, (threads,), given)
 
-    def _find(self, name: str, dtype: str, head_dim: int | None) -> Any:
-        return self._module(dtype, head_dim).get_function(name)
+    def _find(self, name: str, dtype: str, variant: Variant | None) -> Any:
+        return self._module(dtype, variant).get_function(name)
 
-    def _compile(self, dtype: str, head_dim: int | None) -> Any:
-        return self._cupy.RawModule(code=source(head_dim), options=compiler_options(dtype, head_dim))
+    def _compile(self, dtype: str, variant: Variant | None) -> Any:
+        return self._cupy.RawModule(code=source(variant), options=compiler_options(dtype, variant))

@@ -8,7 +8,7 @@ const int MOST_GROUPS = sizeof(A) > 4 ? 2 : 4;  // of a short row, for each thre
 
 // What a thread has of a row of c elements: every 32nd group. What is past the end is 0.
 template <int N>
-struct Part {
+struct ThreadColumns {
     Group at[N];
 
     __device__ void load(const T* row, long long c) {
@@ -40,7 +40,7 @@ template <int N>
 __device__ void forward_of_short_rows(
     const T* x, const A* weight, const A* bias, T* y, A* mean, A* rstd, long long n, long long c, A eps) {
     for (long long row = row_of_warp(); row < n; row += thread_count() / WARP) {
-        Part<N> part;
+        ThreadColumns<N> part;
         part.load(x + row * c, c);
         A sum = 0, squares = 0;
         #pragma unroll
@@ -54,13 +54,13 @@ __device__ void forward_of_short_rows(
             for (int j = 0; j < GROUP; j++) {
                 A& value = part.at[i].at[j];
                 value -= m;
-                squares += Part<N>::first(i) < c ? value * value : (A)0;
+                squares += ThreadColumns<N>::first(i) < c ? value * value : (A)0;
             }
         A r = 1 / sqrt(warp_sum(squares) / (A)c + eps);
         #pragma unroll
         for (int i = 0; i < N; i++) {
-            long long first = Part<N>::first(i);
-            Group factors, added;  // from the nearest cache; they would fill too many registers
+            long long first = ThreadColumns<N>::first(i);
+            Group factors, added;  // read again for each row: they are in the L1 cache, and registers are short
             factors.load(weight + first, c - first);
             added.load(bias + first, bias ? c - first : 0);
             #pragma unroll
@@ -92,26 +92,32 @@ __device__ inline void forward_of_long_rows(
     }
 }
 
+// FEWEST: of the groups that a thread has of a short row; it may have one more.
+template <int FEWEST>
+__device__ void forward(const T* x, const A* weight, const A* bias, T* y, A* mean, A* rstd, long long n, long long c, A eps) {
+    int groups = groups_of_a_short_row(x, y, c);
+    if (FEWEST <= MOST_GROUPS && groups == FEWEST)
+        forward_of_short_rows<FEWEST>(x, weight, bias, y, mean, rstd, n, c, eps);
+    else if (FEWEST <= MOST_GROUPS && groups == FEWEST + 1)
+        forward_of_short_rows<FEWEST + 1>(x, weight, bias, y, mean, rstd, n, c, eps);
+    else
+        forward_of_long_rows(x, weight, bias, y, mean, rstd, n, c, eps);
+}
+
 extern "C" __global__ void layer_norm_forward(
     const T* x, const A* weight, const A* bias, T* y, A* mean, A* rstd, long long n, long long c, double eps) {
-    int groups = groups_of_a_short_row(x, y, c);
-    if (groups == 1) return forward_of_short_rows<1>(x, weight, bias, y, mean, rstd, n, c, (A)eps);
-    if (groups == 2) return forward_of_short_rows<2>(x, weight, bias, y, mean, rstd, n, c, (A)eps);
-    forward_of_long_rows(x, weight, bias, y, mean, rstd, n, c, (A)eps);
+    forward<1>(x, weight, bias, y, mean, rstd, n, c, eps);
 }
 
 extern "C" __global__ void layer_norm_forward_wide(
     const T* x, const A* weight, const A* bias, T* y, A* mean, A* rstd, long long n, long long c, double eps) {
-    int groups = groups_of_a_short_row(x, y, c);
-    if (MOST_GROUPS > 2 && groups == 3) return forward_of_short_rows<3>(x, weight, bias, y, mean, rstd, n, c, (A)eps);
-    if (MOST_GROUPS > 2 && groups == 4) return forward_of_short_rows<4>(x, weight, bias, y, mean, rstd, n, c, (A)eps);
-    forward_of_long_rows(x, weight, bias, y, mean, rstd, n, c, (A)eps);
+    forward<3>(x, weight, bias, y, mean, rstd, n, c, eps);
 }
 
 // ---------------------------------------------------------------- backward
 //
 // A block works on the rows from `first` to `last`. It also adds up what they give to the gradients of weight and bias, and
-// writes that to its part (2, c) of partial.
+// writes that to its own (2, c) of partial.
 
 template <int N>
 __device__ void backward_of_short_rows(
@@ -119,14 +125,14 @@ __device__ void backward_of_short_rows(
     long long first, long long last, long long c) {
     Group dweight[N] = {}, dbias[N] = {};
     for (long long row = first + threadIdx.x / WARP; row < last; row += blockDim.x / WARP) {
-        Part<N> gradient, part;
+        ThreadColumns<N> gradient, part;
         gradient.load(dy + row * c, c);
         part.load(x + row * c, c);
         A m = mean[row], r = rstd[row], sum_g = 0, sum_g_xhat = 0;
         #pragma unroll
         for (int i = 0; i < N; i++) {
             Group factors;
-            factors.load(weight + Part<N>::first(i), c - Part<N>::first(i));
+            factors.load(weight + ThreadColumns<N>::first(i), c - ThreadColumns<N>::first(i));
             #pragma unroll
             for (int j = 0; j < GROUP; j++) {
                 A d = gradient.at[i].at[j], g = d * factors.at[j], xhat = (part.at[i].at[j] - m) * r;  // d is 0 past the end
@@ -185,27 +191,31 @@ __device__ inline void backward_of_long_rows(
     }
 }
 
-// dx comes from an allocator: if dy and x begin at a multiple of 16 bytes, so does dx.
+template <int FEWEST>
+__device__ void backward(
+    const T* dy, const T* x, const A* weight, const A* mean, const A* rstd, T* dx, A* partial, long long n, long long c,
+    long long chunk, ColumnSums sums[2]) {
+    long long first = blockIdx.x * chunk, last = first + chunk < n ? first + chunk : n;
+    partial += 2 * blockIdx.x * c;
+    int groups = groups_of_a_short_row(dy, x, c);  // dx comes from an allocator: it begins at a multiple of 16 bytes
+    if (FEWEST <= MOST_GROUPS && groups == FEWEST)
+        backward_of_short_rows<FEWEST>(dy, x, weight, mean, rstd, dx, partial, sums, first, last, c);
+    else if (FEWEST <= MOST_GROUPS && groups == FEWEST + 1)
+        backward_of_short_rows<FEWEST + 1>(dy, x, weight, mean, rstd, dx, partial, sums, first, last, c);
+    else
+        backward_of_long_rows(dy, x, weight, mean, rstd, dx, partial, first, last, c);
+}
+
 extern "C" __global__ void layer_norm_backward(
     const T* dy, const T* x, const A* weight, const A* mean, const A* rstd, T* dx, A* partial, long long n, long long c,
     long long chunk) {
     __shared__ ColumnSums sums[2];
-    long long first = blockIdx.x * chunk, last = first + chunk < n ? first + chunk : n;
-    partial += 2 * blockIdx.x * c;
-    int groups = groups_of_a_short_row(dy, x, c);
-    if (groups == 1) return backward_of_short_rows<1>(dy, x, weight, mean, rstd, dx, partial, sums, first, last, c);
-    if (groups == 2) return backward_of_short_rows<2>(dy, x, weight, mean, rstd, dx, partial, sums, first, last, c);
-    backward_of_long_rows(dy, x, weight, mean, rstd, dx, partial, first, last, c);
+    backward<1>(dy, x, weight, mean, rstd, dx, partial, n, c, chunk, sums);
 }
 
 extern "C" __global__ void layer_norm_backward_wide(
     const T* dy, const T* x, const A* weight, const A* mean, const A* rstd, T* dx, A* partial, long long n, long long c,
     long long chunk) {
     __shared__ ColumnSums sums[2];
-    long long first = blockIdx.x * chunk, last = first + chunk < n ? first + chunk : n;
-    partial += 2 * blockIdx.x * c;
-    int groups = groups_of_a_short_row(dy, x, c);
-    if (MOST_GROUPS > 2 && groups == 3) return backward_of_short_rows<3>(dy, x, weight, mean, rstd, dx, partial, sums, first, last, c);
-    if (MOST_GROUPS > 2 && groups == 4) return backward_of_short_rows<4>(dy, x, weight, mean, rstd, dx, partial, sums, first, last, c);
-    backward_of_long_rows(dy, x, weight, mean, rstd, dx, partial, first, last, c);
+    backward<3>(dy, x, weight, mean, rstd, dx, partial, n, c, chunk, sums);
 }

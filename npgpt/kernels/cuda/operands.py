@@ -17,11 +17,6 @@ class Operand(NamedTuple):
     stride: int  # elements from one matrix to the next
 
 
-def check(status: int) -> None:
-    if status:
-        raise RuntimeError(f"cuBLAS answered with status {status}; https://docs.nvidia.com/cuda/cublas/ lists them")
-
-
 def operand(xp: Any, x: Array) -> Operand:
     """The transposes of the matrices x (..., rows, columns). Copies x if BLAS cannot read it where it is."""
     found = _in_place_operand(x)
@@ -38,7 +33,7 @@ def _in_place_operand(x: Array) -> Operand | None:
     strides = [stride // x.itemsize for stride in x.strides]
     if any(stride % x.itemsize for stride in x.strides) or min(strides) < 0:
         return None
-    stride = _one_stride(lead, strides[:-2])
+    stride = one_stride(lead, strides[:-2])
     by_row, by_column = strides[-2:]
     if stride is None:
         return None
@@ -49,8 +44,8 @@ def _in_place_operand(x: Array) -> Operand | None:
     return None
 
 
-def _one_stride(lead: list[int], strides: list[int]) -> int | None:
-    """The distance from each matrix to the next; None if it is not the same for all."""
+def one_stride(lead: list[int], strides: list[int]) -> int | None:
+    """The distance from each part to the next, for parts that leading axes number; None if it is not the same for all."""
     axes = [(n, stride) for n, stride in zip(lead, strides, strict=True) if n > 1]
     if not axes:
         return 0

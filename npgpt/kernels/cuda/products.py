@@ -8,13 +8,13 @@ and it can round float32 operands to TF32.
 from __future__ import annotations
 
 import ctypes
-import sys
 from math import prod
 from typing import Any, Protocol
 
 import numpy as np
 
-from npgpt.kernels.cuda.operands import Operand, check, operand
+from npgpt.kernels.cuda.cublas import check, loaded_library
+from npgpt.kernels.cuda.operands import Operand, operand
 from npgpt.kernels.cuda.products_with_bias import CublasLt
 from npgpt.kernels.reference import Array
 
@@ -46,7 +46,7 @@ class CublasGemm:
         self.tf32 = False
         cublas, runtime = cupy.cuda.cublas, cupy.cuda.runtime
         version = runtime.runtimeGetVersion()
-        self._library = _cublas(cublas, version)
+        self._library = _library(cublas, version)
         self._gemm, self._current_stream = self._library.cublasGemmStridedBatchedEx, cupy.cuda.get_current_stream
         self._handle, self._stream = cublas.create(), -1  # no stream yet
         self._workspace = cupy.empty(WORKSPACE, dtype=np.uint8)
@@ -95,10 +95,8 @@ class CublasGemm:
         return operand.array.data.ptr, self._kinds[operand.array.dtype.name], operand.leading, operand.stride
 
 
-def _cublas(extension: Any, version: int) -> ctypes.CDLL:
-    """The cuBLAS that CuPy has loaded. extension: CuPy's module for it. version: of CUDA, such as 13020."""
-    # Elsewhere than on Windows, a search in a library also finds the functions of the libraries that it needs.
-    library = ctypes.CDLL(f"cublas64_{version // 1000}.dll" if sys.platform == "win32" else extension.__file__)
+def _library(cublas: Any, version: int) -> ctypes.CDLL:
+    library = loaded_library(cublas, "cublas", version)
     pointer, integer = ctypes.c_void_p, ctypes.c_int
     sizes: list[Any] = [pointer, *[integer] * 5]  # handle, transposed, transposed, m, n, k
     matrix: list[Any] = [pointer, integer, integer, ctypes.c_longlong]  # address, type, leading dimension, stride

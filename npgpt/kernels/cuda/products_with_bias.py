@@ -1,16 +1,16 @@
 """Matrix products with a bias in one launch, through cuBLASLt. products.py calls this, and has the products without a bias.
 
 cuBLASLt takes a description of a product, proposes an algorithm for it, and runs that algorithm. Descriptions and algorithms
-are kept. The constants are those of cublasLt.h.
+are kept, about a kilobyte for each shape. The constants are those of cublasLt.h.
 """
 
 from __future__ import annotations
 
 import ctypes
-import sys
 from typing import Any, NamedTuple
 
-from npgpt.kernels.cuda.operands import Operand, check
+from npgpt.kernels.cuda.cublas import check, loaded_library
+from npgpt.kernels.cuda.operands import Operand
 from npgpt.kernels.reference import Array
 
 TRANSPOSE_A, TRANSPOSE_B, EPILOGUE, BIAS_POINTER, BIAS_TYPE = 3, 4, 7, 8, 26  # of cublasLtMatmulDescAttributes_t
@@ -33,7 +33,7 @@ class Plan(NamedTuple):
 
 
 class CublasLt:
-    """out (m, n) = a (m, k) @ b (k, n) + bias (m,) for each column, on a given stream."""
+    """out (m, n) = a (m, k) @ b (k, n) + bias (m,) for each column, on a given stream. Only one thread may call it."""
 
     def __init__(self, cublas: Any, version: int, workspace: Array) -> None:
         """cublas: CuPy's module for cuBLAS. version: of CUDA, such as 13020. workspace: bytes that a product may write to."""
@@ -89,6 +89,7 @@ class CublasLt:
         algorithm, found = ctypes.create_string_buffer(SIZE_OF_RESULT), ctypes.c_int(0)
         arguments = (product, *described, described[-1], preference, 1, algorithm, ctypes.byref(found))
         status = library.cublasLtMatmulAlgoGetHeuristic(self._handle, *arguments)
+        check(library.cublasLtMatmulPreferenceDestroy(preference))
         return Plan(product, described, algorithm) if status == 0 and found.value else None
 
     def _describe(self, product: ctypes.c_void_p, name: int, value: Any) -> None:
@@ -96,14 +97,14 @@ class CublasLt:
 
 
 def _library(cublas: Any, version: int) -> ctypes.CDLL:
-    """The cuBLASLt that CuPy's cuBLAS has loaded; compare with products.py."""
-    library = ctypes.CDLL(f"cublasLt64_{version // 1000}.dll" if sys.platform == "win32" else cublas.__file__)
+    library = loaded_library(cublas, "cublasLt", version)
     pointer, integer, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t
     library.cublasLtCreate.argtypes = [pointer]
     library.cublasLtMatmulDescCreate.argtypes = [pointer, integer, integer]
     library.cublasLtMatmulDescSetAttribute.argtypes = [pointer, integer, pointer, size]
     library.cublasLtMatrixLayoutCreate.argtypes = [pointer, integer, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int64]
     library.cublasLtMatmulPreferenceCreate.argtypes = [pointer]
+    library.cublasLtMatmulPreferenceDestroy.argtypes = [pointer]
     library.cublasLtMatmulPreferenceSetAttribute.argtypes = [pointer, integer, pointer, size]
     library.cublasLtMatmulAlgoGetHeuristic.argtypes = [*[pointer] * 7, integer, pointer, pointer]
     library.cublasLtMatmul.argtypes = [*[pointer] * 14, size, pointer]

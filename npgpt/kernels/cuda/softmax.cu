@@ -1,4 +1,4 @@
-// Softmax, fused with the operations around it: in causal attention and in the cross-entropy.
+// Softmax, fused with the operations around it: in the cross-entropy, and in causal attention where attention.cu does not apply.
 
 // p = softmax(scale * scores) over the keys a query may see. If kept is not null, kept = dropout(p). scores, p and kept are
 // (n, n_key), one row for each query. Row r belongs to query r % n_query; the queries are the last n_query of n_key
@@ -21,12 +21,14 @@ extern "C" __global__ void causal_softmax_forward(
         }
     }
     top = warp_max(top);
+    if (top < 0 && top - top != 0) top = 0;  // all scores are -inf: the probabilities become 0, and not NaN
     for (long long first = lane() * GROUP; first < seen; first += WARP * GROUP) {
         values.load(scores + first, n_key - first);
         #pragma unroll
         for (int j = 0; j < GROUP; j++) total += first + j < seen ? fast_exp((A)scale * values.at[j] - top) : (A)0;
     }
-    A factor = 1 / warp_sum(total);
+    total = warp_sum(total);
+    A factor = total > 0 ? 1 / total : total;
     for (long long first = lane() * GROUP; first < n_key; first += WARP * GROUP) {
         long long count = n_key - first;
         values.load(scores + first, first < seen ? count : 0);
@@ -42,7 +44,8 @@ extern "C" __global__ void causal_softmax_forward(
     }
 }
 
-// Input: dkept, the gradient of kept. Output: dscores, the gradient of scores. With threshold 0 there was no dropout. dscores may be the same array as dkept.
+// Input: dkept, the gradient of kept. Output: dscores, the gradient of scores. With threshold 0 there was no dropout. dscores may be
+// the same array as dkept.
 extern "C" __global__ void causal_softmax_backward(
     const T* dkept, const T* p, T* dscores, long long n, long long n_query, long long n_key, double scale,
     const unsigned long long* key, long long use, long long threshold, double kept_scale) {

@@ -1,5 +1,5 @@
-// Small matrices that a warp holds in its registers, their products on tensor cores, and copies to shared memory that go on while
-// threads compute. What is multiplied is decided in attention.cu.
+// Small matrices that a warp holds in its registers, their products on tensor cores, and asynchronous copies to shared memory.
+// What is multiplied is decided in attention.cu.
 //
 // The 32 threads of a warp are 8 groups of 4. "PTX ISA", sections on mma and ldmatrix, says which thread holds which elements:
 //
@@ -42,6 +42,13 @@ __device__ inline unsigned round_to_bfloat16(float first, float second) {
     unsigned both;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
     return both;
+}
+
+// A number, rounded to TF32, ties away from zero.
+__device__ inline unsigned round_to_tf32(float x) {
+    unsigned rounded;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(x));
+    return rounded;
 }
 
 // 2^x, with an error of a few units of the last place. Numbers too small for 24 bits become 0.
@@ -150,33 +157,31 @@ __device__ inline void load_right(Pair<float> right[2], const float* from, int s
 
 // ---------------------------------------------------------------- products
 
-__device__ inline void multiply(Sum& sum, const Pair<bfloat16> left[4], const Pair<bfloat16> right[2], bool) {
+__device__ inline void multiply(Sum& sum, const Pair<bfloat16> left[4], const Pair<bfloat16> right[2]) {
     const unsigned left_bits[4] = {left[0].bits, left[1].bits, left[2].bits, left[3].bits};
     const unsigned right_bits[2] = {right[0].bits, right[1].bits};
     multiply_bfloat16(sum.at, left_bits, right_bits);
 }
 
-// The numbers of TF32 that are nearest to x and, in `rest`, to what is missing of it.
-__device__ inline unsigned round_to_tf32(float x, unsigned& rest) {
+// Splits x into a number of TF32 and the rest. Products ignore the last 13 bits of both. If x is NaN, so is the rest.
+__device__ inline unsigned split(float x, unsigned& rest) {
     unsigned near = (__float_as_uint(x) + 0x1000u) & 0xffffe000u;
-    rest = (__float_as_uint(x - __uint_as_float(near)) + 0x1000u) & 0xffffe000u;
+    rest = __float_as_uint(x - __uint_as_float(near));
     return near;
 }
 
-// With `exact`, each number is the sum of two of TF32, and only the product of the two small ones is left out. Then the error is
-// about that of float32. The order of the 16 terms differs from that for bfloat16; it is the same in both factors.
-__device__ inline void multiply(Sum& sum, const Pair<float> left[4], const Pair<float> right[2], bool exact) {
+// If EXACT, each number is the sum of two of TF32, and only the product of the two small ones is left out. Then the error is about
+// that of float32. The 16 terms are in another order than in bfloat16, the same in left and right.
+__device__ inline void multiply(Sum& sum, const Pair<float> left[4], const Pair<float> right[2]) {
     #pragma unroll
     for (int half = 0; half < 2; half++) {
         const Pair<float>*l = left + 2 * half, *r = right + half;
+        const float l_numbers[4] = {l[0].first(), l[1].first(), l[0].second(), l[1].second()};
+        const float r_numbers[2] = {r->first(), r->second()};
         unsigned l_near[4], l_rest[4], r_near[2], r_rest[2];
-        l_near[0] = round_to_tf32(l[0].first(), l_rest[0]);
-        l_near[1] = round_to_tf32(l[1].first(), l_rest[1]);
-        l_near[2] = round_to_tf32(l[0].second(), l_rest[2]);
-        l_near[3] = round_to_tf32(l[1].second(), l_rest[3]);
-        r_near[0] = round_to_tf32(r->first(), r_rest[0]);
-        r_near[1] = round_to_tf32(r->second(), r_rest[1]);
-        if (exact) {
+        for (int i = 0; i < 4; i++) l_near[i] = EXACT ? split(l_numbers[i], l_rest[i]) : round_to_tf32(l_numbers[i]);
+        for (int i = 0; i < 2; i++) r_near[i] = EXACT ? split(r_numbers[i], r_rest[i]) : round_to_tf32(r_numbers[i]);
+        if (EXACT) {
             multiply_tf32(sum.at, l_rest, r_near);
             multiply_tf32(sum.at, l_near, r_rest);
         }

@@ -56,7 +56,7 @@ __device__ inline void get_tiles(
     }
 }
 
-// The other way, for the columns from `left` to `right`.
+// Write the columns from `left` to `right` of a tile to memory.
 __device__ inline void store_tile(T* to, int stride, int first, int rows, const Tile& tile, int left, int right) {
     const int groups = (right - left) / (int)GROUP;
     to += (long long)first * stride;
@@ -94,19 +94,19 @@ __device__ inline void read_rows(Left rows[D / 16], const Tile& tile, int row) {
 }
 
 // sum (16, 8) += left (16, D) @ the transpose of 8 rows, from row `row` of a tile on.
-__device__ inline void multiply_rows(Sum& sum, const Left left[D / 16], const Tile& tile, int row, bool exact) {
+__device__ inline void multiply_rows(Sum& sum, const Left left[D / 16], const Tile& tile, int row) {
     #pragma unroll
     for (int i = 0; i < D / 16; i++)
-        multiply(sum, left[i].at, Right::transposed(tile.at + row * STRIDE + 16 * i, STRIDE).at, exact);
+        multiply(sum, left[i].at, Right::transposed(tile.at + row * STRIDE + 16 * i, STRIDE).at);
 }
 
 // sums (16, 8 N) += left (16, 16) @ 16 rows, from row `row` of a tile on, and 8 N columns, from column `column` on.
 template <int N>
-__device__ inline void multiply_columns(Sum sums[N], const Left& left, const Tile& tile, int row, int column, bool exact) {
+__device__ inline void multiply_columns(Sum sums[N], const Left& left, const Tile& tile, int row, int column) {
     #pragma unroll
     for (int n = 0; n < N; n++) {
         Right right;
         load_right(right.at, tile.at + row * STRIDE + column + 8 * n, STRIDE);
-        multiply(sums[n], left.at, right.at, exact);
+        multiply(sums[n], left.at, right.at);
     }
 }
