@@ -63,7 +63,7 @@ def library(dtype, variant=None):
 VIEWS = {
     "copy": ("x", "y"),
     "cross_entropy_forward": ("logits",),
-    "cross_entropy_backward": ("logits", "dlogits"),
+    "cross_entropy_backward": ("logits",),
     "attention_forward": ("q", "k", "v"),
     "attention_backward_queries": ("q", "k", "v", "dq"),
     "attention_backward_keys": ("q", "k", "v", "dk", "dv"),
@@ -107,6 +107,7 @@ class Gemm:
 
     def __call__(self, a: Operand, b: Operand, out: Operand, sizes, count, add):
         m, n, k = sizes
+        assert out.array.flags.c_contiguous
         assert not out.transposed
         left, right, result = (
             self._matrices(operand, *shape, count) for operand, shape in ((a, (m, k)), (b, (k, n)), (out, (m, n)))

@@ -32,7 +32,7 @@ from npgpt.kernels.cuda.base import (
     rows_and_columns,
 )
 from npgpt.kernels.cuda.launch import Launch
-from npgpt.kernels.cuda.products import Gemm, product, product_with_bias
+from npgpt.kernels.cuda.products import Gemm, product_with_bias
 from npgpt.kernels.cuda.random import NO_DROPOUT, dropout_arguments
 from npgpt.kernels.reference import Array, Onto, Saved, added
 from npgpt.kernels.updates import AdamWStep
@@ -45,6 +45,7 @@ MIN_CHUNK = 64  # the fewest rows that one thread adds up, one after the other
 MAX_CHUNKS = 65_535  # the largest second dimension of a CUDA grid
 BLOCK_COLUMNS = 256  # columns that a block adds up, as in sums.cu
 MOST_BLOCKS = 65_536  # of columns
+MOST_UNPADDED = 1024  # columns of a product without a bias; with more, zeros are added so that tensor cores are fast
 MAX_PARTIAL = 1 << 24  # elements of the partial sums of an embedding's gradient
 MOST_IN_CHUNKS = 1024  # rows of an embedding table whose gradient is added up in chunks
 
@@ -90,36 +91,42 @@ class CudaKernels(AttentionKernels):
         if not (are_activations(x) and fit_activations(x, weight, bias)):
             return super().linear_forward(x, weight, bias)
         rows, rounded = x.reshape(prod(x.shape[:-1]), x.shape[-1]), self._rounded(weight, x.dtype)
-        y = None
+        y, columns = None, weight.shape[1]
         if bias is not None:
             bias = self.xp.ascontiguousarray(bias)
             y = product_with_bias(self.xp, self.gemm, rows, rounded, self._rounded(bias, x.dtype))
+        elif columns > MOST_UNPADDED and columns % _unit(x.dtype):
+            rounded = self._padded(rounded)
         if y is None:
-            # The logits have no bias, and often an odd number of columns.
-            out = self._aligned_rows(len(rows), rounded.shape[1], x.dtype) if bias is None else None
-            y = product(self.xp, self.gemm, rows, rounded, out=out)
+            y = self._product(rows, rounded)
             if bias is not None and y.size:
                 self._for_groups("add_bias", y.dtype, y.shape, (y, bias, *y.shape))
-        return y.reshape(*x.shape[:-1], weight.shape[-1]), CudaSaved((rows, rounded, x.shape))
+        return y[:, :columns].reshape(*x.shape[:-1], columns), CudaSaved((rows, rounded, x.shape, columns))
 
     def linear_backward(
         self, dy: Array, saved: Saved, needs: tuple[bool, bool, bool] = (True, True, True), onto: Onto = (None, None)
     ) -> tuple[Array | None, Array | None, Array | None]:
         if not isinstance(saved, CudaSaved):
             return super().linear_backward(dy, saved, needs, onto)
-        rows, weight, x_shape = saved
-        dy = dy.reshape(len(rows), weight.shape[-1])
+        rows, weight, x_shape, columns = saved
+        dy, dtype = dy.reshape(len(rows), columns), parameter_dtype(rows)
+        dbias = self._column_sums(dy, onto[1]) if needs[2] else None
+        if weight.shape[1] > columns:
+            dy = self._padded(dy)
+            dweight = added(self._product(rows.T, dy, dtype)[:, :columns], onto[0]) if needs[1] else None
+        else:
+            dweight = self._product(rows.T, dy, dtype, onto[0]) if needs[1] else None
         dx = self._product(dy, weight.T).reshape(x_shape) if needs[0] else None
-        dweight = self._product(rows.T, dy, parameter_dtype(rows), onto[0]) if needs[1] else None
-        return dx, dweight, self._column_sums(dy, onto[1]) if needs[2] else None
+        return dx, dweight, dbias
 
-    def _aligned_rows(self, n: int, c: int, dtype: np.dtype) -> Array:
-        """A new array (n, c) whose rows begin at multiples of 16 bytes, with unused memory between them if necessary.
-
-        Products of other matrices take longer on tensor cores.
-        """
-        unit = 16 // dtype.itemsize
-        return self.xp.empty((n, -(-c // unit) * unit), dtype=dtype)[:, :c]
+    def _padded(self, x: Array) -> Array:
+        """x (n, c) with zeros on the right, so that each row fills a multiple of 16 bytes. If x is transposed, so is the result."""
+        n, c = x.shape
+        width = c + -c % _unit(x.dtype)
+        is_transposed = x.strides[0] < x.strides[1]
+        y = self.xp.zeros((width, n), dtype=x.dtype).T if is_transposed else self.xp.zeros((n, width), dtype=x.dtype)
+        y[:, :c] = x
+        return y
 
     def _column_sums(self, x: Array, onto: Array | None) -> Array:
         """x (n, c) -> (c,), in the dtype of parameters."""
@@ -296,11 +303,10 @@ class CudaKernels(AttentionKernels):
             return super().cross_entropy_backward(dy, saved)
         logits, targets, largest, log_total = saved
         n, v = rows_and_columns(logits.shape)
-        dlogits = self._aligned_rows(n, v, logits.dtype)
-        strides = row_stride(logits), row_stride(dlogits)
-        arguments = (self.xp.ascontiguousarray(dy), logits, targets, largest, log_total, dlogits, n, v, *strides)
+        dlogits = self.xp.empty(logits.shape, dtype=logits.dtype)
+        arguments = (self.xp.ascontiguousarray(dy), logits, targets, largest, log_total, dlogits, n, v, row_stride(logits))
         self._for_rows("cross_entropy_backward", logits.dtype, n, arguments)
-        return dlogits.reshape(logits.shape)
+        return dlogits
 
     # ---------------------------------------------------------------- clipping, AdamW
     #
@@ -326,6 +332,11 @@ class CudaKernels(AttentionKernels):
         sizes = (parameter.size, parameter.size if n_decay is None else n_decay)
         arguments = (*arrays, scale, *sizes, *map(float, rates))
         self._for_elements("adamw", parameter.dtype, parameter.size, arguments)
+
+
+def _unit(dtype: np.dtype) -> int:
+    """The number of elements in 16 bytes."""
+    return 16 // dtype.itemsize
 
 
 def _wide(columns: int) -> str:

@@ -107,18 +107,14 @@ def _library(cublas: Any, version: int) -> ctypes.CDLL:
     return library
 
 
-def product(
-    xp: Any, gemm: Gemm, a: Array, b: Array, dtype: Any = None, onto: Array | None = None, out: Array | None = None
-) -> Array:
+def product(xp: Any, gemm: Gemm, a: Array, b: Array, dtype: Any = None, onto: Array | None = None) -> Array:
     """a (..., rows, inner) @ b (..., inner, columns) -> (..., rows, columns), or added to the contiguous array `onto`.
 
-    a and b have one dtype and equal leading axes. `dtype` is that of the result, by default theirs. out: an array for the
-    result; between its rows, but not between its matrices, there may be unused memory.
+    a and b have one dtype and equal leading axes. `dtype` is that of the result, by default theirs.
     """
     *lead, rows, inner = a.shape
     columns = b.shape[-1]
-    if out is None:
-        out = xp.empty((*lead, rows, columns), dtype=dtype or a.dtype) if onto is None else onto
+    out = xp.empty((*lead, rows, columns), dtype=dtype or a.dtype) if onto is None else onto
     if out.size == 0 or inner == 0:
         if onto is None:
             out[...] = 0
@@ -126,7 +122,7 @@ def product(
     # Arrays here are stored row by row, and BLAS reads column by column: it sees their transposes. So this call computes
     # b^T @ a^T, which is (a @ b)^T.
     first, second = operand(xp, b), operand(xp, a)
-    result = Operand(out, False, out.strides[-2] // out.itemsize, rows * columns)
+    result = Operand(out, False, columns, rows * columns)
     gemm(first, second, result, (columns, rows, inner), prod(lead), onto is not None)
     return out
 

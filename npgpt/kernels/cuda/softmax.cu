@@ -108,14 +108,14 @@ extern "C" __global__ void cross_entropy_forward(
     }
 }
 
-// dlogits = dy (p - onehot(target)). The rows of dlogits are `to_stride` elements apart.
+// dlogits = dy (p - onehot(target)), contiguous.
 extern "C" __global__ void cross_entropy_backward(
     const A* dy, const T* logits, const long long* targets, const A* largest, const A* log_total, T* dlogits, long long n,
-    long long v, long long stride, long long to_stride) {
+    long long v, long long stride) {
     long long row = row_of_warp();
     if (row >= n) return;
     logits += row * stride;
-    dlogits += row * to_stride;
+    dlogits += row * v;
     A d = dy[row], top = largest[row], log_sum = log_total[row];
     Group values;
     for (long long first = lane() * GROUP; first < v; first += WARP * GROUP) {
