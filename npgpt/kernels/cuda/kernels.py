@@ -120,7 +120,7 @@ class CudaKernels(AttentionKernels):
         return dx, dweight, dbias
 
     def _padded(self, x: Array) -> Array:
-        """x (n, c) with zeros on the right, so that each row fills a multiple of 16 bytes. If x is transposed, so is the result."""
+        """x (n, c) with zeros on the right, up to a multiple of 16 bytes in each row. If x is transposed, so is the result."""
         n, c = x.shape
         width = c + -c % _unit(x.dtype)
         is_transposed = x.strides[0] < x.strides[1]
