@@ -8,7 +8,6 @@
 #include <ucontext.h>
 
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <functional>
@@ -180,7 +179,8 @@ static unsigned round_to_tf32(float x) {
 
 static float fast_exp2(float x) { return std::exp2(x); }
 
-// A copy happens when its thread waits for it, which is as late as it can be.
+// A copy happens when its thread waits for it, which is as late as it can be. Where the addresses are no multiples of 16, a GPU
+// stops with an error; here the copy is NaN.
 struct Copy {
     void* to;
     const void* from;
@@ -189,7 +189,6 @@ struct Copy {
 static std::vector<std::deque<std::vector<Copy>>> batches;  // of each thread; the last one is open
 
 static void begin_to_copy(void* to, const void* from, int count) {
-    if ((size_t)to % 16 || (count && (size_t)from % 16)) std::abort();
     batches[threadIdx.x].back().push_back({to, from, count});
 }
 
@@ -200,8 +199,9 @@ static void wait_for_batches() {
     auto& mine = batches[threadIdx.x];
     for (; mine.size() > N + 1; mine.pop_front())
         for (const Copy& copy : mine.front()) {
-            std::memset(copy.to, 0, 16);
-            std::memcpy(copy.to, copy.from, copy.count);
+            bool are_aligned = (size_t)copy.to % 16 == 0 && (copy.count == 0 || (size_t)copy.from % 16 == 0);
+            std::memset(copy.to, are_aligned ? 0 : 0xff, 16);
+            if (are_aligned) std::memcpy(copy.to, copy.from, copy.count);
         }
 }
 
