@@ -35,7 +35,9 @@ def print_banner(trainer: Trainer, corpus: Corpus, files: RunFiles, base: str | 
     c = model.config
     say(f"model   {model.num_parameters():,} parameters: n_layer {c.n_layer}, n_head {c.n_head}, n_embd {c.n_embd},", end=" ")
     say(f"block_size {c.block_size}, dropout {c.dropout:g}, {c.activation}, {c.position} positions")
-    say(f"run     {config.steps:,} steps of {config.batch_size} x {c.block_size} tokens on {model.backend.name},", end=" ")
+    precision = " in bfloat16" if config.bf16 else " in TF32" if config.tf32 else ""
+    say(f"run     {config.steps:,} steps of {config.batch_size} x {c.block_size} tokens", end=" ")
+    say(f"on {model.backend.name}{precision},", end=" ")
     say(f"{config.optimizer}, seed {config.seed}, log in {files.log}")
     if model.backend.is_cpu:
         cores = core_limit()

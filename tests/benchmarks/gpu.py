@@ -8,6 +8,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -198,11 +199,13 @@ def main():
     parser.add_argument("--rounds", type=int, default=6, help="number of turns of each contender")
     parser.add_argument("--seconds", type=float, default=150, help="longest time of the tests, and of the training run")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "gpu.json", help="the file for the figures")
-    args, extra = parser.parse_known_args()
+    parser.add_argument("train", nargs="*", help="after --: arguments of `npgpt train` for the training run")
+    args = parser.parse_args()
     try:
         cupy = select("cuda").xp
     except DeviceError as error:
-        sys.exit(f"make gpu: {error}")
+        without_advice = re.sub("[;,] (or )?use --device cpu", "", str(error))  # that is advice for `npgpt train`
+        sys.exit(f"make gpu: {without_advice}; `make test` checks the kernels without a GPU")
     shakespeare = ROOT / "data" / "tinyshakespeare.txt"
     text = args.text or str(shakespeare if shakespeare.exists() else ROOT / "data" / "tiny.txt")
 
@@ -212,7 +215,7 @@ def main():
         "tests": lambda: tests(args.seconds),
         "training": lambda: speed(args.rounds),
         "kernels": lambda: kernels(cupy),
-        "run": lambda: run_to_a_loss(text, args.seconds, extra),
+        "run": lambda: run_to_a_loss(text, args.seconds, args.train),
         "ranks": lambda: several(cupy, text),
     }
     missed = []

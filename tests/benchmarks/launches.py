@@ -76,6 +76,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--float32", action="store_true", help="in float32 instead of bfloat16")
     args = parser.parse_args()
+    if not args.float32:
+        try:
+            backend.bfloat16()
+        except backend.DeviceError as error:
+            sys.exit(f"launches.py: {error}, or give --float32")
     rows = count_step(ON_A_GPU["char, batch 64"], not args.float32)
     for (who, name), (n, size) in sorted(rows.items(), key=lambda row: -row[1][1]):
         print(f"{who:7} {name:32} {n:4} launches {size / 1e6:10,.0f} MB")

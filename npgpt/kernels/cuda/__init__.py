@@ -11,4 +11,7 @@ Which operation launches which kernel: kernels.py, and attention.py for attentio
     attention.cu            attention on tensor cores, with tiles.cu and tensor_cores.cu
     products.py             products by cuBLAS, with operands.py, products_with_bias.py and cublas.py
     random.py recording.py  random generators; CUDA graphs
+
+Each .cu file uses what the files before it define; launch.py has their order. T is the type of activations, A that of sums, and
+GROUP the number of neighbouring elements that a thread works on.
 """

@@ -7,11 +7,15 @@
 // q, k, v and their gradients are (batch, n, heads, HEAD_DIM), with `stride` elements from one of the n rows to the next; the
 // heads of a row lie side by side. out and dout are contiguous. The n_query queries are the last of the n_key positions.
 // Heads of sequences are counted together, and arrays with a number for each query are (batch * heads, n_query).
+//
+// This file follows common.cu, tensor_cores.cu and tiles.cu.
 
-const int PARTS = D > 64 ? 2 : 1;  // on the way back, a block computes 1 / PARTS of the columns
+// On the way back, a block computes 1 / PARTS of the columns, so that its sums fit into registers. Each part computes the scores.
+const int PARTS = D > 64 ? 2 : 1;
 const int COLUMNS = D / PARTS;
 
-// How many blocks a multiprocessor should hold at once. The compiler gives each thread fewer registers for it.
+// How many blocks a multiprocessor should hold at once. The compiler gives each thread fewer registers for it; with more blocks than
+// these, some would not fit.
 const int BLOCKS = D > 64 || sizeof(T) > 2 ? 2 : 4;
 const int BLOCKS_OF_KEYS = BLOCKS < 3 ? BLOCKS : 3;
 
@@ -41,7 +45,8 @@ struct Place {
     }
 };
 
-// Exponentials and logarithms: of base 2 in bfloat16, where the hardware's approximation is enough, and else of base e.
+// Exponentials and logarithms: of base 2 in bfloat16, where the hardware's approximation is enough, and else of base e. A score times
+// `unit` is an exponent for `power`, and log_total is a logarithm of that base.
 const A LOG_OF_BASE = sizeof(T) == 2 ? (A)0.6931471805599453 : (A)1;
 
 __device__ inline A power(A x) { return sizeof(T) == 2 ? fast_exp2(x) : exp(x); }
@@ -85,7 +90,8 @@ struct Mask {
 // For each query: `top` is the largest score so far, `total` the sum of exp(score - top), `sums` the sum of exp(score - top) v.
 // When a larger score comes, they are multiplied by exp(top - new top). Scores have no scale; the exponentials apply it.
 //
-// A query past the end sees zeros past the last key. Its results are not stored. On the way back, it adds products with zeros.
+// Queries past the end are zeros in a tile, and see zeros past the last key. Nothing of them is stored, and on the way back, what they
+// add to keys and values is 0.
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_forward(
     const T* q, const T* k, const T* v, T* out, A* log_total, long long heads, long long n_query, long long n_key,
@@ -175,7 +181,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_forward(
     #pragma unroll
     for (int i = 0; i < 2; i++) {
         total[i] = sum_of_four(total[i]);
-        bool sees_something = total[i] > 0;  // else all scores are -inf: the probabilities are 0, here and on the way back
+        // A total is 0 if all scores are -inf. Then the probabilities are 0, here and on the way back. A total of NaN stays NaN.
+        bool sees_something = total[i] > 0;
         factors[i] = sees_something ? (A)kept_scale / total[i] : total[i];
         if (lane() % 4 == 0 && query + 8 * i < n_query)
             log_total[place.head * n_query + query + 8 * i] =
@@ -190,7 +197,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_forward(
 // ---------------------------------------------------------------- backward
 //
 // With p = exp(score - log_total) and dp = dropout(dout @ v^T), dscores = p (dp - row_term). The row term sum_j dp_j p_j of the
-// softmax rule equals dout @ out.
+// softmax rule equals the sum of dout times out, over the columns of a row.
 
 // dq = scale dscores @ k. Also writes the row terms, which attention_backward_keys reads.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_backward_queries(
@@ -207,7 +214,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_backward
     k += place.start(n_key, k_stride, heads);
     v += place.start(n_key, v_stride, heads);
 
-    // The tiles are used for the queries, their results and gradients first.
+    // The tiles, and `queries`, first hold the results and their gradients, for the row terms. Then they get the queries.
     load_tile(tiles[0], out + place.start(n_query, row_of_heads, heads), row_of_heads, first, n_query);
     load_tile(tiles[1], dout + place.start(n_query, row_of_heads, heads), row_of_heads, first, n_query);
     end_batch();
@@ -215,7 +222,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_backward
     __syncthreads();
     Left queries[D / 16], gradients[D / 16];
     A row_term[2] = {0, 0}, log_sum[2];
-    read_rows(queries, tiles[0], row);  // the results
+    read_rows(queries, tiles[0], row);
     read_rows(gradients, tiles[1], row);
     #pragma unroll
     for (int i = 0; i < D / 16; i++)

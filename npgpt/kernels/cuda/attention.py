@@ -1,6 +1,7 @@
 """Causal attention on a GPU, in two ways. Both compute what causal_attention in reference.py defines.
 
-- In bfloat16 and float32, with a small head_dim, on tensor cores: the kernels of attention.cu. They write no scores to memory.
+- Fused, on tensor cores: the kernels of attention.cu, in bfloat16 and float32 with a small head_dim. They write no scores to
+  memory.
 - Else with products of cuBLAS, and kernels of softmax.cu between them. The scores are in memory.
 """
 
@@ -71,7 +72,7 @@ class AttentionKernels(LaunchedKernels):
         log_total = self.xp.empty((b * h, n_query), dtype=np.float32)
         rest = (1 / sqrt(head_dim), *drawn)
         sizes = (h, n_query, k.shape[2], *map(_stride_of_heads, (q, k, v)))
-        variant = Variant(head_dim, q.dtype != np.float32 or not self.gemm.tf32)
+        variant = Variant(head_dim, is_exact=q.dtype != np.float32 or not self.gemm.tf32)
         self._for_tiles("attention_forward", q, 1, (q, k, v, out.swapaxes(1, 2), log_total, *sizes, *rest), variant)
         return out, FusedSaved((q, k, v, out, log_total, rest, variant))
 

@@ -1,4 +1,5 @@
 // Layer norm. The formulas are those of layer_norm in reference.py. The backward pass gets x, mean and rstd instead of xhat.
+// This file follows common.cu and sums.cu.
 //
 // A warp works on several rows, one after the other. Short rows stay in its registers; long rows, and rows that begin at other
 // addresses than multiples of 16 bytes, are read again for each pass. Kernels named wide are for more than 512 columns: they
@@ -92,7 +93,7 @@ __device__ inline void forward_of_long_rows(
     }
 }
 
-// FEWEST: of the groups that a thread has of a short row; it may have one more.
+// For short rows of which a thread has FEWEST groups, or one more.
 template <int FEWEST>
 __device__ void forward(const T* x, const A* weight, const A* bias, T* y, A* mean, A* rstd, long long n, long long c, A eps) {
     int groups = groups_of_a_short_row(x, y, c);

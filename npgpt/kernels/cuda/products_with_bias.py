@@ -48,6 +48,7 @@ class CublasLt:
     ) -> bool:
         """Compute the product of the operands a and b into out. False if cuBLASLt has no algorithm for it."""
         addresses = [operand.array.data.ptr for operand in operands]
+        # address & -address is the lowest bit that is set: the largest power of two that divides the address.
         alignments = tuple(min(address & -address, BEST_ALIGNMENT) for address in (*addresses, bias.data.ptr))
         layouts = tuple((operand.transposed, operand.leading) for operand in operands)
         key = layouts, alignments, sizes, kinds
@@ -81,7 +82,7 @@ class CublasLt:
 
         preference = ctypes.c_void_p()
         check(library.cublasLtMatmulPreferenceCreate(ctypes.byref(preference)))
-        a, b, out, _ = alignments
+        a, b, out, _ = alignments  # the description of the product has the address of the bias
         for name, number in ((MOST_WORKSPACE, self._workspace.size), *zip(ALIGNMENTS, (a, b, out, out), strict=True)):
             value = ctypes.c_uint64(number) if name == MOST_WORKSPACE else ctypes.c_uint32(number)
             check(library.cublasLtMatmulPreferenceSetAttribute(preference, name, ctypes.byref(value), ctypes.sizeof(value)))

@@ -52,7 +52,7 @@ __device__ inline bool is_last(unsigned* arrived) {
         if (last) arrived[blockIdx.x] = 0;
     }
     __syncthreads();
-    __threadfence();
+    __threadfence();  // what the other blocks wrote is read after this
     return last;
 }
 

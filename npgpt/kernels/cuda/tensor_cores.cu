@@ -7,11 +7,17 @@
 //   Right (16, 8)    rows 2 t, 2 t + 1, 2 t + 8 and 2 t + 9; column g
 //   Sum (16, 8)      rows g and g + 8; columns 2 t and 2 t + 1
 //
-// for thread t of group g. Tensor cores multiply bfloat16 and TF32, which has 10 bits of mantissa, and add up in float32.
+// for thread t of group g. Their order in registers: Left.at has the pairs (g, 2 t), (g + 8, 2 t), (g, 2 t + 8), (g + 8, 2 t + 8);
+// Sum.at[j] is at row g + 8 (j / 2), column 2 t + j % 2. So two Sums side by side are a Left, and no thread needs another's numbers.
+//
+// Tensor cores multiply bfloat16 and TF32, which has 10 bits of mantissa, and add up in float32. For TF32, their columns are t and
+// t + 4 of 8. Here they get 2 t and 2 t + 1 in Left and in Right: the order of the terms is another one, but not the sum.
+//
+// This file follows common.cu. T is bfloat16 or float, so A is float.
 
 // ---------------------------------------------------------------- instructions
 
-#ifndef EMULATED_TENSOR_CORES
+#ifndef EMULATED_TENSOR_CORES  // tests/support/cuda_on_cpu.cpp has these functions for a CPU
 
 // sum (16, 8) += left (16, 16) @ right (16, 8), in bfloat16, two elements in one register.
 __device__ inline void multiply_bfloat16(float sum[4], const unsigned left[4], const unsigned right[2]) {
@@ -51,7 +57,7 @@ __device__ inline unsigned round_to_tf32(float x) {
     return rounded;
 }
 
-// 2^x, with an error of a few units of the last place. Numbers too small for 24 bits become 0.
+// 2^x, with an error of a few units of the last place. Results that would be subnormal are 0.
 __device__ inline float fast_exp2(float x) {
     asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
     return x;
@@ -171,7 +177,7 @@ __device__ inline unsigned split(float x, unsigned& rest) {
 }
 
 // If EXACT, each number is the sum of two of TF32, and only the product of the two small ones is left out. Then the error is about
-// that of float32. The 16 terms are in another order than in bfloat16, the same in left and right.
+// that of float32.
 __device__ inline void multiply(Sum& sum, const Pair<float> left[4], const Pair<float> right[2]) {
     #pragma unroll
     for (int half = 0; half < 2; half++) {

@@ -1,9 +1,10 @@
 // Tiles: 64 rows of a matrix with HEAD_DIM columns in shared memory, and a warp's products with rows and columns of them.
 //
-// This file is compiled for one head_dim. What is beyond the last row or column of the matrix is 0 in a tile.
+// This file follows common.cu and tensor_cores.cu, and is compiled for one head_dim. What is beyond the last row or column of the
+// matrix is 0 in a tile.
 
 const int D = (HEAD_DIM + 15) / 16 * 16;  // columns of a tile
-const int STRIDE = D + 8;                 // elements from one row of a tile to the next: neighbours are in different banks
+const int STRIDE = D + 8;                 // elements from one row of a tile to the next: 8 rows begin in different banks
 const int ROWS = 64;
 const int THREADS = ROWS / 16 * WARP;
 
@@ -11,9 +12,11 @@ struct alignas(16) Tile {
     T at[ROWS * STRIDE];
 };
 
-const int BUFFERS = 4 * sizeof(Tile) <= 40 << 10 ? 2 : 1;  // with two, the next tiles are copied during the computation
+// With two buffers of two tiles, the next tiles are copied during the computation. A block has at most 48 KiB, also for other things.
+const int BUFFERS = 4 * sizeof(Tile) <= 40 << 10 ? 2 : 1;
 
-// tile = the rows from `first` on of an operand with `rows` rows. The copies belong to this thread's next batch.
+// tile = the rows from `first` on of an operand with `rows` rows. The copies belong to this thread's next batch. A copy of 0 bytes
+// reads nothing, so its address may be past the end.
 __device__ inline void load_tile(Tile& tile, const T* from, int stride, int first, int rows) {
     const int SIZE = 16 / sizeof(T);  // elements of 16 bytes
     const int WIDTH = D > 8 * SIZE ? 16 : D > 4 * SIZE ? 8 : D > 2 * SIZE ? 4 : 2;  // threads for a row
@@ -37,8 +40,8 @@ __device__ inline void load_tile(Tile& tile, const T* from, int stride, int firs
     }
 }
 
-// Tiles `buffer` and `buffer + 1` = the rows from `start` on of the operands a and b. With two buffers, the tiles after them are
-// then being copied to the other buffer, if they begin before `end`.
+// Tiles `buffer` (0 or 2) and `buffer + 1` = the rows from `start` on of the operands a and b. With two buffers, the tiles after them
+// are then being copied to the other buffer, if they begin before `end`. The caller lets all threads meet before and after.
 __device__ inline void get_tiles(
     Tile* tiles, int buffer, bool are_first, const T* a, int a_stride, const T* b, int b_stride, int start, int end, int rows) {
     if (BUFFERS == 1 || are_first) {
